@@ -1,0 +1,175 @@
+"""The bundle: a plan with its fitted codecs, on disk, checked on load.
+
+    leankv_config.json    which codec each layer's K and V get, for which model, measured how; and the hashes
+    codecs.safetensors    the codecs' tensors, named `LAYER.PART.TENSOR`
+    README.md             the model card, for people
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from leankv.codecs import Codec, codec_from_tensors
+from leankv.errors import UserError
+from leankv.store import hash_of, hash_of_file, read_json, write_atomically, write_json, write_text
+
+FORMAT = 1
+CONFIG_FILE, CODECS_FILE, CARD_FILE = "leankv_config.json", "codecs.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        plan: layer -> part -> codec, on the CPU.
+        sinks: first tokens kept exact.
+        window: latest tokens kept exact.
+        config: all of `leankv_config.json`.
+    """
+
+    plan: dict[int, dict[str, Codec]]
+    sinks: int
+    window: int
+    config: dict[str, Any]
+
+
+def save_bundle(
+    folder: Path,
+    plan: Mapping[int, Mapping[str, Codec]],
+    sinks: int,
+    window: int,
+    model: dict[str, Any],
+    experiment: dict[str, Any],
+    results: dict[str, Any],
+    card: str,
+) -> None:
+    """Write a bundle; `leankv_config.json` comes last, so a bundle that has it is complete.
+
+    Args:
+        folder: where to.
+        plan: layer -> part -> fitted codec.
+        sinks: first tokens kept exact.
+        window: latest tokens kept exact.
+        model: as `leankv.model.describe` gives it.
+        experiment: the resolved experiment.
+        results: the run's summary.
+        card: text of README.md.
+    """
+    tensors = {
+        f"{layer}.{part}.{name}": tensor.detach().cpu().contiguous()
+        for layer, codecs in plan.items()
+        for part, codec in codecs.items()
+        for name, tensor in codec.state_dict().items()
+    }
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomically(folder / CODECS_FILE, lambda path: _fill(path, data))
+    write_text(folder / CARD_FILE, card)
+    config = {
+        "format": FORMAT,
+        "model": model,
+        "plan": {
+            str(layer): {part: {"spec": codec.spec, "width": codec.width} for part, codec in codecs.items()}
+            for layer, codecs in plan.items()
+        },
+        "sinks": sinks,
+        "window": window,
+        "files": {CODECS_FILE: hash_of_file(folder / CODECS_FILE)},
+        "experiment": experiment,
+        "results": results,
+    }
+    write_json(folder / CONFIG_FILE, {**config, "checksum": hash_of(config)})
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def read_bundle_config(folder: Path) -> dict[str, Any]:
+    """`leankv_config.json` of a bundle, checked against its own checksum.
+
+    Raises:
+        UserError: it is missing, changed, or of a format that this version does not read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the bundle {folder} does not exist; check --bundle")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle: it has no {CONFIG_FILE}; `leankv select` writes one")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.pop("checksum", None) != hash_of(config):
+        raise UserError(f"{path} was changed since it was written (its checksum differs); make the bundle again")
+    if config["format"] != FORMAT:
+        raise UserError(f"{path} has format {config['format']}, this version reads {FORMAT}; update leankv")
+    return config
+
+
+def load_bundle(folder: Path, model: Any) -> Bundle:
+    """Load a bundle for a transformers model.
+
+    Raises:
+        UserError: a file is missing, changed or of the wrong shape, or the bundle was made for another model.
+    """
+    from leankv.model import find_geometry, fingerprint
+
+    config = read_bundle_config(folder)
+    path = folder / CODECS_FILE
+    if not path.is_file():
+        raise UserError(f"the bundle {folder} lacks {CODECS_FILE}; copy it whole")
+    if hash_of_file(path) != config["files"][CODECS_FILE]:
+        raise UserError(f"{path} was changed since the bundle was written (its sha256 differs); make or copy it again")
+    made_for = config["model"]
+    widths = [layer["kv_heads"] * layer["head_dim"] for layer in made_for["layers"]]
+    geometry = find_geometry(model)
+    if [layer.width for layer in geometry.layers] != widths:
+        raise UserError(
+            f"the bundle {folder} was made for {made_for['name']} ({len(widths)} layers of width {widths[0]}), but this "
+            f"model has {len(geometry.layers)} layers of width {geometry.width}; load the model that it was made for"
+        )
+    if fingerprint(model) != made_for["fingerprint"]:
+        raise UserError(
+            f"the bundle {folder} was made for {made_for['name']} with other weights than this model's (its "
+            "fingerprint differs; a quantized model differs from the unquantized one); load the model it was made for"
+        )
+    tensors = safetensors.torch.load(path.read_bytes())
+    plan: dict[int, dict[str, Codec]] = {}
+    for layer, parts in config["plan"].items():
+        plan[int(layer)] = {}
+        for part, codec in parts.items():
+            prefix = f"{layer}.{part}."
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            try:
+                plan[int(layer)][part] = codec_from_tensors(codec["spec"], codec["width"], own)
+            except ValueError as error:
+                raise UserError(f"{path} does not fit the plan: {part} of layer {layer}, {error}") from error
+            if codec["width"] != widths[int(layer)]:
+                raise UserError(f"{path}: the {part} codec of layer {layer} has width {codec['width']}, not the model's")
+    return Bundle(plan, config["sinks"], config["window"], config)
+
+
+def save_codec_file(path: Path, codec: Codec, about: dict[str, str]) -> None:
+    """One codec as a file of its own, with strings about it in the header."""
+    tensors: dict[str, torch.Tensor] = {name: t.detach().cpu().contiguous() for name, t in codec.state_dict().items()}
+    data = safetensors.torch.save(tensors, metadata={"spec": codec.spec, "width": str(codec.width), **about})
+    write_atomically(path, lambda temporary: _fill(temporary, data))
+
+
+def load_codec_file(path: Path) -> tuple[Codec, dict[str, str]]:
+    """A codec and what is said about it in its header.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return codec_from_tensors(about["spec"], int(about["width"]), tensors), about
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"the codec file {path} is damaged ({error}); delete it and run again") from error

@@ -1,0 +1,164 @@
+"""Capturing: the keys and values of every token in chosen layers, streamed to a folder.
+
+One safetensors file a layer, with `k` and `v` `[tokens, W]` in the model's dtype; `manifest.json` is written last, so its
+presence means that the capture is complete. Only one batch of blocks is in memory at a time.
+"""
+
+import json
+import shutil
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+
+from leankv.cache import RecordingCache
+from leankv.data import Blocks
+from leankv.errors import UserError
+from leankv.experiment import PARTS
+from leankv.model import LoadedModel
+from leankv.progress import Progress
+from leankv.store import cannot_write, read_json, write_json
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A finished capture in a folder."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was captured: `layers`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it depends on."""
+        manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
+        return manifest
+
+    def read(self, layer: int, part: str) -> torch.Tensor:
+        """One layer's keys or values, `[tokens, W]`, block after block."""
+        with safe_open(_file(self.folder, layer), framework="pt") as file:
+            return file.get_tensor(part)
+
+    def delete(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def find_activations(folder: Path) -> Activations | None:
+    """The finished capture in `folder`, if there is one."""
+    return Activations(folder) if (folder / "manifest.json").is_file() else None
+
+
+@torch.no_grad()
+def capture(
+    loaded: LoadedModel,
+    blocks: Blocks,
+    folder: Path,
+    layers: Sequence[int],
+    batch_size: int,
+    depends_on: dict[str, Any],
+    progress: Progress,
+) -> Activations:
+    """Run `blocks` through the model once and write what its cache would hold.
+
+    Raises:
+        UserError: a key or value is not finite (names layer and part), or the folder cannot be written.
+    """
+    started = time.monotonic()
+    wanted = set(layers)
+    dtype = loaded.model.dtype
+    n_blocks, block_length = blocks.tokens.shape
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
+        folder.mkdir(parents=True)
+        writers = {
+            layer: _LayerWriter(_file(folder, layer), n_blocks * block_length, loaded.geometry.layers[layer].width, dtype)
+            for layer in layers
+        }
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+    def record(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if layer not in wanted:
+            return
+        for part, states in zip(PARTS, (k, v), strict=True):
+            if not torch.isfinite(states).all():
+                name = {"k": "keys", "v": "values"}[part]
+                raise UserError(
+                    f"the {name} of layer {layer} are not finite in the calibration text (part {part}); "
+                    "try --dtype float32, or check the model's weights"
+                )
+            writers[layer].write(part, states.transpose(1, 2).flatten(2).flatten(0, 1).cpu())
+
+    body = loaded.model.base_model  # the head's logits are not needed
+    try:
+        with progress.stage(f"capturing {len(layers)} layers", n_blocks) as step:
+            for tokens in blocks.tokens.split(batch_size):
+                body(
+                    input_ids=tokens.to(loaded.model.device),
+                    past_key_values=RecordingCache(loaded.model.config, record),
+                    use_cache=True,
+                )
+                for _ in tokens:
+                    step()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        for writer in writers.values():
+            writer.file.close()
+    manifest = {
+        "layers": list(layers),
+        "parts": list(PARTS),
+        "blocks": n_blocks,
+        "block_length": block_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": time.monotonic() - started,
+        "depends_on": depends_on,
+    }
+    write_json(folder / "manifest.json", manifest)
+    return Activations(folder)
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+class _LayerWriter:
+    """A safetensors file with `k` and `v` `[tokens, W]` that is filled as rows come.
+
+    The format (a length, a JSON header, then the tensors' bytes) is written by hand because the library can only save
+    tensors that are whole in memory.
+    """
+
+    file: BinaryIO
+
+    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype):
+        part_bytes = tokens * width * dtype.itemsize
+        header = {
+            part: {
+                "dtype": SAFETENSORS_DTYPES[dtype],
+                "shape": [tokens, width],
+                "data_offsets": [index * part_bytes, (index + 1) * part_bytes],
+            }
+            for index, part in enumerate(PARTS)
+        }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.file = path.open("wb", buffering=0)
+        self.file.write(struct.pack("<Q", len(text)) + text)
+        first = self.file.tell()
+        self.at = {part: first + index * part_bytes for index, part in enumerate(PARTS)}
+
+    def write(self, part: str, rows: torch.Tensor) -> None:
+        """Append rows `[N, W]` (CPU)."""
+        data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        self.file.seek(self.at[part])
+        written = 0
+        while written < len(data):  # an unbuffered file may take less than it is given
+            written += self.file.write(data[written:])
+        self.at[part] += len(data)

@@ -1,0 +1,23 @@
+"""Codec families. A spec such as `ae:4` names a family and its arguments; see `FAMILIES`."""
+
+from leankv.codecs.autoencoder import Autoencoder
+from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_variance_unexplained
+from leankv.codecs.identity import Identity
+from leankv.codecs.mean import Mean
+from leankv.codecs.pca import PCA
+from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
+
+__all__ = [
+    "FAMILIES",
+    "PCA",
+    "Autoencoder",
+    "Code",
+    "Codec",
+    "CodecSpec",
+    "Identity",
+    "Mean",
+    "TrainingSettings",
+    "codec_from_tensors",
+    "fraction_of_variance_unexplained",
+    "parse_spec",
+]

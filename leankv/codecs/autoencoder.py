@@ -1,0 +1,183 @@
+"""`ae:D`, `ae:DxH`: the LeanLlama autoencoder, and its training, many at once."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch.nn.functional import gelu, linear
+
+from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_variance_unexplained
+
+DEFAULT_HIDDEN = 128  # LeanLlama's
+FLOAT16_MAX = 65504.0
+HELDOUT_CHUNK = 4096  # tokens reconstructed at a time while measuring, to bound memory
+
+Stack = dict[str, torch.Tensor]
+"""Parameters of P autoencoders, each tensor `[P, ...]`."""
+
+
+class Autoencoder(Codec):
+    """A linear encoder and a decoder with one hidden layer (LeanLlama).
+
+    With `u = (x - mean) / scale`:
+
+        z = W_e u + b_e                              `Linear(W, D)`
+        x_hat = mean + scale * (W_2 gelu(W_1 z + b_1) + b_2)      `Linear(D, H) -> GELU -> Linear(H, W)`
+
+    `mean` is the channel-wise mean of the calibration vectors and `scale` their root mean square deviation, one number
+    for all channels: so the squared error in `u` is proportional to that in `x`.
+
+    Storage: D float16 numbers a token. What it does not do: use more bits for some tokens than for others, or look at
+    neighbouring tokens.
+    """
+
+    family = "ae"
+    grammar = "ae:D or ae:DxH"
+
+    def __init__(self, stack: Stack):
+        """
+        Args:
+            stack: one autoencoder's tensors, without the leading P; see `_initial_stack`.
+        """
+        super().__init__(stack["encoder_weight"].shape[1])
+        for name, tensor in stack.items():
+            if name in ("mean", "scale"):
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.mean: torch.Tensor
+        self.scale: torch.Tensor
+        self.encoder_weight: torch.Tensor
+        self.encoder_bias: torch.Tensor
+        self.hidden_weight: torch.Tensor
+        self.hidden_bias: torch.Tensor
+        self.output_weight: torch.Tensor
+        self.output_bias: torch.Tensor
+
+    @property
+    def spec(self) -> str:
+        hidden, dimensions = self.hidden_weight.shape
+        return f"ae:{dimensions}" if hidden == DEFAULT_HIDDEN else f"ae:{dimensions}x{hidden}"
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.encoder_weight.shape[0] * 16
+
+    def encode(self, x: torch.Tensor) -> Code:
+        u = ((x.float() - self.mean) / self.scale).to(self.encoder_weight.dtype)
+        z = linear(u, self.encoder_weight, self.encoder_bias)
+        return {"z": z.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)}
+
+    def decode(self, code: Code) -> torch.Tensor:
+        z = code["z"].to(self.hidden_weight.dtype)
+        u = linear(gelu(linear(z, self.hidden_weight, self.hidden_bias)), self.output_weight, self.output_bias)
+        return torch.addcmul(self.mean, u.float(), self.scale)
+
+    @classmethod
+    def fit(
+        cls,
+        arguments: Sequence[int],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        """Train P autoencoders in one batched optimisation.
+
+        Mean squared error, Adam (Kingma and Ba, 2015), a cosine schedule to zero; each problem keeps the parameters of
+        the epoch with its lowest held-out error. The parameters are stacked and the products batched; no term couples
+        two problems, so each ends where it would alone.
+        """
+        stack = train_stack(_initial_stack(arguments, train, settings.seed), train, heldout, settings, on_epoch)
+        return [cls({name: tensor[p].clone() for name, tensor in stack.items()}) for p in range(len(train))]
+
+    @classmethod
+    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+        stack = _initial_stack(arguments, torch.zeros(1, 1, width), seed=0)
+        return cls({name: tensor[0] for name, tensor in stack.items()})
+
+    @classmethod
+    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+        dimensions, times, hidden = text.partition("x")
+        arguments = (int(dimensions), int(hidden) if times else DEFAULT_HIDDEN)
+        if min(arguments) < 1:
+            raise ValueError
+        return arguments
+
+    @classmethod
+    def check_width(cls, arguments: Sequence[int], width: int) -> None:
+        if arguments[0] > width:
+            raise ValueError(f"D = {arguments[0]} is more than the width {width}")
+
+
+def _initial_stack(arguments: Sequence[int], train: torch.Tensor, seed: int) -> Stack:
+    """Statistics of the data, and weights as `nn.Linear` draws them: the same for each problem, whoever is beside it."""
+    dimensions, hidden = arguments
+    problems, _, width = train.shape
+    mean = torch.stack([x.float().mean(dim=0) for x in train])
+    deviation = torch.stack([(x.float() - m).square().mean().sqrt() for x, m in zip(train, mean, strict=True)])
+    generator = torch.Generator().manual_seed(seed)
+    stack = {"mean": mean, "scale": torch.where(deviation > 0, deviation, 1.0)[:, None]}
+    for name, inputs, outputs in (
+        ("encoder", width, dimensions),
+        ("hidden", dimensions, hidden),
+        ("output", hidden, width),
+    ):
+        bound = 1 / math.sqrt(inputs)
+        for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            stack[f"{name}_{kind}"] = drawn.to(train.device).expand(problems, *shape).clone()
+    return stack
+
+
+def _reconstruct(stack: Stack, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised vectors and their reconstructions, both `[P, N, W]`, for `x` `[P, N, W]`."""
+
+    def affine(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.baddbmm(stack[f"{name}_bias"][:, None], inputs, stack[f"{name}_weight"].mT)
+
+    u = (x.float() - stack["mean"][:, None]) / stack["scale"][:, None]
+    return u, affine(gelu(affine(affine(u, "encoder"), "hidden")), "output")
+
+
+def train_stack(
+    stack: Stack,
+    train: torch.Tensor,
+    heldout: torch.Tensor,
+    settings: TrainingSettings,
+    on_epoch: Callable[[int, torch.Tensor], None],
+) -> Stack:
+    """Train every autoencoder of `stack`; returns the parameters of each one's best epoch."""
+    parameters = [t.requires_grad_() for name, t in stack.items() if name not in ("mean", "scale")]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    tokens = train.shape[1]
+    steps = settings.epochs * math.ceil(tokens / settings.batch_tokens)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    shuffle = torch.Generator().manual_seed(settings.seed)
+    best = {name: tensor.detach().clone() for name, tensor in stack.items()}
+    lowest = torch.full((len(train),), math.inf, dtype=torch.float64, device=train.device)
+    for epoch in range(1, settings.epochs + 1):
+        for rows in torch.randperm(tokens, generator=shuffle).to(train.device).split(settings.batch_tokens):
+            u, reconstructed = _reconstruct(stack, train[:, rows])
+            # The sum over problems keeps them apart: each parameter sees only its own problem's mean error.
+            loss = (reconstructed - u).square().mean(dim=(1, 2)).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        error = _heldout_error(stack, heldout)
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        for name, tensor in stack.items():
+            best[name][better] = tensor.detach()[better]
+        on_epoch(epoch, error)
+    return best
+
+
+@torch.no_grad()
+def _heldout_error(stack: Stack, heldout: torch.Tensor) -> torch.Tensor:
+    """Fraction of variance unexplained `[P]` on `heldout` `[P, M, W]`; infinite where nothing varies."""
+    chunks = [_reconstruct(stack, chunk) for chunk in heldout.split(HELDOUT_CHUNK, dim=1)]
+    u = torch.cat([chunk[0] for chunk in chunks], dim=1)
+    return fraction_of_variance_unexplained(u, torch.cat([chunk[1] for chunk in chunks], dim=1)).nan_to_num(math.inf)

@@ -1,0 +1,116 @@
+"""What every codec is: an `nn.Module` that turns vectors into codes and back, and knows what its codes weigh."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+Code = dict[str, torch.Tensor]
+"""The code of N vectors: named tensors, each `[N, ...]`, packed as they are stored."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What a trained family needs to know beside its data; see `leankv.experiment.FitConfig` for the meanings."""
+
+    epochs: int
+    batch_tokens: int
+    learning_rate: float
+    seed: int
+
+
+class Codec(torch.nn.Module, ABC):
+    """One fitted codec: for one layer's keys, or one layer's values.
+
+    A codec knows vectors `[N, W]` and nothing of layers, heads, models or files. Its parameters and statistics are
+    tensors of its `state_dict`, so it is saved and moved as any module is.
+    """
+
+    family: ClassVar[str]
+    grammar: ClassVar[str]
+    """How its spec is written, for error messages, e.g. `ae:D` or `ae:DxH`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """The spec that makes this codec again."""
+
+    @property
+    @abstractmethod
+    def bits_per_token(self) -> int:
+        """Bits that the code of one vector takes, side information included."""
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> Code:
+        """Encode vectors `[N, W]` of any floating dtype."""
+
+    @abstractmethod
+    def decode(self, code: Code) -> torch.Tensor:
+        """Decode to `[N, W]`; the caller casts to the dtype it wants."""
+
+    @classmethod
+    @abstractmethod
+    def fit(
+        cls,
+        arguments: Sequence[int],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        """Fit P codecs at once, each to its own data, each independent of which others are in the batch.
+
+        Args:
+            arguments: what stood behind the colon of the spec, as `parse_spec` read it.
+            train: `[P, N, W]`, float32 or the dtype of the activations.
+            heldout: `[P, M, W]`, never fitted to.
+            settings: for trained families.
+            on_epoch: called after each epoch with its number and the held-out fraction of variance unexplained `[P]`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+        """An unfitted codec with tensors of the right shapes, to load a state dict into."""
+
+    @classmethod
+    @abstractmethod
+    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+        """Read what stands behind the colon of a spec; `ValueError` if it does not parse."""
+
+    @classmethod
+    def check_width(cls, arguments: Sequence[int], width: int) -> None:  # noqa: B027 - most families take any width
+        """`ValueError` when the arguments do not suit the width."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained numbers; statistics (buffers) are not counted."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters and statistics together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+
+def fraction_of_variance_unexplained(x: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
+    """FVU of each problem: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, one number for each leading index.
+
+    0 is lossless; 1 is what storing nothing but the mean gives.
+
+    Args:
+        x: `[..., N, W]`.
+        reconstructed: the same shape.
+
+    Returns:
+        `[...]`, float64. NaN where `x` does not vary at all.
+    """
+    error = (x.float() - reconstructed.float()).square().sum(dim=(-2, -1), dtype=torch.float64)
+    centred = x.float() - x.float().mean(dim=-2, keepdim=True)
+    return error / centred.square().sum(dim=(-2, -1), dtype=torch.float64)

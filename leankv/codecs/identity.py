@@ -1,0 +1,59 @@
+"""`identity`: stores every vector as it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+
+from leankv.codecs.base import Code, Codec, TrainingSettings
+
+
+class Identity(Codec):
+    """Stores the vector itself, in the dtype it came in: the control that must cost exactly nothing.
+
+    Storage: W numbers of the model's dtype. It compresses nothing.
+    """
+
+    family = "identity"
+    grammar = "identity"
+
+    def __init__(self, width: int, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(width)
+        # An empty tensor, so that the dtype is saved and loaded with the codec.
+        self.like: torch.Tensor
+        self.register_buffer("like", torch.empty(0, dtype=dtype))
+
+    @property
+    def spec(self) -> str:
+        return "identity"
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.width * self.like.element_size() * 8
+
+    def encode(self, x: torch.Tensor) -> Code:
+        return {"x": x.to(self.like.dtype)}
+
+    def decode(self, code: Code) -> torch.Tensor:
+        return code["x"]
+
+    @classmethod
+    def fit(
+        cls,
+        arguments: Sequence[int],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        return [cls(train.shape[-1], train.dtype) for _ in train]
+
+    @classmethod
+    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+        return cls(width)
+
+    @classmethod
+    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+        if text:
+            raise ValueError
+        return ()

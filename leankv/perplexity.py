@@ -1,0 +1,162 @@
+"""Perplexity, and what a compressed cache adds to it. The only perplexity in LeanKV.
+
+Three protocols, which differ in how the tokens of a block are fed to the model:
+
+- `strict`: the whole block in one forward pass, no exact window. Every key and value that attention reads went through
+  the codec (but for sinks, if asked for).
+- `stream`: chunks, as in chunked prefill; sinks and window are exact, older tokens are read through the codec.
+- `decode`: token by token, as in generation.
+
+Natural logarithms of probabilities ("nats") are summed in float64 for each block and divided once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from leankv.data import Blocks
+from leankv.errors import UserError
+from leankv.experiment import ProtocolConfig
+
+LOGIT_ROWS = 512  # tokens whose logits are held in float32 at a time: 100 MB at a vocabulary of 50,000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class BlockNats:
+    """Negative log likelihood of each block.
+
+    Attributes:
+        nats: one sum a block.
+        tokens: predicted tokens in each block (its length less one).
+        seconds: time it took.
+    """
+
+    nats: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats a token."""
+        return math.exp(math.fsum(self.nats) / (self.tokens * len(self.nats)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compressed run against the base run on the same blocks.
+
+    Attributes:
+        base_ppl: perplexity of the uncompressed model.
+        ppl: perplexity with the compressed cache.
+        delta_ppl: their difference, in points.
+        delta_percent: the same in percent of `base_ppl`.
+        interval: 95 % interval of `delta_ppl`; None where there is only one block.
+        tokens: predicted tokens in all blocks.
+    """
+
+    base_ppl: float
+    ppl: float
+    delta_ppl: float
+    delta_percent: float
+    interval: tuple[float, float] | None
+    tokens: int
+
+
+def chunk_length(protocol: ProtocolConfig, block_length: int) -> int:
+    """How many tokens the protocol feeds at a time."""
+    return {"strict": block_length, "stream": protocol.chunk, "decode": 1}[protocol.kind]
+
+
+@torch.no_grad()
+def measure_nats(
+    model: Any,
+    blocks: Blocks,
+    protocol: ProtocolConfig,
+    make_cache: Callable[[], Any],
+    on_block: Callable[[], None] = lambda: None,
+) -> BlockNats:
+    """Negative log likelihood of each block, read through caches from `make_cache`.
+
+    Args:
+        model: a causal LM in eval mode.
+        blocks: `[blocks, block_length]` tokens.
+        protocol: how the blocks are fed.
+        make_cache: a fresh transformers cache for a batch of blocks; the stock one for the base run.
+        on_block: called after each block.
+
+    Raises:
+        UserError: the loss of a block is not finite.
+    """
+    started = time.monotonic()
+    nats: list[float] = []
+    length = blocks.tokens.shape[1]
+    chunk = chunk_length(protocol, length)
+    for batch in blocks.tokens.split(protocol.batch_size):
+        tokens = batch.to(model.device)
+        cache = make_cache()
+        total = torch.zeros(len(batch), dtype=torch.float64)
+        for first in range(0, length - 1, chunk):
+            # The last token of a block predicts nothing, but a whole block is fed whole.
+            inputs = tokens[:, first : first + chunk]
+            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+            labels = tokens[:, first + 1 : first + chunk + 1]
+            total += _sum_nats(logits[:, : labels.shape[1]], labels)
+        if not torch.isfinite(total).all():
+            raise UserError(
+                f"the loss of block {len(nats)} of the {blocks.split} split is not finite; try --dtype float32, or "
+                "check the model's weights"
+            )
+        nats += total.tolist()
+        for _ in batch:
+            on_block()
+    return BlockNats(tuple(nats), length - 1, time.monotonic() - started)
+
+
+def _sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of `-log p(label)` for each row of the batch: `[B, T, V]`, `[B, T]` -> `[B]`, float64 on the CPU."""
+    total = torch.zeros(len(labels), dtype=torch.float64)
+    for first in range(0, labels.shape[1], LOGIT_ROWS):
+        rows = slice(first, first + LOGIT_ROWS)
+        nats = cross_entropy(logits[:, rows].float().transpose(1, 2), labels[:, rows], reduction="none")
+        total += nats.sum(dim=1, dtype=torch.float64).cpu()
+    return total
+
+
+def compare(base: BlockNats, compressed: BlockNats) -> Comparison:
+    """Compare two runs over the same blocks, block by block.
+
+    The interval is Student's t interval of the mean paired difference in nats a token, `d`, carried to perplexity by
+    `base_ppl * (exp(d) - 1)`. Blocks are the sampling unit, since the tokens of one are not independent; the base
+    perplexity is taken as given.
+    """
+    assert base.tokens == compressed.tokens, "paired runs see the same blocks"
+    base_ppl, ppl = base.perplexity, compressed.perplexity
+    differences = [(c - b) / base.tokens for b, c in zip(base.nats, compressed.nats, strict=True)]
+    interval = t_interval(differences)
+    return Comparison(
+        base_ppl=base_ppl,
+        ppl=ppl,
+        delta_ppl=ppl - base_ppl,
+        delta_percent=100 * (ppl - base_ppl) / base_ppl,
+        interval=None if interval is None else (base_ppl * math.expm1(interval[0]), base_ppl * math.expm1(interval[1])),
+        tokens=base.tokens * len(base.nats),
+    )
+
+
+def t_interval(sample: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean of `sample`; None for fewer than two."""
+    from scipy.special import stdtrit
+
+    count = len(sample)
+    if count < 2:
+        return None
+    mean = math.fsum(sample) / count
+    variance = math.fsum((value - mean) ** 2 for value in sample) / (count - 1)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / count)
+    return mean - half, mean + half

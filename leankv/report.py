@@ -1,0 +1,333 @@
+"""Tables and figures from result files. Reads files only: nothing here knows a model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from leankv.store import read_json, write_atomically, write_text
+from leankv.sweep_table import read_sweep
+
+STEP_WORDS = {
+    "kept": "kept",
+    "over budget": "left out: over budget",
+    "over budget alone": "not tried: over budget alone",
+}
+FIGURE = "figures/cost_by_layer.png"
+
+
+def write_sweep_report(folder: Path) -> None:
+    """Render a finished sweep: `sweep.md` and the figure, nothing chosen in it."""
+    sweep = read_sweep(folder)
+    write_text(folder / "sweep.md", sweep_markdown(sweep))
+    write_atomically(folder / FIGURE, lambda path: draw_costs(sweep, None, path))
+
+
+def write_reports(folder: Path) -> None:
+    """Render a finished run: `sweep.md`, `selection.md`, and the figure with the chosen layers marked."""
+    sweep, selection = read_sweep(folder), read_json(folder / "selection.json")
+    write_text(folder / "sweep.md", sweep_markdown(sweep))
+    write_text(folder / "selection.md", selection_markdown(selection, read_json(folder / "summary.json")))
+    write_atomically(folder / FIGURE, lambda path: draw_costs(sweep, selection, path))
+
+
+# -- the sweep ------------------------------------------------------------------------------------------------------
+
+
+def sweep_rows(sweep: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the sweep for people, in the order of `sweep`; `rank` 1 is the cheapest layer."""
+    header = ["layer", "rank", "cost", "95 % interval", "FVU K", "FVU V", "bits/token"]
+    ranks = sweep["delta_ppl"].rank(method="first").astype(int)
+    rows = [
+        [
+            str(row.layer),
+            str(rank),
+            f"{row.delta_ppl:+.3f}",
+            interval_text((row.delta_ppl_low, row.delta_ppl_high)),
+            f"{row.fvu_k:.3f}",
+            f"{row.fvu_v:.3f}",
+            str(row.bits_per_token),
+        ]
+        for row, rank in zip(sweep.itertuples(), ranks, strict=True)
+    ]
+    return header, rows
+
+
+def sweep_title(sweep: pd.DataFrame) -> str:
+    """One line that says how the costs were measured."""
+    first = sweep.iloc[0]
+    codec = first.codec_k if first.codec_k == first.codec_v else f"k={first.codec_k} v={first.codec_v}"
+    return (
+        f"Cost of each layer alone: {codec}, {first.key_space} keys, protocol {first.protocol}, "
+        f"{first.tokens} tokens of the selection split, base perplexity {first.base_ppl:.3f}"
+    )
+
+
+def sweep_table(sweep: pd.DataFrame) -> Table:
+    """The sweep by layer, for a terminal."""
+    return _table(sweep_title(sweep), *sweep_rows(sweep))
+
+
+def sweep_markdown(sweep: pd.DataFrame) -> str:
+    """The sweep by layer, by cost and by error."""
+    worst_fvu = sweep.assign(fvu=sweep[["fvu_k", "fvu_v"]].max(axis=1))
+    return "\n\n".join(
+        [
+            "# Sweep",
+            sweep_title(sweep) + ". FVU: fraction of variance unexplained on held-out calibration text.",
+            "## By layer",
+            _markdown(*sweep_rows(sweep)),
+            "## By cost",
+            _markdown(*sweep_rows(sweep.sort_values("delta_ppl", kind="stable"))),
+            "## By reconstruction error (the worse of K and V)",
+            _markdown(*sweep_rows(worst_fvu.sort_values("fvu", kind="stable"))),
+            "",
+        ]
+    )
+
+
+# -- the selection --------------------------------------------------------------------------------------------------
+
+
+def selection_rows(selection: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the selection's steps for people."""
+    header = ["layers", "layer tried", "its cost", "sum of costs (predicted)", "joint cost (measured)", "what became of it"]
+    rows = [
+        [
+            str(len(step["layers"])),
+            str(step["layer"]),
+            f"{step['cost']:+.3f}",
+            f"{step['predicted']:+.3f}",
+            "-" if step["joint_cost"] is None else f"{step['joint_cost']:+.3f}",
+            STEP_WORDS[step["verdict"]],
+        ]
+        for step in selection["steps"]
+    ]
+    return header, rows
+
+
+def selection_title(selection: dict[str, Any]) -> str:
+    """One line that says what the steps were measured on."""
+    return (
+        f"Layers added in order of cost, budget {budget_text(selection['budget'])}, measured jointly on the "
+        f"{selection['split']} split (base perplexity {selection['base_ppl']:.3f})"
+    )
+
+
+def selection_table(selection: dict[str, Any]) -> Table:
+    """The selection's steps, for a terminal."""
+    return _table(selection_title(selection), *selection_rows(selection))
+
+
+def selection_markdown(selection: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The selection's steps and the result on report text."""
+    return "\n\n".join(
+        [
+            "# Selection",
+            selection_title(selection) + ".",
+            _markdown(*selection_rows(selection)),
+            "## Joint result on report text",
+            _markdown(["", ""], [[name, value] for name, value in summary_rows(summary)]),
+            "",
+        ]
+    )
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary as name and value, for people."""
+    bytes_per_token = summary["cache_bytes_per_token"]
+    layers = summary["selected_layers"]
+    rows = [
+        ("model", f"{summary['model']}, {summary['n_layers']} layers, width {summary['width']}"),
+        ("codec, protocol", f"{summary['codec']}, {protocol_text(summary)}"),
+        ("layers compressed", f"{len(layers)} of {summary['n_layers']}: {', '.join(map(str, layers)) or 'none'}"),
+        ("text", f"{summary['dataset']}, {summary['split']} split, {summary['tokens']} tokens"),
+        ("base perplexity", f"{summary['base_ppl']:.3f}"),
+        ("perplexity", f"{summary['ppl']:.3f}"),
+        ("joint cost", f"{summary['delta_ppl']:+.3f} points ({summary['delta_percent']:+.1f} %)"),
+        ("95 % interval", interval_text(summary["delta_ppl_interval"])),
+        ("budget", f"{budget_text(summary['budget'])}, {'kept' if summary['within_budget'] else 'BROKEN'} on this text"),
+        ("code ratio (compressed vectors only)", ratio_text(summary["code_ratio"])),
+    ]
+    rows += [(f"cache ratio at {n} tokens", ratio_text(ratio)) for n, ratio in summary["cache_ratio"].items()]
+    rows += [
+        ("bytes per token", f"{bytes_per_token['base']} before, {bytes_per_token['compressed']:.0f} after"),
+        ("codecs", f"{summary['codec_parameters']} parameters, {summary['codec_bytes'] / 1e6:.2f} MB"),
+    ]
+    return rows
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The summary, for a terminal."""
+    return name_value_table("Joint result on report text", summary_rows(summary))
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """Base and compressed perplexity side by side, for a terminal."""
+    rows = [
+        ("model", result["model"]),
+        ("text", f"{result['dataset']}, {result['split']} split, {result['tokens']} tokens"),
+        ("blocks", f"{result['blocks']} of {result['block_length']} tokens"),
+        ("base perplexity", f"{result['base_ppl']:.3f}"),
+    ]
+    if result["bundle"] is not None:
+        rows += [
+            ("bundle", result["bundle"]),
+            ("protocol", protocol_text(result)),
+            ("perplexity", f"{result['ppl']:.3f}"),
+            ("difference", f"{result['delta_ppl']:+.3f} points ({result['delta_percent']:+.1f} %)"),
+            ("95 % interval", interval_text(result["interval"])),
+        ]
+    return name_value_table("Perplexity", rows)
+
+
+def model_card(summary: dict[str, Any], experiment: dict[str, Any]) -> str:
+    """README.md of a bundle."""
+    model = experiment["model"]
+    base_model = f"base_model: {summary['model']}\n" if summary["model"].count("/") == 1 else ""
+    load = _loading_code(model)
+    table = _markdown(["", ""], [[name, value] for name, value in summary_rows(summary)])
+    low_high = interval_text(summary["delta_ppl_interval"])
+    return f"""---
+library_name: leankv
+{base_model}tags:
+- kv-cache
+- compression
+---
+
+# A compressed KV cache for {summary["model"]}
+
+Codecs for {len(summary["selected_layers"])} of {summary["n_layers"]} layers ({summary["codec"]}). The weights of the model
+are untouched: the codecs sit in its cache, which holds codes in place of keys and values.
+
+Perplexity rises from {summary["base_ppl"]:.3f} to {summary["ppl"]:.3f} ({summary["delta_percent"]:+.1f} %, 95 % interval
+of the rise {low_high} points), measured under the protocol {protocol_text(summary)} on {summary["tokens"]} tokens of
+{summary["dataset"]}, {summary["split"]} split, in blocks of {experiment["data"]["block_length"]}.
+
+{table}
+
+## Use
+
+```python
+{load}
+```
+
+Make a new `LeanCache` for each generation. It refuses other weights than those it was made for.
+
+## Limits
+
+The codecs were fitted on {summary["dataset"]}; text of another kind will be reconstructed worse. Perplexity on one text
+says little about long-range retrieval or reasoning: measure your task before you rely on it. The loss compounds with
+whatever quantization the model itself has.
+"""
+
+
+def _loading_code(model: dict[str, Any]) -> str:
+    arguments = [f'"{model["name"]}"']
+    if model["load_in_4bit"]:
+        arguments.append("load_in_4bit=True")
+    if model["revision"]:
+        arguments.append(f'revision="{model["revision"]}"')
+    return f"""from leankv import LeanCache, ModelConfig, load_model
+
+loaded = load_model(ModelConfig({", ".join(arguments)}))
+inputs = loaded.tokenizer("The city of", return_tensors="pt").to(loaded.model.device)
+cache = LeanCache.from_pretrained("PATH/TO/THIS/FOLDER", loaded.model)
+print(loaded.tokenizer.decode(loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=40)[0]))"""
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+def interval_text(interval: Iterable[float] | None) -> str:
+    """`-0.010 to +0.230`; `not known` without one (a single block)."""
+    if interval is None:
+        return "not known"
+    low, high = interval
+    return "not known" if pd.isna(low) else f"{low:+.3f} to {high:+.3f}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """`1.11x`; `-` where there are no codes."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def budget_text(budget: str) -> str:
+    """`+2.5 points`, `+7 %`."""
+    return f"+{budget.removesuffix('%')} {'%' if budget.endswith('%') else 'points'}"
+
+
+def protocol_text(summary: dict[str, Any]) -> str:
+    """`strict, sinks 0, window 0`."""
+    return f"{summary['protocol']}, sinks {summary['sinks']}, window {summary['window']}"
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def name_value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a header, for a terminal."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---" if cell == "" else "---:" for cell in header]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+# -- the figure -----------------------------------------------------------------------------------------------------
+
+
+def draw_costs(sweep: pd.DataFrame, selection: dict[str, Any] | None, path: Path) -> None:
+    """Cost by layer with 95 % intervals, the chosen layers marked."""
+    from matplotlib.figure import Figure
+
+    chosen = set(selection["selected_layers"]) if selection else set()
+    figure = Figure(figsize=(max(6.4, 0.16 * len(sweep) + 3), 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for picked, colour, label in ((False, "#8a8f98", "not chosen"), (True, "#c2410c", "chosen")):
+        rows = sweep[sweep["layer"].isin(chosen) == picked]
+        if rows.empty:
+            continue
+        cost = rows["delta_ppl"]
+        spread = [cost - rows["delta_ppl_low"], rows["delta_ppl_high"] - cost]
+        known = rows["delta_ppl_low"].notna().all()
+        axes.errorbar(
+            rows["layer"],
+            cost,
+            yerr=spread if known else None,
+            fmt="o",
+            color=colour,
+            markersize=5,
+            elinewidth=1.2,
+            capsize=2.5,
+            label=label if selection else "cost",
+        )
+    axes.axhline(0, color="black", linewidth=0.6)
+    if selection:
+        axes.axhline(selection["budget_points"], color="#1d4ed8", linewidth=0.9, linestyle="--", label="budget (joint)")
+    # Costs span orders of magnitude: linear near zero, logarithmic above one point.
+    axes.set_yscale("symlog", linthresh=1.0, linscale=1.5)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("perplexity cost, points (95 % interval)")
+    axes.set_title(sweep_title(sweep).replace(", protocol", "\nprotocol"), fontsize=9, loc="left")
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", linewidth=0.3)
+    figure.savefig(path, format="png")

@@ -1,0 +1,208 @@
+"""One run: an experiment with its model, its text and its result files; fits codecs and measures plans.
+
+Whatever is measured or fitted here is looked up first, by the hash of all it depends on, and stored as soon as it is
+known. So any command may be stopped and called again.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leankv.bundle import load_codec_file, save_codec_file
+from leankv.cache import LeanCache
+from leankv.capture import Activations, capture, find_activations
+from leankv.codecs import Codec, CodecSpec, parse_spec
+from leankv.data import Blocks, TextSource
+from leankv.experiment import PARTS, Experiment, parse_layers
+from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.model import LoadedModel, load_model
+from leankv.perplexity import BlockNats, measure_nats
+from leankv.progress import Progress
+from leankv.store import Cells, check_output_dir, hash_of, write_text
+
+
+@dataclass(frozen=True)
+class StoredCodec:
+    """A fitted codec as found in its file.
+
+    Attributes:
+        codec: on the CPU until a cache uses it.
+        key: hash of all that it depends on.
+        fvu: fraction of variance unexplained on held-out calibration text.
+        seconds: what fitting it took.
+    """
+
+    codec: Codec
+    key: str
+    fvu: float
+    seconds: float
+
+
+class Run:
+    """An experiment under way in its output folder.
+
+    Raises:
+        UserError: the model, the data, the codecs or the folder are not usable; see the rooms that own them.
+    """
+
+    def __init__(self, experiment: Experiment, progress: Progress):
+        self.experiment = experiment
+        self.progress = progress
+        self.folder = Path(experiment.output_dir)
+        # What can fail cheaply fails before a model is loaded.
+        self.specs = {part: parse_spec(text) for part in PARTS if (text := getattr(experiment.codec, part)) != "none"}
+        check_output_dir(self.folder)
+        self._source = TextSource(experiment.data)
+        progress.say(f"loading {experiment.model.name}")
+        self.loaded: LoadedModel = load_model(experiment.model)
+        for layer in self.loaded.geometry.layers:
+            for spec in self.specs.values():
+                spec.check_width(layer.width)
+        self.layers = parse_layers(experiment.layers, len(self.loaded.geometry.layers))
+        self._blocks: dict[str, Blocks] = {}
+        self._stored: dict[Problem, StoredCodec] = {}
+        self.cells = Cells(self.folder / "cells")
+        write_text(self.folder / "experiment.yaml", experiment.to_yaml())
+
+    def blocks(self, split: str) -> Blocks:
+        """The blocks of a split that this experiment uses."""
+        if split not in self._blocks:
+            data = self.experiment.data
+            wanted: int = getattr(data, f"{split}_blocks")
+            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.block_length)
+        return self._blocks[split]
+
+    @cached_property
+    def model_key(self) -> dict[str, Any]:
+        """What every number of this run depends on."""
+        return {"fingerprint": self.loaded.fingerprint, **self.loaded.numerics}
+
+    # -- codecs ---------------------------------------------------------------------------------------------------
+
+    def fitted(self, layers: Iterable[int]) -> dict[Problem, StoredCodec]:
+        """The codecs of these layers, fitted now where they are not yet."""
+        layers = sorted(layers)
+        problems = {(layer, part): spec for layer in layers for part, spec in self.specs.items()}
+        missing: dict[Problem, CodecSpec] = {}
+        for problem, spec in problems.items():
+            if problem not in self._stored and not self._load_codec(problem):
+                missing[problem] = spec
+        if missing:
+            self._fit(missing)
+        return {problem: self._stored[problem] for problem in problems}
+
+    def _codec_key(self, problem: Problem) -> str:
+        experiment = self.experiment
+        return hash_of(
+            {
+                "model": self.model_key,
+                "calibration": self.blocks("calibration").hash,
+                "batch_size": experiment.protocol.batch_size,
+                "problem": problem,
+                "spec": self.specs[problem[1]].text,
+                "codec_dtype": experiment.codec.dtype,
+                "fit": asdict(experiment.fit),
+                "seed": experiment.seed,
+            }
+        )
+
+    def _codec_path(self, problem: Problem) -> Path:
+        layer, part = problem
+        return self.folder / "codecs" / f"layer-{layer:03d}-{part}-{self._codec_key(problem)[:16]}.safetensors"
+
+    def _load_codec(self, problem: Problem) -> bool:
+        path = self._codec_path(problem)
+        if not path.exists():
+            return False
+        codec, about = load_codec_file(path)
+        self._stored[problem] = StoredCodec(codec, about["key"], json.loads(about["fvu"]), json.loads(about["seconds"]))
+        return True
+
+    def _fit(self, problems: Mapping[Problem, CodecSpec]) -> None:
+        activations = self.captured(sorted({layer for layer, _ in problems}))
+
+        def store(problem: Problem, fitted: FittedCodec) -> None:
+            about = {
+                "key": self._codec_key(problem),
+                "fvu": json.dumps(fitted.fvu),
+                "fvu_by_epoch": json.dumps(fitted.fvu_by_epoch),
+                "seconds": json.dumps(fitted.seconds),
+            }
+            save_codec_file(self._codec_path(problem), fitted.codec, about)
+            self._load_codec(problem)
+
+        fit_codecs(
+            activations,
+            problems,
+            self.experiment.fit,
+            getattr(torch, self.experiment.codec.dtype),
+            self.experiment.seed,
+            self.loaded.model.device,
+            store,
+            self.progress,
+        )
+        activations.delete()
+
+    def captured(self, layers: list[int]) -> Activations:
+        """The calibration activations of these layers; a stopped run's are used if they cover them."""
+        blocks = self.blocks("calibration")
+        batch_size = self.experiment.protocol.batch_size
+        depends_on = {"model": self.model_key, "blocks": blocks.hash, "batch_size": batch_size}
+        folder = self.folder / f"activations-{hash_of(depends_on)[:16]}"
+        found = find_activations(folder)
+        if found is None or not set(layers) <= set(found.manifest["layers"]):
+            found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress)
+        of_these = {**depends_on, "layers": found.manifest["layers"]}
+        cost = {"seconds": found.manifest["seconds"], "tokens": blocks.tokens.numel()}
+        self.cells.get_or_compute("capture", of_these, lambda: cost)
+        return found
+
+    # -- perplexity -----------------------------------------------------------------------------------------------
+
+    def measure(self, split: str, layers: Iterable[int], title: str = "") -> BlockNats:
+        """Nats of a split's blocks with these layers compressed; with none, of the base model.
+
+        Args:
+            split: `selection` or `report`.
+            layers: which layers hold codes.
+            title: shows a progress bar of that name when something has to be measured.
+        """
+        layers = sorted(layers)
+        codecs = self.fitted(layers)
+        blocks = self.blocks(split)
+        protocol = self.experiment.protocol
+        asked = asdict(protocol)
+        if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
+            asked = {"kind": protocol.kind, "chunk": protocol.chunk, "batch_size": protocol.batch_size}
+        depends_on = {
+            "model": self.model_key,
+            "blocks": blocks.hash,
+            "protocol": asked,
+            "codecs": {f"{layer}.{part}": stored.key for (layer, part), stored in codecs.items()},
+        }
+
+        def compute() -> dict[str, Any]:
+            plan = self.plan(layers)
+
+            def make_cache() -> LeanCache:
+                return LeanCache(self.loaded.model.config, plan, protocol.sinks, protocol.window)
+
+            if not title:
+                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache))
+            with self.progress.stage(title, len(blocks)) as step:
+                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache, step))
+
+        result = self.cells.get_or_compute(f"nats-{split}", depends_on, compute)
+        return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])
+
+    def plan(self, layers: Iterable[int]) -> dict[int, dict[str, Codec]]:
+        """layer -> part -> codec for these layers, as `LeanCache` takes it."""
+        plan: dict[int, dict[str, Codec]] = {}
+        for (layer, part), stored in self.fitted(layers).items():
+            plan.setdefault(layer, {})[part] = stored.codec
+        return plan

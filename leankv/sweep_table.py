@@ -1,0 +1,38 @@
+"""`sweep.csv`: the table that a sweep leaves behind."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from leankv.errors import UserError
+
+COLUMNS = (
+    "layer",
+    "codec_k",
+    "codec_v",
+    "key_space",
+    "protocol",
+    "tokens",
+    "base_ppl",
+    "ppl",
+    "delta_ppl",
+    "delta_ppl_low",
+    "delta_ppl_high",
+    "fvu_k",
+    "fvu_v",
+    "bits_per_token",
+    "seconds",
+)
+"""Costs (`delta_ppl*`) in perplexity points; `bits_per_token` is K and V of the layer together; seconds to measure."""
+
+
+def read_sweep(folder: Path) -> pd.DataFrame:
+    """The finished sweep in a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / "sweep.csv"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished sweep; run: leankv sweep --output-dir {folder}")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
