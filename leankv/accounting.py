@@ -66,5 +66,7 @@ class Footprint:
     def bytes_per_token(self) -> tuple[int, float]:
         """Bytes that one more token takes far from sinks and window: uncompressed, compressed."""
         codes = sum(bits / 8 for own in self.bits.values() for bits in own.values())
-        replaced = sum(self.geometry.layers[layer].width * BYTES_16_BIT for layer, own in self.bits.items() for _ in own)
+        replaced = sum(
+            self.geometry.layers[layer].width * BYTES_16_BIT for layer, own in self.bits.items() for _ in own
+        )
         return self.geometry.bytes_per_token, self.geometry.bytes_per_token - replaced + codes

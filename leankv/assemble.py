@@ -11,8 +11,8 @@ from leankv.bundle import save_bundle
 from leankv.errors import UserError
 from leankv.experiment import Budget, Experiment, load_experiment, parse_layers
 from leankv.model import describe
+from leankv.model_card import model_card
 from leankv.perplexity import compare
-from leankv.report import model_card
 from leankv.run import Run
 from leankv.selection import Step, select_layers
 from leankv.store import read_json, write_json

@@ -1,8 +1,8 @@
 """The bundle: a plan with its fitted codecs, on disk, checked on load.
 
-    leankv_config.json    which codec each layer's K and V get, for which model, measured how; and the hashes
-    codecs.safetensors    the codecs' tensors, named `LAYER.PART.TENSOR`
-    README.md             the model card, for people
+leankv_config.json    which codec each layer's K and V get, for which model, measured how; and the hashes
+codecs.safetensors    the codecs' tensors, named `LAYER.PART.TENSOR`
+README.md             the model card, for people
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
-import torch
 
+from leankv.codec_files import tensors_of
 from leankv.codecs import Codec, codec_from_tensors
 from leankv.errors import UserError
-from leankv.store import hash_of, hash_of_file, read_json, write_atomically, write_json, write_text
+from leankv.store import hash_of, hash_of_file, read_json, write_bytes, write_json, write_text
 
 FORMAT = 1
 CONFIG_FILE, CODECS_FILE, CARD_FILE = "leankv_config.json", "codecs.safetensors", "README.md"
@@ -62,14 +61,13 @@ def save_bundle(
         card: text of README.md.
     """
     tensors = {
-        f"{layer}.{part}.{name}": tensor.detach().cpu().contiguous()
+        f"{layer}.{part}.{name}": tensor
         for layer, codecs in plan.items()
         for part, codec in codecs.items()
-        for name, tensor in codec.state_dict().items()
+        for name, tensor in tensors_of(codec).items()
     }
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_atomically(folder / CODECS_FILE, lambda path: _fill(path, data))
+    write_bytes(folder / CODECS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_text(folder / CARD_FILE, card)
     config = {
         "format": FORMAT,
@@ -85,10 +83,6 @@ def save_bundle(
         "results": results,
     }
     write_json(folder / CONFIG_FILE, {**config, "checksum": hash_of(config)})
-
-
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def read_bundle_config(folder: Path) -> dict[str, Any]:
@@ -129,8 +123,8 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
     geometry = find_geometry(model)
     if [layer.width for layer in geometry.layers] != widths:
         raise UserError(
-            f"the bundle {folder} was made for {made_for['name']} ({len(widths)} layers of width {widths[0]}), but this "
-            f"model has {len(geometry.layers)} layers of width {geometry.width}; load the model that it was made for"
+            f"the bundle {folder} was made for {made_for['name']} ({len(widths)} layers of width {widths[0]}), but "
+            f"this model has {len(geometry.layers)} layers of width {geometry.width}; load the one it was made for"
         )
     if fingerprint(model) != made_for["fingerprint"]:
         raise UserError(
@@ -149,27 +143,7 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
             except ValueError as error:
                 raise UserError(f"{path} does not fit the plan: {part} of layer {layer}, {error}") from error
             if codec["width"] != widths[int(layer)]:
-                raise UserError(f"{path}: the {part} codec of layer {layer} has width {codec['width']}, not the model's")
+                raise UserError(
+                    f"{path}: the {part} codec of layer {layer} has width {codec['width']}, not the model's"
+                )
     return Bundle(plan, config["sinks"], config["window"], config)
-
-
-def save_codec_file(path: Path, codec: Codec, about: dict[str, str]) -> None:
-    """One codec as a file of its own, with strings about it in the header."""
-    tensors: dict[str, torch.Tensor] = {name: t.detach().cpu().contiguous() for name, t in codec.state_dict().items()}
-    data = safetensors.torch.save(tensors, metadata={"spec": codec.spec, "width": str(codec.width), **about})
-    write_atomically(path, lambda temporary: _fill(temporary, data))
-
-
-def load_codec_file(path: Path) -> tuple[Codec, dict[str, str]]:
-    """A codec and what is said about it in its header.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = dict(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return codec_from_tensors(about["spec"], int(about["width"]), tensors), about
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"the codec file {path} is damaged ({error}); delete it and run again") from error

@@ -134,7 +134,7 @@ def _length(tensor: torch.Tensor | None, dim: int) -> int:
 
 
 def _cat(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
-    """`first` (or nothing) and `second` along the tokens, always a copy: the forward pass's own tensors can be freed."""
+    """`first` (or nothing) and `second` along the tokens; always a copy, so that the model's own can be freed."""
     return second.clone() if first is None else torch.cat([first, second], dim=2)
 
 
@@ -257,7 +257,9 @@ class LeanSlidingLayer(LeanLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length >= self.sliding_window and not self.record_past:
-            raise RuntimeError("a sliding-window layer that dropped tokens can only be cropped while recording its past")
+            raise RuntimeError(
+                "a sliding-window layer that dropped tokens can only be cropped while recording its past"
+            )
         super().crop(tokens_to_remove)
         self.cumulative_length += tokens_to_remove
         self._drop_unseen()

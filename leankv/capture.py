@@ -1,7 +1,7 @@
 """Capturing: the keys and values of every token in chosen layers, streamed to a folder.
 
-One safetensors file a layer, with `k` and `v` `[tokens, W]` in the model's dtype; `manifest.json` is written last, so its
-presence means that the capture is complete. Only one batch of blocks is in memory at a time.
+One safetensors file a layer, with `k` and `v` `[tokens, W]` in the model's dtype; `manifest.json` is written last, so
+its presence means that the capture is complete. Only one batch of blocks is in memory at a time.
 """
 
 import json
@@ -35,7 +35,7 @@ class Activations:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was captured: `layers`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it depends on."""
+        """`layers`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it all depends on."""
         manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
         return manifest
 
@@ -77,7 +77,9 @@ def capture(
             shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
         folder.mkdir(parents=True)
         writers = {
-            layer: _LayerWriter(_file(folder, layer), n_blocks * block_length, loaded.geometry.layers[layer].width, dtype)
+            layer: _LayerWriter(
+                _file(folder, layer), n_blocks * block_length, loaded.geometry.layers[layer].width, dtype
+            )
             for layer in layers
         }
     except OSError as error:
@@ -139,7 +141,7 @@ class _LayerWriter:
 
     def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype):
         part_bytes = tokens * width * dtype.itemsize
-        header = {
+        header: dict[str, Any] = {
             part: {
                 "dtype": SAFETENSORS_DTYPES[dtype],
                 "shape": [tokens, width],
@@ -152,11 +154,11 @@ class _LayerWriter:
         self.file = path.open("wb", buffering=0)
         self.file.write(struct.pack("<Q", len(text)) + text)
         first = self.file.tell()
-        self.at = {part: first + index * part_bytes for index, part in enumerate(PARTS)}
+        self.at: dict[str, int] = {part: first + index * part_bytes for index, part in enumerate(PARTS)}
 
     def write(self, part: str, rows: torch.Tensor) -> None:
         """Append rows `[N, W]` (CPU)."""
-        data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        data = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
         self.file.seek(self.at[part])
         written = 0
         while written < len(data):  # an unbuffered file may take less than it is given

@@ -45,13 +45,17 @@ def command(name: str, *setting_names: str) -> Callable[[Callable[..., None]], C
                 _fail(f"error: {error}")
             except KeyboardInterrupt:
                 _fail("interrupted: what was finished is kept, and the same command goes on from there")
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                    raise
+                _fail("error: the device ran out of memory; use shorter blocks, --device-map auto or --load-in-4bit")
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise
                 _fail(f"error: {error.filename or 'the disk'}: {error.strerror}; mend that and run the command again")
 
         guarded.__signature__ = with_settings.__signature__  # type: ignore[attr-defined]
-        del guarded.__wrapped__  # type: ignore[attr-defined]
+        del guarded.__wrapped__
         return app.command(name)(guarded)
 
     return decorate
@@ -74,7 +78,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """How far can a model's KV cache be compressed, where, and at what price in perplexity?"""
 

@@ -1,8 +1,8 @@
 """Text: sources, the three splits, and blocks of tokens.
 
-Codecs are fitted on the *calibration* split, plans are chosen on *selection*, results are reported on *report*. A source
-with splits of its own (WikiText-2) keeps them: train, validation, test. Any other is cut at document borders, in order:
-80 % calibration, 10 % selection, 10 % report. So the three never overlap.
+Codecs are fitted on the *calibration* split, plans are chosen on *selection*, results are reported on *report*. A
+source with splits of its own (WikiText-2) keeps them: train, validation, test. Any other is cut at document borders, in
+order: 80 % calibration, 10 % selection, 10 % report. So the three never overlap.
 """
 
 import hashlib

@@ -12,7 +12,9 @@ from leankv.perplexity import compare, measure_nats
 from leankv.progress import Progress
 
 
-def evaluate(experiment: Experiment, bundle: Path | None, split: str, n_blocks: int, progress: Progress) -> dict[str, Any]:
+def evaluate(
+    experiment: Experiment, bundle: Path | None, split: str, n_blocks: int, progress: Progress
+) -> dict[str, Any]:
     """Measure the base model and, where a bundle is given, the model with its cache, on the same blocks.
 
     Args:

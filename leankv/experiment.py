@@ -74,9 +74,9 @@ class FitConfig:
     """How trained codecs are optimised (Adam, cosine schedule). Closed-form codecs ignore it."""
 
     epochs: int = 6
-    batch_tokens: int = 256
+    batch_tokens: int = 128
     """Tokens in one step of every codec."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """At the start of the cosine schedule, which ends at zero."""
     heldout_fraction: float = 0.1
     """Share of the calibration blocks on which the error of each epoch is measured."""
@@ -154,7 +154,9 @@ class Experiment:
         if self.protocol.kind == "strict" and self.protocol.window > 0:
             raise UserError("a strict pass has no exact window: set protocol.window to 0, or use --protocol stream")
         if self.codec.k == self.codec.v == "none":
-            raise UserError("codec.k and codec.v are both none, so nothing would be compressed; give one of them a codec")
+            raise UserError(
+                "codec.k and codec.v are both none, so nothing would be compressed; give one of them a codec"
+            )
         Budget.parse(self.selection.budget)
         for text in (self.layers, self.selection.layers):
             if text != "all":

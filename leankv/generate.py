@@ -103,5 +103,3 @@ def memory_words(completion: Completion, dtype: str) -> str:
         f"{completion.tokens} tokens: the compressed cache held {completion.cache_bytes:,} bytes, the uncompressed one "
         f"({dtype}) holds {completion.uncompressed_bytes:,} ({ratio:.2f}x); {completion.tokens_per_second:.1f} tokens/s"
     )
-
-

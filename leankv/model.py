@@ -3,7 +3,10 @@
 `from_pretrained` is called nowhere else. What LeanKV cannot work with is refused here, by name.
 """
 
+import contextlib
+import io
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +118,8 @@ def numerics(model: Any) -> dict[str, str]:
 def _load(config: ModelConfig) -> tuple[Any, Any]:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
@@ -142,8 +146,11 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if config.device_map is not None:
         weights["device_map"] = config.device_map
+    # The GGUF reader draws its bar on standard error whether or not that is a terminal.
+    quiet = contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **weights)
+        with quiet:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **weights)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
     except UserError:
         raise
@@ -236,8 +243,8 @@ def find_geometry(model: Any) -> Geometry:
         k, v = shapes[layer]
         if k != v:
             raise UserError(
-                f"{refused} caches keys of {k[1]} x {k[3]} and values of {v[1]} x {v[3]} numbers, as models with latent "
-                "attention do; its cache is compressed already, and LeanKV does not compress it again"
+                f"{refused} caches keys of {k[1]} x {k[3]} and values of {v[1]} x {v[3]} numbers, as models with "
+                "latent attention do; its cache is compressed already, and LeanKV does not compress it again"
             )
         layers.append(LayerGeometry(k[1], k[3], window))
     return Geometry(tuple(layers))
@@ -263,7 +270,9 @@ def fingerprint(model: Any) -> str:
             flat = tensor.detach().flatten()
             at = torch.linspace(0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
             picked = flat[at.to(flat.device)].cpu()
-            entry.append((picked.to(torch.bfloat16).view(torch.int16) if picked.is_floating_point() else picked).tolist())
+            entry.append(
+                (picked.to(torch.bfloat16).view(torch.int16) if picked.is_floating_point() else picked).tolist()
+            )
         samples.append(entry)
     return hash_of({"architecture": architecture, "samples": samples})
 

@@ -55,7 +55,17 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     "window": ("protocol.window", "--window", int, MEASURE, "Latest tokens kept exact (stream, decode)."),
     "budget": ("selection.budget", "--budget", str, MEASURE, "Joint cost allowed: points (2.5) or percent (7%)."),
 }
-COMMON = ("model", "dataset", "data_dir", "device", "device_map", "dtype", "load_in_4bit", "revision", "trust_remote_code")
+COMMON = (
+    "model",
+    "dataset",
+    "data_dir",
+    "device",
+    "device_map",
+    "dtype",
+    "load_in_4bit",
+    "revision",
+    "trust_remote_code",
+)
 FITTING = ("codec", "part", "epochs", "block_length")
 PROTOCOL = ("protocol", "sinks", "window")
 
@@ -82,7 +92,7 @@ def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
         parameters = [*taken, *options]
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del wrapper.__wrapped__  # type: ignore[attr-defined]  # typer would follow it to the undecorated signature
+        del wrapper.__wrapped__  # typer would follow it to the undecorated signature
         return wrapper
 
     return decorate

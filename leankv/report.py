@@ -12,8 +12,8 @@ from leankv.sweep_table import read_sweep
 
 STEP_WORDS = {
     "kept": "kept",
-    "over budget": "left out: over budget",
-    "over budget alone": "not tried: over budget alone",
+    "over budget": "left out",
+    "over budget alone": "not tried: alone over",
 }
 FIGURE = "figures/cost_by_layer.png"
 
@@ -78,11 +78,11 @@ def sweep_markdown(sweep: pd.DataFrame) -> str:
             "# Sweep",
             sweep_title(sweep) + ". FVU: fraction of variance unexplained on held-out calibration text.",
             "## By layer",
-            _markdown(*sweep_rows(sweep)),
+            markdown_table(*sweep_rows(sweep)),
             "## By cost",
-            _markdown(*sweep_rows(sweep.sort_values("delta_ppl", kind="stable"))),
+            markdown_table(*sweep_rows(sweep.sort_values("delta_ppl", kind="stable"))),
             "## By reconstruction error (the worse of K and V)",
-            _markdown(*sweep_rows(worst_fvu.sort_values("fvu", kind="stable"))),
+            markdown_table(*sweep_rows(worst_fvu.sort_values("fvu", kind="stable"))),
             "",
         ]
     )
@@ -93,7 +93,14 @@ def sweep_markdown(sweep: pd.DataFrame) -> str:
 
 def selection_rows(selection: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the selection's steps for people."""
-    header = ["layers", "layer tried", "its cost", "sum of costs (predicted)", "joint cost (measured)", "what became of it"]
+    header = [
+        "layers",
+        "layer tried",
+        "its cost",
+        "sum of costs (predicted)",
+        "joint cost (measured)",
+        "what became of it",
+    ]
     rows = [
         [
             str(len(step["layers"])),
@@ -127,9 +134,9 @@ def selection_markdown(selection: dict[str, Any], summary: dict[str, Any]) -> st
         [
             "# Selection",
             selection_title(selection) + ".",
-            _markdown(*selection_rows(selection)),
+            markdown_table(*selection_rows(selection)),
             "## Joint result on report text",
-            _markdown(["", ""], [[name, value] for name, value in summary_rows(summary)]),
+            markdown_table(["", ""], [[name, value] for name, value in summary_rows(summary)]),
             "",
         ]
     )
@@ -148,7 +155,10 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("perplexity", f"{summary['ppl']:.3f}"),
         ("joint cost", f"{summary['delta_ppl']:+.3f} points ({summary['delta_percent']:+.1f} %)"),
         ("95 % interval", interval_text(summary["delta_ppl_interval"])),
-        ("budget", f"{budget_text(summary['budget'])}, {'kept' if summary['within_budget'] else 'BROKEN'} on this text"),
+        (
+            "budget",
+            f"{budget_text(summary['budget'])}, {'kept' if summary['within_budget'] else 'exceeded'} on this text",
+        ),
         ("code ratio (compressed vectors only)", ratio_text(summary["code_ratio"])),
     ]
     rows += [(f"cache ratio at {n} tokens", ratio_text(ratio)) for n, ratio in summary["cache_ratio"].items()]
@@ -183,65 +193,10 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     return name_value_table("Perplexity", rows)
 
 
-def model_card(summary: dict[str, Any], experiment: dict[str, Any]) -> str:
-    """README.md of a bundle."""
-    model = experiment["model"]
-    base_model = f"base_model: {summary['model']}\n" if summary["model"].count("/") == 1 else ""
-    load = _loading_code(model)
-    table = _markdown(["", ""], [[name, value] for name, value in summary_rows(summary)])
-    low_high = interval_text(summary["delta_ppl_interval"])
-    return f"""---
-library_name: leankv
-{base_model}tags:
-- kv-cache
-- compression
----
-
-# A compressed KV cache for {summary["model"]}
-
-Codecs for {len(summary["selected_layers"])} of {summary["n_layers"]} layers ({summary["codec"]}). The weights of the model
-are untouched: the codecs sit in its cache, which holds codes in place of keys and values.
-
-Perplexity rises from {summary["base_ppl"]:.3f} to {summary["ppl"]:.3f} ({summary["delta_percent"]:+.1f} %, 95 % interval
-of the rise {low_high} points), measured under the protocol {protocol_text(summary)} on {summary["tokens"]} tokens of
-{summary["dataset"]}, {summary["split"]} split, in blocks of {experiment["data"]["block_length"]}.
-
-{table}
-
-## Use
-
-```python
-{load}
-```
-
-Make a new `LeanCache` for each generation. It refuses other weights than those it was made for.
-
-## Limits
-
-The codecs were fitted on {summary["dataset"]}; text of another kind will be reconstructed worse. Perplexity on one text
-says little about long-range retrieval or reasoning: measure your task before you rely on it. The loss compounds with
-whatever quantization the model itself has.
-"""
-
-
-def _loading_code(model: dict[str, Any]) -> str:
-    arguments = [f'"{model["name"]}"']
-    if model["load_in_4bit"]:
-        arguments.append("load_in_4bit=True")
-    if model["revision"]:
-        arguments.append(f'revision="{model["revision"]}"')
-    return f"""from leankv import LeanCache, ModelConfig, load_model
-
-loaded = load_model(ModelConfig({", ".join(arguments)}))
-inputs = loaded.tokenizer("The city of", return_tensors="pt").to(loaded.model.device)
-cache = LeanCache.from_pretrained("PATH/TO/THIS/FOLDER", loaded.model)
-print(loaded.tokenizer.decode(loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=40)[0]))"""
-
-
 # -- words ----------------------------------------------------------------------------------------------------------
 
 
-def interval_text(interval: Iterable[float] | None) -> str:
+def interval_text(interval: Iterable[Any] | None) -> str:
     """`-0.010 to +0.230`; `not known` without one (a single block)."""
     if interval is None:
         return "not known"
@@ -286,7 +241,8 @@ def name_value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown; columns without a name are aligned left."""
     rule = ["---" if cell == "" else "---:" for cell in header]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 

@@ -59,10 +59,13 @@ def find_conventions(model: Any) -> list[str | None]:
         if isinstance(output, tuple) and len(output) == 2 and all(isinstance(t, torch.Tensor) for t in output):
             tables.append(output)
 
+    # Any token whose embedding is not the padding token's zero.
+    token = model.config.get_text_config(decoder=True).vocab_size // 2
+
     def keys_at(position: int) -> list[torch.Tensor]:
         keys: list[torch.Tensor] = []
         model(
-            input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
+            input_ids=torch.tensor([[token]], device=model.device),
             position_ids=torch.tensor([[position]], device=model.device),
             past_key_values=RecordingCache(model.config, lambda layer, k, v: keys.append(k)),
         )

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from leankv.bundle import load_codec_file, save_codec_file
 from leankv.cache import LeanCache
 from leankv.capture import Activations, capture, find_activations
+from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
 from leankv.data import Blocks, TextSource
 from leankv.experiment import PARTS, Experiment, parse_layers
@@ -55,7 +55,9 @@ class Run:
         self.progress = progress
         self.folder = Path(experiment.output_dir)
         # What can fail cheaply fails before a model is loaded.
-        self.specs = {part: parse_spec(text) for part in PARTS if (text := getattr(experiment.codec, part)) != "none"}
+        self.specs: dict[str, CodecSpec] = {
+            part: parse_spec(text) for part in PARTS if (text := getattr(experiment.codec, part)) != "none"
+        }
         check_output_dir(self.folder)
         self._source = TextSource(experiment.data)
         progress.say(f"loading {experiment.model.name}")
@@ -119,7 +121,7 @@ class Run:
         path = self._codec_path(problem)
         if not path.exists():
             return False
-        codec, about = load_codec_file(path)
+        codec, about = load_codec(path)
         self._stored[problem] = StoredCodec(codec, about["key"], json.loads(about["fvu"]), json.loads(about["seconds"]))
         return True
 
@@ -133,7 +135,7 @@ class Run:
                 "fvu_by_epoch": json.dumps(fitted.fvu_by_epoch),
                 "seconds": json.dumps(fitted.seconds),
             }
-            save_codec_file(self._codec_path(problem), fitted.codec, about)
+            save_codec(self._codec_path(problem), fitted.codec, about)
             self._load_codec(problem)
 
         fit_codecs(

@@ -1,7 +1,7 @@
 """Result files: written whole or not at all, found again by the hash of everything they depend on.
 
-A file is written under a temporary name in the same folder, flushed to the disk, and renamed. So a run that is killed at
-any instant leaves finished files and ignorable temporary ones, and the next run finds what is finished by its key.
+A file is written under a temporary name in the same folder, flushed to the disk, and renamed. So a run that is killed
+at any instant leaves finished files and ignorable temporary ones, and the next run finds what is finished by its key.
 """
 
 import contextlib
@@ -65,13 +65,18 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` atomically."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomically(path, fill)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) atomically."""
-    write_atomically(path, lambda temporary: _fill(temporary, text))
-
-
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -112,7 +112,7 @@ class Autoencoder(Codec):
 
 
 def _initial_stack(arguments: Sequence[int], train: torch.Tensor, seed: int) -> Stack:
-    """Statistics of the data, and weights as `nn.Linear` draws them: the same for each problem, whoever is beside it."""
+    """Statistics of the data, and weights as `nn.Linear` draws them, the same for each problem."""
     dimensions, hidden = arguments
     problems, _, width = train.shape
     mean = torch.stack([x.float().mean(dim=0) for x in train])
@@ -163,7 +163,7 @@ def train_stack(
             # The sum over problems keeps them apart: each parameter sees only its own problem's mean error.
             loss = (reconstructed - u).square().mean(dim=(1, 2)).sum()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         error = _heldout_error(stack, heldout)

@@ -85,7 +85,7 @@ class Codec(torch.nn.Module, ABC):
         """Read what stands behind the colon of a spec; `ValueError` if it does not parse."""
 
     @classmethod
-    def check_width(cls, arguments: Sequence[int], width: int) -> None:  # noqa: B027 - most families take any width
+    def check_width(cls, arguments: Sequence[int], width: int) -> None:
         """`ValueError` when the arguments do not suit the width."""
 
     @property

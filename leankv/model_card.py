@@ -1,0 +1,61 @@
+"""The README.md of a bundle: the model card that is published with it."""
+
+from typing import Any
+
+from leankv.report import interval_text, markdown_table, protocol_text, summary_rows
+
+
+def model_card(summary: dict[str, Any], experiment: dict[str, Any]) -> str:
+    """README.md of a bundle."""
+    model = experiment["model"]
+    base_model = f"base_model: {summary['model']}\n" if summary["model"].count("/") == 1 else ""
+    load = _loading_code(model)
+    table = markdown_table(["", ""], [[name, value] for name, value in summary_rows(summary)])
+    low_high = interval_text(summary["delta_ppl_interval"])
+    return f"""---
+library_name: leankv
+{base_model}tags:
+- kv-cache
+- compression
+---
+
+# A compressed KV cache for {summary["model"]}
+
+Codecs for {len(summary["selected_layers"])} of {summary["n_layers"]} layers ({summary["codec"]}). The weights of the
+model are untouched: the codecs sit in its cache, which holds codes in place of keys and values.
+
+Perplexity rises from {summary["base_ppl"]:.3f} to {summary["ppl"]:.3f} ({summary["delta_percent"]:+.1f} %, 95 %
+interval of the rise {low_high} points), measured under the protocol {protocol_text(summary)} on
+{summary["tokens"]} tokens of {summary["dataset"]}, {summary["split"]} split, in blocks of
+{experiment["data"]["block_length"]} tokens.
+
+{table}
+
+## Use
+
+```python
+{load}
+```
+
+Make a new `LeanCache` for each generation. It refuses other weights than those it was made for.
+
+## Limits
+
+The codecs were fitted on {summary["dataset"]}; text of another kind will be reconstructed worse. Perplexity on one text
+says little about long-range retrieval or reasoning: measure your task before you rely on it. The loss compounds with
+whatever quantization the model itself has.
+"""
+
+
+def _loading_code(model: dict[str, Any]) -> str:
+    arguments = [f'"{model["name"]}"']
+    if model["load_in_4bit"]:
+        arguments.append("load_in_4bit=True")
+    if model["revision"]:
+        arguments.append(f'revision="{model["revision"]}"')
+    return f"""from leankv import LeanCache, ModelConfig, load_model
+
+loaded = load_model(ModelConfig({", ".join(arguments)}))
+inputs = loaded.tokenizer("The city of", return_tensors="pt").to(loaded.model.device)
+cache = LeanCache.from_pretrained("PATH/TO/THIS/FOLDER", loaded.model)
+print(loaded.tokenizer.decode(loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=40)[0]))"""
