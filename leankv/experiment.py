@@ -120,6 +120,8 @@ class Experiment:
     layers: str = "all"
     """Layers to sweep: `all`, or numbers and ranges such as `0,4,40-63`."""
     seed: int = 0
+    memory_budget: float = 4.0
+    """GB (10^9 bytes) of memory for hidden states kept between measurements; more go to a temporary file."""
     output_dir: str = "results/run"
 
     def __post_init__(self) -> None:
@@ -149,6 +151,8 @@ class Experiment:
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.fit.learning_rate <= 0:
             raise UserError(f"fit.learning_rate must be above 0, not {self.fit.learning_rate}")
+        if self.memory_budget < 0:
+            raise UserError(f"memory_budget must not be negative, not {self.memory_budget}")
         if not 0 < self.fit.heldout_fraction < 1:
             raise UserError(f"fit.heldout_fraction must lie between 0 and 1, not {self.fit.heldout_fraction}")
         if self.protocol.kind == "strict" and self.protocol.window > 0:

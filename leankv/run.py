@@ -5,7 +5,7 @@ known. So any command may be stopped and called again.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from leankv.fit import FittedCodec, Problem, fit_codecs
 from leankv.model import LoadedModel, load_model
 from leankv.perplexity import BlockNats, measure_nats
 from leankv.progress import Progress
+from leankv.replay import Replay
 from leankv.store import Cells, check_output_dir, hash_of, write_text
 
 
@@ -78,6 +79,13 @@ class Run:
             wanted: int = getattr(data, f"{split}_blocks")
             self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.block_length)
         return self._blocks[split]
+
+    @cached_property
+    def _selection_replay(self) -> Replay:
+        """Selection blocks are measured under many plans, so each is run from its first changed layer on only."""
+        blocks, protocol = self.blocks("selection"), self.experiment.protocol
+        memory = round(self.experiment.memory_budget * 1e9)
+        return Replay(self.loaded.model, blocks, protocol, memory, self.folder)
 
     @cached_property
     def model_key(self) -> dict[str, Any]:
@@ -188,16 +196,19 @@ class Run:
             "codecs": {f"{layer}.{part}": stored.key for (layer, part), stored in codecs.items()},
         }
 
-        def compute() -> dict[str, Any]:
+        def measured(on_block: Callable[[], None]) -> BlockNats:
             plan = self.plan(layers)
+            if split == "selection":
+                return self._selection_replay.measure(plan, on_block)
+            model = self.loaded.model
+            cache = LeanCache(model.config, plan, protocol.sinks, protocol.window)
+            return measure_nats(model, blocks, protocol, cache.fresh, on_block)
 
-            def make_cache() -> LeanCache:
-                return LeanCache(self.loaded.model.config, plan, protocol.sinks, protocol.window)
-
+        def compute() -> dict[str, Any]:
             if not title:
-                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache))
+                return asdict(measured(lambda: None))
             with self.progress.stage(title, len(blocks)) as step:
-                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache, step))
+                return asdict(measured(step))
 
         result = self.cells.get_or_compute(f"nats-{split}", depends_on, compute)
         return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])

@@ -1,22 +1,16 @@
 """Fixtures that several test files use."""
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
+# The tensors of tiny models gain nothing from more threads, and the numbers are the same on every machine. Set before
+# torch is imported, and inherited by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
-import torch
 
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """The same numbers on machines with more cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))

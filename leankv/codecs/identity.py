@@ -32,7 +32,7 @@ class Identity(Codec):
         return self.width * self.like.element_size() * 8
 
     def encode(self, x: torch.Tensor) -> Code:
-        return {"x": x.to(self.like.dtype)}
+        return {"x": x.to(self.like.dtype, copy=True)}  # never a view that keeps more alive
 
     def decode(self, code: Code) -> torch.Tensor:
         return code["x"]

@@ -1,0 +1,204 @@
+"""Suffix replay: measuring a plan from its first changed layer on. Exact, bit for bit.
+
+A codec in layer i changes nothing that happens before layer i. So the hidden states that enter each layer are recorded
+in one pass, and a plan that differs from the recorded one at layer i first is measured by running layers i to L only.
+The layers before it are replaced, for the time of the pass, by stand-ins, the last of which gives what was recorded;
+masks, positions, the final norm and the head remain the model's own.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leankv.cache import LeanCache, Plan
+from leankv.data import Blocks
+from leankv.experiment import ProtocolConfig
+from leankv.perplexity import BlockNats, measure_nats
+from leankv.store import cannot_write
+
+
+@dataclass
+class _Recording:
+    """Hidden states entering layers, under one plan: (layer, batch of blocks) -> `[B, T, hidden]`."""
+
+    plan: Plan
+    states: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+class Replay:
+    """Measures plans on one set of blocks, each from its first changed layer on.
+
+    Args:
+        model: the transformers model.
+        blocks: what to measure on.
+        protocol: how.
+        memory_bytes: hidden states beyond this go to a file in `folder`, memory-mapped.
+        folder: for that file.
+    """
+
+    def __init__(self, model: Any, blocks: Blocks, protocol: ProtocolConfig, memory_bytes: int, folder: Path):
+        self.model = model
+        self.blocks = blocks
+        self.protocol = protocol
+        self.layers = find_decoder_layers(model)
+        self.memory_bytes = memory_bytes
+        self.folder = folder
+        self._recordings: list[_Recording] = []
+
+    def measure(self, plan: Plan, on_block: Callable[[], None] = lambda: None) -> BlockNats:
+        """Nats of the blocks under `plan`; the same numbers as a full pass.
+
+        What it records on the way serves the next plans: those that add to this one, or to the base.
+        """
+        if self.layers is None:
+            return measure_nats(self.model, self.blocks, self.protocol, lambda: self._cache(plan, 0), on_block)
+        if plan and not any(not recording.plan for recording in self._recordings):
+            self.measure({})
+        # A recorded plan that is no part of this one was a candidate that was left out; one that is a smaller part than
+        # another serves no more.
+        base = [recording for recording in self._recordings if not recording.plan]
+        parts = [r for r in self._recordings if r.plan and all(plan.get(layer) == r.plan[layer] for layer in r.plan)]
+        best = max(base + parts, key=lambda recording: self._first_change(recording.plan, plan), default=None)
+        self._recordings = base + [recording for recording in parts if recording is best]
+        new = _Recording(plan)
+        if best is None:
+            first = 0
+        else:
+            first = min(self._first_change(best.plan, plan), len(self.layers) - 1)  # the head is always run
+            new.states = {key: states for key, states in best.states.items() if key[0] <= first}
+        with self._recorded(new, first), self._replaced(best, first):
+            nats = measure_nats(self.model, self.blocks, self.protocol, lambda: self._begin(plan, first), on_block)
+        if best is None or best.plan != plan:
+            self._recordings.append(new)
+        return nats
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, into: _Recording) -> torch.Tensor:
+        """An empty tensor: in memory while all that is recorded fits the limit, else in a mapped file."""
+        held = {id(states): states for recording in (*self._recordings, into) for states in recording.states.values()}
+        if sum(states.nbytes for states in held.values()) + math.prod(shape) * dtype.itemsize <= self.memory_bytes:
+            return torch.empty(shape, dtype=dtype)
+        return _mapped(shape, dtype, self.folder)
+
+    def _first_change(self, recorded: Plan, plan: Plan) -> int:
+        """The first layer in which two plans differ; the number of layers where they do not."""
+        assert self.layers is not None
+        changed = [layer for layer in {*recorded, *plan} if recorded.get(layer) != plan.get(layer)]
+        return min(changed, default=len(self.layers))
+
+    def _cache(self, plan: Plan, first: int) -> LeanCache:
+        return LeanCache(self.model.config, plan, self.protocol.sinks, self.protocol.window, first_layer=first)
+
+    def _begin(self, plan: Plan, first: int) -> LeanCache:
+        """A cache for the next batch of blocks."""
+        self._batch += 1
+        return self._cache(plan, first)
+
+    @contextmanager
+    def _recorded(self, into: _Recording, first: int) -> Iterator[None]:
+        """Record what enters the layers behind `first`."""
+        assert self.layers is not None
+        self._batch = -1
+        length = self.blocks.tokens.shape[1]
+
+        def recorder(layer: int) -> Callable[..., None]:
+            def record(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                key = (layer, self._batch)
+                if key not in into.states:
+                    self._filled[layer] = 0
+                    into.states[key] = self._allocate((len(hidden), length, hidden.shape[2]), hidden.dtype, into)
+                at = self._filled[layer]
+                into.states[key][:, at : at + hidden.shape[1]] = hidden
+                self._filled[layer] = at + hidden.shape[1]
+
+            return record
+
+        self._filled: dict[int, int] = {}
+        hooks = [
+            self.layers[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True)
+            for layer in range(first + 1, len(self.layers))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _replaced(self, recording: _Recording | None, first: int) -> Iterator[None]:
+        """Put stand-ins in place of the layers before `first`."""
+        assert self.layers is not None
+        originals = list(self.layers)
+        try:
+            for layer in range(first):
+                self.layers[layer] = _StandIn(originals[layer])
+            if first and recording is not None:
+                self.layers[first - 1] = _StandIn(originals[first - 1], self._reader(recording, first))
+            yield
+        finally:
+            for layer, original in enumerate(originals):
+                self.layers[layer] = original
+
+    def _reader(self, recording: _Recording, first: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Gives the recorded hidden states of the batch under way, chunk after chunk."""
+        batch, at = -1, 0
+
+        def read(like: torch.Tensor) -> torch.Tensor:
+            nonlocal batch, at
+            if batch != self._batch:
+                batch, at = self._batch, 0
+            states = recording.states[(first, batch)][:, at : at + like.shape[1]]
+            at += like.shape[1]
+            return states.to(like.device)
+
+        return read
+
+
+def find_decoder_layers(model: Any) -> torch.nn.ModuleList | None:
+    """The list of a model's decoder layers; None where there is no single one of the right length."""
+    length = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == length]
+    # Lists inside a layer (experts, say) may happen to be as long; the decoder's is the outermost.
+    return lists[0] if lists else None
+
+
+class _StandIn(torch.nn.Module):
+    """Stands in for a decoder layer: gives its input, or what `read` says; looks like the layer to the model's loop."""
+
+    def __init__(self, original: torch.nn.Module, read: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        super().__init__()
+        self.__dict__["original"] = original  # not registered: it is no part of this module
+        self.__dict__["read"] = read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states if self.read is None else self.read(hidden_states)
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """An empty tensor in a file of its own, which vanishes with the tensor.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    size = math.prod(shape)
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".hidden-states-", suffix=".tmp")
+        try:
+            # Space is claimed now: a full disk is an error here, and would be a crash when the pages are written.
+            os.posix_fallocate(handle, 0, size * dtype.itemsize)
+            return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
+        finally:
+            os.close(handle)
+            Path(name).unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error

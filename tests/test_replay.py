@@ -1,0 +1,95 @@
+"""Suffix replay gives the numbers of a full pass, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leankv.cache import LeanCache, Plan, RecordingCache
+from leankv.codecs import PCA, TrainingSettings
+from leankv.data import Blocks
+from leankv.experiment import ProtocolConfig
+from leankv.perplexity import measure_nats
+from leankv.replay import Replay
+from tests import tiny
+
+PROTOCOLS = [
+    ProtocolConfig(kind="strict"),
+    ProtocolConfig(kind="strict", sinks=2, batch_size=2),
+    ProtocolConfig(kind="stream", sinks=2, window=5, chunk=7),
+    ProtocolConfig(kind="decode", sinks=1, window=3),
+]
+BLOCKS = Blocks(tiny.tokens(3, 30), "selection", "random")
+MEMORY = 1 << 30
+
+
+def lossy_plan(model: Any, layers: tuple[int, ...]) -> Plan:
+    """Keys and values of these layers through two principal components of their own."""
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with torch.no_grad():
+        model(
+            tiny.tokens(1, 60), past_key_values=RecordingCache(model.config, lambda n, k, v: seen.update({n: (k, v)}))
+        )
+
+    def codec(states: torch.Tensor) -> PCA:
+        x = states.transpose(1, 2).flatten(2)
+        return PCA.fit((2,), x, x, TrainingSettings(1, 1, 1.0, 0), lambda epoch, error: None)[0]
+
+    return {layer: {"k": codec(seen[layer][0]), "v": codec(seen[layer][1])} for layer in layers}
+
+
+def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, ...]:
+    """The obvious twin: every layer run, nothing remembered."""
+    return measure_nats(
+        model, BLOCKS, protocol, lambda: LeanCache(model.config, plan, protocol.sinks, protocol.window)
+    ).nats
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
+def test_every_single_layer_and_a_growing_plan_match_full_passes(
+    model: Any, protocol: ProtocolConfig, tmp_path: Path
+) -> None:
+    replay = Replay(model, BLOCKS, protocol, MEMORY, tmp_path)
+    codecs = lossy_plan(model, (0, 1, 2, 3))
+    for chosen in [(), (3,), (0,), (2,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
+        plan = {layer: codecs[layer] for layer in chosen}
+        assert replay.measure(plan).nats == full_pass(model, plan, protocol), chosen
+
+
+def test_layers_before_the_first_change_are_not_run(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    replay = Replay(model, BLOCKS, PROTOCOLS[0], MEMORY, tmp_path)
+    codecs = lossy_plan(model, (1, 2, 3))
+    replay.measure({2: codecs[2]})
+    runs = [0] * 4
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
+    replay.measure({2: codecs[2], 3: codecs[3]})  # grows the plan measured last
+    assert runs == [0, 0, 0, 3]
+    replay.measure({2: codecs[2], 1: codecs[1]})  # {2, 3} was left out
+    assert runs == [0, 3, 3, 6]
+
+
+def test_hidden_states_spill_to_files_that_vanish(model: Any, tmp_path: Path) -> None:
+    replay = Replay(model, BLOCKS, PROTOCOLS[2], 0, tmp_path)
+    codecs = lossy_plan(model, (1, 3))
+    for chosen in [(1,), (3,), (1, 3)]:
+        plan = {layer: codecs[layer] for layer in chosen}
+        assert replay.measure(plan).nats == full_pass(model, plan, PROTOCOLS[2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny.build("gemma3")
+    before = list(model.model.layers)
+    replay = Replay(model, BLOCKS, PROTOCOLS[0], MEMORY, tmp_path)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    replay.measure({})
+    with pytest.raises(KeyboardInterrupt):
+        replay.measure(lossy_plan(model, (2,)), interrupt)
+    assert list(model.model.layers) == before
+    assert all(not layer._forward_pre_hooks for layer in before)
