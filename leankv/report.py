@@ -251,36 +251,40 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def draw_costs(sweep: pd.DataFrame, selection: dict[str, Any] | None, path: Path) -> None:
-    """Cost by layer with 95 % intervals, the chosen layers marked."""
+    """Cost by layer with 95 % intervals, the chosen layers marked; outliers are cut off and written."""
     from matplotlib.figure import Figure
 
+    budget = selection["budget_points"] if selection else 0.0
     chosen = set(selection["selected_layers"]) if selection else set()
+    top = 3 * max(budget, float(sweep["delta_ppl"].quantile(0.75)), 0.01)
     figure = Figure(figsize=(max(6.4, 0.16 * len(sweep) + 3), 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for picked, colour, label in ((False, "#8a8f98", "not chosen"), (True, "#c2410c", "chosen")):
         rows = sweep[sweep["layer"].isin(chosen) == picked]
-        if rows.empty:
-            continue
-        cost = rows["delta_ppl"]
-        spread = [cost - rows["delta_ppl_low"], rows["delta_ppl_high"] - cost]
-        known = rows["delta_ppl_low"].notna().all()
-        axes.errorbar(
-            rows["layer"],
-            cost,
-            yerr=spread if known else None,
-            fmt="o",
-            color=colour,
-            markersize=5,
-            elinewidth=1.2,
-            capsize=2.5,
-            label=label if selection else "cost",
-        )
+        inside = rows[rows["delta_ppl"] <= top]
+        if not inside.empty:
+            cost = inside["delta_ppl"]
+            spread = [cost - inside["delta_ppl_low"], inside["delta_ppl_high"] - cost]
+            axes.errorbar(
+                inside["layer"],
+                cost,
+                yerr=spread if inside["delta_ppl_low"].notna().all() else None,
+                fmt="o",
+                color=colour,
+                markersize=5,
+                elinewidth=1.2,
+                capsize=2.5,
+                label=label if selection else "cost",
+            )
+        above = rows[rows["delta_ppl"] > top]
+        for layer, cost in zip(above["layer"].tolist(), above["delta_ppl"].tolist(), strict=True):
+            axes.plot(layer, top * 0.97, "^", color=colour, markersize=6)
+            axes.annotate(f"{cost:+.3g}", (layer, top * 0.93), ha="center", va="top", fontsize=7)
     axes.axhline(0, color="black", linewidth=0.6)
     if selection:
-        axes.axhline(selection["budget_points"], color="#1d4ed8", linewidth=0.9, linestyle="--", label="budget (joint)")
-    # Costs span orders of magnitude: linear near zero, logarithmic above one point.
-    axes.set_yscale("symlog", linthresh=1.0, linscale=1.5)
-    axes.yaxis.set_major_formatter("{x:g}")
+        axes.axhline(budget, color="#1d4ed8", linewidth=0.9, linestyle="--", label="budget of the whole set")
+    if (sweep["delta_ppl"] > top).any() or (sweep["delta_ppl_high"] > top).any():
+        axes.set_ylim(top=top)
     axes.set_xlabel("layer")
     axes.set_ylabel("perplexity cost, points (95 % interval)")
     axes.set_title(sweep_title(sweep).replace(", protocol", "\nprotocol"), fontsize=9, loc="left")
