@@ -18,7 +18,10 @@ BitsPlan = Mapping[int, Mapping[str, int]]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a plan makes of a model's cache.
+    """What a plan makes of a model's cache, tokens that can still be read counted.
+
+    (After a long prefill transformers' own sliding-window layers keep the whole of it alive until the next token;
+    `LeanCache.nbytes()` shows that, these figures do not.)
 
     Attributes:
         geometry: the model's.

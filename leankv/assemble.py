@@ -1,6 +1,7 @@
 """From a finished sweep to a plan under the budget, its report and its bundle."""
 
 import resource
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def select(run: Run) -> dict[str, Any]:
     """
     experiment = run.experiment
     costs = _costs(run)
+    run.begin()
     budget = Budget.parse(experiment.selection.budget)
     base = run.measure("selection", [], "base perplexity, selection split")
     points = budget.points(base.perplexity)
@@ -66,6 +68,8 @@ def select(run: Run) -> dict[str, Any]:
             summary,
             model_card(summary, asdict(experiment)),
         )
+    else:
+        shutil.rmtree(run.folder / "bundle", ignore_errors=True)  # an earlier choice's
     write_manifest(run)
     return summary
 

@@ -45,6 +45,8 @@ class Activations:
             return file.get_tensor(part)
 
     def delete(self) -> None:
+        """Remove the folder, its manifest first: what is left of a stopped removal is no capture."""
+        (self.folder / "manifest.json").unlink()
         shutil.rmtree(self.folder)
 
 
@@ -72,18 +74,6 @@ def capture(
     wanted = set(layers)
     dtype = loaded.model.dtype
     n_blocks, block_length = blocks.tokens.shape
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
-        folder.mkdir(parents=True)
-        writers = {
-            layer: _LayerWriter(
-                _file(folder, layer), n_blocks * block_length, loaded.geometry.layers[layer].width, dtype
-            )
-            for layer in layers
-        }
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
     def record(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if layer not in wanted:
@@ -98,7 +88,14 @@ def capture(
             writers[layer].write(part, states.transpose(1, 2).flatten(2).flatten(0, 1).cpu())
 
     body = loaded.model.base_model  # the head's logits are not needed
+    writers: dict[int, _LayerWriter] = {}
     try:
+        if folder.exists():
+            shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
+        folder.mkdir(parents=True)
+        for layer in layers:
+            width = loaded.geometry.layers[layer].width
+            writers[layer] = _LayerWriter(_file(folder, layer), n_blocks * block_length, width, dtype)
         with progress.stage(f"capturing {len(layers)} layers", n_blocks) as step:
             for tokens in blocks.tokens.split(batch_size):
                 body(
@@ -109,6 +106,9 @@ def capture(
                 for _ in tokens:
                     step()
     except OSError as error:
+        for writer in writers.values():
+            writer.file.close()
+        shutil.rmtree(folder, ignore_errors=True)  # so that there is room to write what comes next
         raise cannot_write(folder, error) from error
     finally:
         for writer in writers.values():
@@ -151,9 +151,9 @@ class _LayerWriter:
         }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self.file = path.open("wb", buffering=0)
-        self.file.write(struct.pack("<Q", len(text)) + text)
-        first = self.file.tell()
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        first = path.stat().st_size
+        self.file = path.open("r+b", buffering=0)
         self.at: dict[str, int] = {part: first + index * part_bytes for index, part in enumerate(PARTS)}
 
     def write(self, part: str, rows: torch.Tensor) -> None:

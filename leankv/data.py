@@ -208,7 +208,10 @@ def _local_documents(path: Path) -> list[str]:
         column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} is not a parquet file with a `text` column; give one that is") from error
-    return [str(value) for value in column.to_pylist() if value is not None]
+    rows = [value for value in column.to_pylist() if value is not None]
+    if not all(isinstance(row, str) for row in rows):
+        raise UserError(f"the `text` column of {path} holds no strings; give a file whose `text` column is text")
+    return rows
 
 
 def _row_text(line: str, path: Path, number: int) -> str:

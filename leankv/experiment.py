@@ -151,6 +151,8 @@ class Experiment:
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.fit.learning_rate <= 0:
             raise UserError(f"fit.learning_rate must be above 0, not {self.fit.learning_rate}")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed must be below 2^63, not {self.seed}")
         if self.memory_budget < 0:
             raise UserError(f"memory_budget must not be negative, not {self.memory_budget}")
         if not 0 < self.fit.heldout_fraction < 1:
@@ -267,7 +269,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text!r} is not key=value, e.g. --set data.block_length=512")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {text!r}: the value is not YAML") from error
 
 
@@ -306,6 +308,8 @@ def _flatten_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not valid YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the experiment {path} is not valid YAML: it has characters that no text has") from error
     known = _fields_by_key()
     sections = {key.partition(".")[0] for key in known if "." in key}
     values: dict[str, Any] = {}
@@ -318,6 +322,8 @@ def _flatten_yaml(path: Path) -> dict[str, Any]:
         for key_node, value_node in node.value:
             key, where = prefix + str(key_node.value), f"{path}, line {key_node.start_mark.line + 1}"
             if key in sections and isinstance(value_node, yaml.MappingNode):
+                if any(seen.startswith(key + ".") for seen in values):
+                    raise UserError(f"{where}: {key} stands twice; keep one")
                 read(value_node, key + ".")
             elif key in sections:
                 raise UserError(f"{where}: {key} is a group of settings and needs indented ones under it")
@@ -328,7 +334,11 @@ def _flatten_yaml(path: Path) -> dict[str, Any]:
                 raise UserError(f"{where}: {key} stands twice; keep one")
             else:
                 loader = yaml.SafeLoader("")
-                values[key] = _convert(loader.construct_object(value_node, deep=True), known[key], f"{where}: {key}")
+                try:
+                    value = loader.construct_object(value_node, deep=True)
+                except (yaml.YAMLError, ValueError) as error:
+                    raise UserError(f"{where}: the value of {key} is not understood; put it in quotes") from error
+                values[key] = _convert(value, known[key], f"{where}: {key}")
 
     read(root, "")
     return values
@@ -349,11 +359,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             try:  # YAML reads 3e-3 as a string
                 if math.isfinite(number := float(value)):
                     return number
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
         elif option is str and isinstance(value, str | int | float):
             return str(value)
-        elif option is str and value is None:
+        elif option is str and value is None and where.endswith(("codec.k", "codec.v")):
             return "none"  # `k: null` and `k: none` say the same
     wanted = " or ".join("null" if option is type(None) else option.__name__ for option in options)
     raise UserError(f"{where} must be {wanted}, not {value!r}")

@@ -55,7 +55,7 @@ def fit_codecs(
     that no held-out token has a neighbour among the fitted ones.
     """
     manifest = activations.manifest
-    heldout_blocks = max(1, round(settings.heldout_fraction * manifest["blocks"]))
+    heldout_blocks = min(max(1, round(settings.heldout_fraction * manifest["blocks"])), manifest["blocks"] - 1)
     first_heldout = (manifest["blocks"] - heldout_blocks) * manifest["block_length"]
     training = TrainingSettings(settings.epochs, settings.batch_tokens, settings.learning_rate, seed)
 

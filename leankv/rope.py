@@ -16,6 +16,8 @@ PROBE_POSITION = 7  # assumption: far enough for a wrong convention to show, ins
 TOLERANCE = 2e-2  # relative error; bfloat16 keys differ by 4e-3 from rounding, a wrong convention by about 1
 
 Rotation = Callable[[torch.Tensor], torch.Tensor]
+Table = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of some positions, each `[B, T, rotary_dim]`."""
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -53,47 +55,54 @@ def find_conventions(model: Any) -> list[str | None]:
 
     None says that no known convention makes the keys agree; the layer can then be compressed post-rope only.
     """
-    tables: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def keep_tables(module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        if isinstance(output, tuple) and len(output) == 2 and all(isinstance(t, torch.Tensor) for t in output):
-            tables.append(output)
-
     # Any token whose embedding is not the padding token's zero.
     token = model.config.get_text_config(decoder=True).vocab_size // 2
+    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
 
-    def keys_at(position: int) -> list[torch.Tensor]:
+    def probe(position: int) -> tuple[list[torch.Tensor], list[Table]]:
+        """Each layer's keys of one token at `position`, and the cos and sin tables that the model made for it."""
         keys: list[torch.Tensor] = []
-        model(
-            input_ids=torch.tensor([[token]], device=model.device),
-            position_ids=torch.tensor([[position]], device=model.device),
-            past_key_values=RecordingCache(model.config, lambda layer, k, v: keys.append(k)),
-        )
-        return keys
+        tables: list[Table] = []
 
-    at_zero = keys_at(0)
-    hooks = [m.register_forward_hook(keep_tables) for name, m in model.named_modules() if name.endswith("rotary_emb")]
-    try:
-        at_position = keys_at(PROBE_POSITION)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [_convention_of(zero, moved, tables) for zero, moved in zip(at_zero, at_position, strict=True)]
+        def keep_table(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            if isinstance(output, tuple) and len(output) == 2 and all(isinstance(t, torch.Tensor) for t in output):
+                tables.append(output)
+
+        hooks = [module.register_forward_hook(keep_table) for module in rotary]
+        try:
+            model(
+                input_ids=torch.tensor([[token]], device=model.device),
+                position_ids=torch.tensor([[position]], device=model.device),
+                past_key_values=RecordingCache(model.config, lambda layer, k, v: keys.append(k)),
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return keys, tables
+
+    at_zero, zero_tables = probe(0)
+    at_position, tables = probe(PROBE_POSITION)
+    table_pairs = list(zip(zero_tables, tables, strict=True))
+    return [_convention_of(zero, moved, table_pairs) for zero, moved in zip(at_zero, at_position, strict=True)]
 
 
-def _convention_of(
-    zero: torch.Tensor, moved: torch.Tensor, tables: list[tuple[torch.Tensor, torch.Tensor]]
-) -> str | None:
-    """Which convention takes `moved` back to `zero`, with any of the model's cos and sin tables."""
-
-    def agree(k: torch.Tensor) -> bool:
-        return bool((k - zero.float()).norm() <= TOLERANCE * zero.float().norm())
-
-    if agree(moved.float()):
+def _convention_of(zero: torch.Tensor, moved: torch.Tensor, table_pairs: list[tuple[Table, Table]]) -> str | None:
+    """Under which convention keys at position 0 and moved keys are the same once both are un-rotated."""
+    if _agree(moved.float(), zero.float()):
         return "none"
     for name, rotate in CONVENTIONS.items():
-        for table in tables:
-            cos, sin = (t.to(moved.device) for t in table)
-            if cos.shape[-1] <= moved.shape[-1] and agree(unrotate(moved, cos, sin, rotate)):
+        for table_zero, table_moved in table_pairs:
+            if table_moved[0].shape[-1] > moved.shape[-1]:
+                continue
+            # Scaled embeddings (yarn) change the keys at position 0 too.
+            undone = [
+                unrotate(keys, table[0].to(keys.device), table[1].to(keys.device), rotate)
+                for keys, table in ((zero, table_zero), (moved, table_moved))
+            ]
+            if _agree(undone[1], undone[0]):
                 return name
     return None
+
+
+def _agree(keys: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((keys - reference).norm() <= TOLERANCE * reference.norm())

@@ -72,6 +72,10 @@ class Run:
         self.cells = Cells(self.folder / "cells")
         write_text(self.folder / "experiment.yaml", experiment.to_yaml())
 
+    def begin(self) -> None:
+        """Results are about to change: without its manifest the folder does not pass for a finished run."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+
     def blocks(self, split: str) -> Blocks:
         """The blocks of a split that this experiment uses."""
         if split not in self._blocks:

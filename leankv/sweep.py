@@ -14,6 +14,7 @@ KEY_SPACE = "post-rope"
 
 def sweep(run: Run) -> pd.DataFrame:
     """Fit every asked-for layer's codecs, measure each layer's cost alone on the selection split, write `sweep.csv`."""
+    run.begin()
     run.fitted(run.layers)
     run.measure("selection", [], "base perplexity, selection split")
     rows = []

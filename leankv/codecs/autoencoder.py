@@ -7,10 +7,16 @@ from typing import Self
 import torch
 from torch.nn.functional import gelu, linear
 
-from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_variance_unexplained
+from leankv.codecs.base import (
+    Code,
+    Codec,
+    TrainingSettings,
+    as_float16,
+    fraction_of_variance_unexplained,
+    within_float16,
+)
 
 DEFAULT_HIDDEN = 128  # LeanLlama's
-FLOAT16_MAX = 65504.0
 HELDOUT_CHUNK = 4096  # tokens reconstructed at a time while measuring, to bound memory
 
 Stack = dict[str, torch.Tensor]
@@ -65,14 +71,16 @@ class Autoencoder(Codec):
         return self.encoder_weight.shape[0] * 16
 
     def encode(self, x: torch.Tensor) -> Code:
-        u = ((x.float() - self.mean) / self.scale).to(self.encoder_weight.dtype)
+        u = within_float16((x.float() - self.mean) / self.scale).to(self.encoder_weight.dtype)
         z = linear(u, self.encoder_weight, self.encoder_bias)
-        return {"z": z.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)}
+        return {"z": as_float16(z)}
 
     def decode(self, code: Code) -> torch.Tensor:
         z = code["z"].to(self.hidden_weight.dtype)
-        u = linear(gelu(linear(z, self.hidden_weight, self.hidden_bias)), self.output_weight, self.output_bias)
-        return torch.addcmul(self.mean, u.float(), self.scale)
+        # With float16 parameters an outlier overflows in the hidden layer first, and infinity less infinity is NaN.
+        hidden = within_float16(linear(z, self.hidden_weight, self.hidden_bias)).to(z.dtype)
+        u = linear(gelu(hidden), self.output_weight, self.output_bias)
+        return torch.addcmul(self.mean, within_float16(u), self.scale)
 
     @classmethod
     def fit(
@@ -118,7 +126,8 @@ def _initial_stack(arguments: Sequence[int], train: torch.Tensor, seed: int) -> 
     mean = torch.stack([x.float().mean(dim=0) for x in train])
     deviation = torch.stack([(x.float() - m).square().mean().sqrt() for x, m in zip(train, mean, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    stack = {"mean": mean, "scale": torch.where(deviation > 0, deviation, 1.0)[:, None]}
+    # Where nothing varies the scale is next to nothing, so that decoding gives the mean whatever the weights are.
+    stack = {"mean": mean, "scale": deviation.clamp_min(1e-12)[:, None]}
     for name, inputs, outputs in (
         ("encoder", width, dimensions),
         ("hidden", dimensions, hidden),

@@ -99,6 +99,16 @@ class Codec(torch.nn.Module, ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
 
+def as_float16(x: torch.Tensor) -> torch.Tensor:
+    """`x` as float16, what is out of its range at the ends of it: a code is never infinite."""
+    return within_float16(x).to(torch.float16)
+
+
+def within_float16(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, held within what float16 can represent (its largest number is 65504)."""
+    return x.float().clamp(-65504.0, 65504.0)
+
+
 def fraction_of_variance_unexplained(x: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
     """FVU of each problem: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, one number for each leading index.
 

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from leankv.codecs.base import Code, Codec, TrainingSettings
+from leankv.codecs.base import Code, Codec, TrainingSettings, as_float16
 
 
 class PCA(Codec):
@@ -44,7 +44,7 @@ class PCA(Codec):
 
     def encode(self, x: torch.Tensor) -> Code:
         z = (x.float() - self.mean).to(self.components.dtype) @ self.components
-        return {"z": (z.float() / self.scale).to(torch.float16)}
+        return {"z": as_float16(z.float() / self.scale)}
 
     def decode(self, code: Code) -> torch.Tensor:
         z = (code["z"].float() * self.scale).to(self.components.dtype)

@@ -1,0 +1,363 @@
+"""Every codec family against one set of behaviours, then the laws of each."""
+
+import itertools
+import math
+
+import hypothesis
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+
+from leankv.codecs import (
+    FAMILIES,
+    PCA,
+    Autoencoder,
+    Codec,
+    Mean,
+    TrainingSettings,
+    codec_from_tensors,
+    fraction_of_variance_unexplained,
+    parse_spec,
+)
+from leankv.errors import UserError
+
+SPECS = ("identity", "mean", "pca:1", "pca:4", "ae:2x8", "ae:4")
+WIDTH = 24
+SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
+PARAMETER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+every_spec = pytest.mark.parametrize("spec", SPECS)
+
+
+def vectors(problems: int = 3, tokens: int = 256, width: int = WIDTH, rank: int = 3, seed: int = 0) -> torch.Tensor:
+    """Vectors `[problems, tokens, width]` near a subspace of few dimensions, off the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(problems, tokens, rank, generator=generator)
+    mixing = torch.randn(problems, rank, width, generator=generator)
+    noise = 0.1 * torch.randn(problems, tokens, width, generator=generator)
+    return latent @ mixing + noise + torch.randn(problems, 1, width, generator=generator)
+
+
+def fit(spec: str, train: torch.Tensor, heldout: torch.Tensor | None = None) -> list[Codec]:
+    """Codecs fitted to `train` `[P, N, W]`."""
+    parsed = parse_spec(spec)
+    heldout = train[:, :32] if heldout is None else heldout
+    return list(parsed.family.fit(parsed.arguments, train, heldout, SETTINGS, lambda epoch, error: None))
+
+
+def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """What is left of `x` `[N, W]` after encoding and decoding."""
+    return codec.decode(codec.encode(x))
+
+
+def fvu(codec: Codec, x: torch.Tensor) -> float:
+    return fraction_of_variance_unexplained(x, through(codec, x)).item()
+
+
+def cast_parameters(codec: Codec, dtype: torch.dtype) -> Codec:
+    """As fitting leaves codecs: parameters in the dtype asked for, statistics in full precision."""
+    for parameter in codec.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return codec
+
+
+# -- what every family does ------------------------------------------------------------------------------------------
+
+
+@every_spec
+def test_fitting_three_problems_gives_three_codecs(spec: str) -> None:
+    codecs = fit(spec, vectors())
+    assert len(codecs) == 3
+    assert all(isinstance(codec, parse_spec(spec).family) and codec.width == WIDTH for codec in codecs)
+
+
+@every_spec
+@pytest.mark.parametrize("tokens", [1, 7, 256])
+def test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(spec: str, tokens: int) -> None:
+    codec = fit(spec, vectors())[0]
+    x = vectors(seed=1)[0, :tokens]
+    code = codec.encode(x)
+    assert code
+    assert all(tensor.shape[0] == tokens for tensor in code.values())
+    assert codec.decode(code).shape == (tokens, WIDTH)
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_per_token_are_the_bits_really_stored(spec: str, dtype: torch.dtype) -> None:
+    train = vectors().to(dtype)
+    codec = fit(spec, train)[0]
+    code = codec.encode(train[0])
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in code.values())
+    assert train.shape[1] * codec.bits_per_token == 8 * stored
+
+
+@every_spec
+def test_the_spec_of_a_fitted_codec_reads_back_as_the_one_asked_for(spec: str) -> None:
+    asked, got = parse_spec(spec), parse_spec(fit(spec, vectors())[0].spec)
+    assert (got.family, got.arguments) == (asked.family, asked.arguments)
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES)
+def test_a_saved_codec_decodes_bit_for_bit_as_before(spec: str, dtype: torch.dtype) -> None:
+    codec = cast_parameters(fit(spec, vectors())[1], dtype)
+    data = safetensors.torch.save(codec.state_dict())
+    again = codec_from_tensors(codec.spec, codec.width, safetensors.torch.load(data))
+    x = vectors(seed=1)[1]
+    assert type(again) is type(codec)
+    assert again.bits_per_token == codec.bits_per_token
+    assert torch.equal(through(again, x), through(codec, x))
+    assert [p.dtype for p in again.parameters()] == [dtype for _ in codec.parameters()]
+
+
+@every_spec
+def test_tensors_that_do_not_fit_the_spec_are_refused_by_name(spec: str) -> None:
+    tensors = dict(fit(spec, vectors())[0].state_dict())
+    for name, tensor in tensors.items():
+        wrong = {**tensors, name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)}
+        with pytest.raises(ValueError, match=rf"^{name} has shape"):
+            codec_from_tensors(spec, WIDTH, wrong)
+        with pytest.raises(ValueError, match=f"^{name} is missing"):
+            codec_from_tensors(spec, WIDTH, {other: t for other, t in tensors.items() if other != name})
+    with pytest.raises(ValueError, match=r"^stray does not belong"):
+        codec_from_tensors(spec, WIDTH, {**tensors, "stray": torch.zeros(1)})
+
+
+@every_spec
+def test_a_codec_does_not_depend_on_which_others_are_fitted_beside_it(spec: str) -> None:
+    train, heldout = vectors(), vectors(seed=1)
+    together = fit(spec, train, heldout)
+    for index, codec in enumerate(together):
+        (alone,) = fit(spec, train[index : index + 1], heldout[index : index + 1])
+        for name, tensor in codec.state_dict().items():
+            assert torch.equal(alone.state_dict()[name], tensor), f"{name} of problem {index}"
+
+
+@every_spec
+def test_each_token_is_encoded_on_its_own(spec: str) -> None:
+    """A row's code follows the row wherever it stands, and needs none of the other rows."""
+    codec = fit(spec, vectors())[0]
+    x = vectors(seed=1)[0]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for name, whole in codec.encode(x).items():
+        torch.testing.assert_close(codec.encode(x[order])[name], whole[order])
+        torch.testing.assert_close(codec.encode(x[:5])[name], whole[:5])
+
+
+@every_spec
+def test_bfloat16_activations_lose_no_more_than_bfloat16_does(spec: str) -> None:
+    train = vectors()
+    codec, from_bfloat16 = fit(spec, train)[0], fit(spec, train.bfloat16())[0]
+    decoded = through(from_bfloat16, train[0].bfloat16())
+    error = fraction_of_variance_unexplained(train[0], decoded).item()
+    assert error == pytest.approx(fvu(codec, train[0]), rel=0.1, abs=1e-4)
+
+
+@every_spec
+@pytest.mark.parametrize("value", [0.0, 0.1, -300.0])
+def test_activations_that_never_vary_are_given_back(spec: str, value: float) -> None:
+    train = torch.full((2, 64, WIDTH), value)
+    for codec in fit(spec, train):
+        torch.testing.assert_close(through(codec, train[0]), train[0], rtol=1e-3, atol=1e-3)
+
+
+@every_spec
+def test_a_codec_fitted_to_no_variance_stays_finite_on_other_vectors(spec: str) -> None:
+    codec = fit(spec, torch.ones(1, 64, WIDTH))[0]
+    assert torch.isfinite(through(codec, vectors()[0])).all()
+
+
+@every_spec
+def test_a_channel_that_never_varied_may_vary_later(spec: str) -> None:
+    train = vectors()
+    train[:, :, 0] = 1.0
+    codec = fit(spec, train)[0]
+    later = train[0].clone()
+    later[:, 0] = 5.0
+    assert torch.isfinite(through(codec, later)).all()
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES)
+@pytest.mark.parametrize("size", [1.0, 0.01], ids=["usual", "small"])
+def test_outliers_do_not_spread_beyond_their_token(spec: str, dtype: torch.dtype, size: float) -> None:
+    """One number of 1e4, or a whole vector of them, decodes to something finite, whatever the vectors' usual size."""
+    train = size * vectors()
+    codec = cast_parameters(fit(spec, train)[0], dtype)
+    clean = train[0]
+    dirty = clean.clone()
+    dirty[3, 5] = 1e4
+    dirty[9] = -1e4
+    decoded = through(codec, dirty)
+    assert torch.isfinite(decoded).all()
+    others = [row for row in range(len(clean)) if row not in (3, 9)]
+    torch.testing.assert_close(decoded[others], through(codec, clean)[others], rtol=1e-2, atol=1e-2 * size)
+
+
+@every_spec
+def test_fitting_to_text_with_outliers_stays_finite(spec: str) -> None:
+    train = vectors()
+    train[:, 0] = 1e4
+    train[:, 40, 2] = -1e4
+    for index, codec in enumerate(fit(spec, train)):
+        assert all(torch.isfinite(tensor).all() for tensor in codec.state_dict().values())
+        assert torch.isfinite(through(codec, train[index])).all()
+
+
+@every_spec
+def test_codecs_need_no_gradients_once_loaded(spec: str) -> None:
+    codec = codec_from_tensors(spec, WIDTH, fit(spec, vectors())[0].state_dict())
+    assert not through(codec, vectors()[0]).requires_grad
+
+
+# -- laws of the families --------------------------------------------------------------------------------------------
+
+shapes = {
+    "tokens": st.integers(8, 80),
+    "width": st.integers(2, 20),
+    "rank": st.integers(1, 6),
+    "seed": st.integers(0, 2**31),
+}
+a_few_times = hypothesis.settings(max_examples=40, deadline=None)
+
+
+def pca(dimensions: int, x: torch.Tensor) -> PCA:
+    (codec,) = fit(f"pca:{dimensions}", x[None])
+    assert isinstance(codec, PCA)
+    return codec
+
+
+@a_few_times
+@hypothesis.given(**shapes, size=st.sampled_from([1e-2, 1.0, 100.0]))
+def test_pca_of_full_width_is_exact_to_float16(tokens: int, width: int, rank: int, seed: int, size: float) -> None:
+    x = size * vectors(1, tokens, width, rank, seed)[0]
+    difference = (through(pca(width, x), x) - x).norm()
+    float16_rounding = 2**-11 * (x - x.mean(dim=0)).norm()
+    float32_rounding = 1e-5 * x.norm()
+    assert difference <= float16_rounding + float32_rounding
+
+
+@a_few_times
+@hypothesis.given(**shapes)
+def test_pca_never_gets_worse_with_more_dimensions(tokens: int, width: int, rank: int, seed: int) -> None:
+    x = vectors(1, tokens, width, rank, seed)[0]
+    errors = [fvu(pca(dimensions, x), x) for dimensions in range(1, width + 1)]
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(errors)), errors
+
+
+@a_few_times
+@hypothesis.given(**shapes, dimensions=st.integers(1, 20))
+def test_pca_is_never_worse_than_a_random_projection(
+    tokens: int, width: int, rank: int, seed: int, dimensions: int
+) -> None:
+    dimensions = min(dimensions, width)
+    x = vectors(1, tokens, width, rank, seed)[0]
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(width, dimensions, generator=generator)).Q
+    mean = x.mean(dim=0)
+    projected = mean + (x - mean) @ basis @ basis.T
+    assert fvu(pca(dimensions, x), x) <= fraction_of_variance_unexplained(x, projected).item() + 1e-6
+
+
+@a_few_times
+@hypothesis.given(**shapes)
+def test_the_mean_leaves_all_variance_unexplained(tokens: int, width: int, rank: int, seed: int) -> None:
+    x = vectors(1, tokens, width, rank, seed)
+    assert fvu(fit("mean", x)[0], x[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_mean_stores_nothing() -> None:
+    assert Mean(torch.zeros(WIDTH)).bits_per_token == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identity_costs_nothing(dtype: torch.dtype) -> None:
+    x = vectors().to(dtype)
+    decoded = through(fit("identity", x)[0], x[0])
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded, x[0])
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(rank=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_a_trained_autoencoder_beats_the_mean_on_unseen_vectors_of_low_rank(rank: int, seed: int) -> None:
+    x = vectors(1, 1280, 16, rank, seed)
+    train, unseen = x[:, :1024], x[:, 1024:]
+    (codec,) = fit("ae:4", train, unseen)
+    assert fvu(codec, unseen[0]) < 0.5
+
+
+def test_training_keeps_the_epoch_with_the_lowest_heldout_error_of_each_problem() -> None:
+    """The second problem's held-out vectors get worse as training goes on, the first one's get better."""
+    train = vectors(2)
+    heldout = torch.stack([train[0], -train[1].flip(-1)])
+    seen: list[torch.Tensor] = []
+    spec = parse_spec("ae:4")
+    settings = TrainingSettings(epochs=6, batch_tokens=32, learning_rate=1e-2, seed=0)
+    codecs = spec.family.fit(spec.arguments, train, heldout, settings, lambda epoch, error: seen.append(error))
+    by_epoch = torch.stack(seen)
+    assert by_epoch.shape == (6, 2)
+    assert by_epoch[:, 0].argmin() > by_epoch[:, 1].argmin()
+    for index, codec in enumerate(codecs):
+        assert fvu(codec, heldout[index]) == pytest.approx(by_epoch[:, index].min().item(), rel=1e-2)
+
+
+def test_leanllama_arithmetic() -> None:
+    """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
+    codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
+    assert codec.n_parameters == 136_836
+    assert 1024 * 16 / codec.bits_per_token == 256
+    assert 20 * 2 * codec.n_parameters * 4 / 1e6 == pytest.approx(21.9, abs=0.05)
+
+
+def test_bytes_of_a_codec_are_those_of_its_tensors() -> None:
+    codec = Autoencoder.empty(parse_spec("ae:4x8").arguments, 16)
+    parameters = (16 * 4 + 4) + (4 * 8 + 8) + (8 * 16 + 16)
+    assert codec.n_parameters == parameters
+    assert codec.nbytes == 4 * (parameters + 16 + 1)
+    assert cast_parameters(codec, torch.float16).nbytes == 2 * parameters + 4 * (16 + 1)
+
+
+def test_fvu_of_known_vectors() -> None:
+    x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]], [[0.0, 2.0], [0.0, -2.0]]])
+    reconstructed = torch.stack([x[0] / 2, torch.zeros(2, 2)])
+    assert fraction_of_variance_unexplained(x, reconstructed).tolist() == [0.25, 1.0]
+    assert math.isnan(fraction_of_variance_unexplained(torch.ones(3, 2), torch.ones(3, 2)).item())
+
+
+# -- specs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ae", "ae:", "ae:0", "ae:-4", "ae:4.5", "ae:4x", "ae:4x0", "ae:x8", "ae:4x8x2"),
+        *("pca", "pca:-1", "pca:0", "pca:4x8", "mean:2", "identity:", "foo:3", "none", ":", ""),
+    ],
+)
+def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_spec(text)
+    assert repr(text) in str(refused.value)
+    assert all(family.grammar in str(refused.value) for family in FAMILIES.values())
+
+
+def test_specs_may_have_spaces_around_them() -> None:
+    assert parse_spec(" ae:4x8 ") == parse_spec("ae:4x8")
+
+
+def test_the_hidden_layer_has_128_units_unless_said() -> None:
+    assert parse_spec("ae:4").arguments == parse_spec("ae:4x128").arguments
+
+
+@pytest.mark.parametrize("text", ["ae:25", "ae:25x8", "pca:25"])
+def test_more_dimensions_than_the_width_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"25 is more than the width 24"):
+        parse_spec(text).check_width(WIDTH)
+
+
+@pytest.mark.parametrize("text", [*SPECS, "ae:24", "pca:24", "ae:4x4096"])
+def test_specs_that_suit_the_width_are_let_through(text: str) -> None:
+    parse_spec(text).check_width(WIDTH)

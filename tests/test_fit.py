@@ -1,0 +1,267 @@
+"""The batched fit against one autoencoder trained alone, the slow and obvious way."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import leankv.fit
+from leankv.capture import Activations, capture
+from leankv.codecs import Autoencoder, fraction_of_variance_unexplained, parse_spec
+from leankv.data import Blocks
+from leankv.experiment import FitConfig
+from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.model import LoadedModel, find_geometry
+from leankv.progress import Silent, Stage
+from leankv.store import write_json
+from tests import tiny
+
+BLOCKS, BLOCK_LENGTH = 10, 32
+PROBLEMS = [(layer, part) for layer in range(4) for part in ("k", "v")]
+SETTINGS = FitConfig(epochs=3, batch_tokens=48, learning_rate=3e-3, heldout_fraction=0.2)
+
+
+class Stages(Silent):
+    """Remembers which stages were shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.titles: list[str] = []
+
+    @contextmanager
+    def stage(self, title: str, steps: int) -> Iterator[Stage]:
+        self.titles.append(title)
+        with super().stage(title, steps) as step:
+            yield step
+
+
+@pytest.fixture
+def captured(tmp_path: Path) -> Activations:
+    """What the cache of a tiny Llama holds over ten blocks."""
+    model = tiny.build("llama")
+    loaded = LoadedModel(model, tiny.tokenizer(), "tiny", find_geometry(model), "", {})
+    blocks = Blocks(tiny.tokens(BLOCKS, BLOCK_LENGTH), "calibration", "random")
+    return capture(loaded, blocks, tmp_path / "captured", range(4), 2, {}, Silent())
+
+
+def changed(activations: Activations, folder: Path, change: Any) -> Activations:
+    """The same activations after `change(tensor)`, `[tokens, W]` to `[tokens, W]`."""
+    folder.mkdir()
+    for layer in range(4):
+        tensors = {part: change(activations.read(layer, part)).contiguous() for part in ("k", "v")}
+        safetensors.torch.save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
+    write_json(folder / "manifest.json", activations.manifest)
+    return Activations(folder)
+
+
+def fit(
+    activations: Activations,
+    problems: list[Problem] = PROBLEMS,
+    spec: str = "ae:4x16",
+    settings: FitConfig = SETTINGS,
+    dtype: torch.dtype = torch.float32,
+    progress: Silent | None = None,
+) -> dict[Problem, FittedCodec]:
+    fitted: dict[Problem, FittedCodec] = {}
+    fit_codecs(
+        activations,
+        {problem: parse_spec(spec) for problem in problems},
+        settings,
+        dtype,
+        seed=5,
+        device=torch.device("cpu"),
+        on_fitted=fitted.__setitem__,
+        progress=progress or Silent(),
+    )
+    return fitted
+
+
+def first_heldout(settings: FitConfig) -> int:
+    return (BLOCKS - max(1, round(settings.heldout_fraction * BLOCKS))) * BLOCK_LENGTH
+
+
+def trained_alone(x: torch.Tensor, dimensions: int, hidden: int, settings: FitConfig, seed: int) -> tuple[Any, Any]:
+    """One autoencoder, trained with nothing but `torch.nn` and `torch.optim` on `x` `[tokens, W]`.
+
+    Returns:
+        A function from vectors to what decoding their codes gives, and the held-out error after each epoch.
+    """
+    train, heldout = x[: first_heldout(settings)], x[first_heldout(settings) :]
+    mean = train.mean(dim=0)
+    scale = ((train - mean) ** 2).mean().sqrt()
+    encoder = nn.Linear(x.shape[1], dimensions)
+    decoder = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, x.shape[1]))
+    model = nn.Sequential(encoder, decoder)
+    weights = torch.Generator().manual_seed(seed)
+    for layer in (encoder, decoder[0], decoder[2]):
+        assert isinstance(layer, nn.Linear)
+        bound = 1 / math.sqrt(layer.in_features)
+        with torch.no_grad():
+            layer.weight.uniform_(-bound, bound, generator=weights)
+            layer.bias.uniform_(-bound, bound, generator=weights)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    steps_per_epoch = math.ceil(len(train) / settings.batch_tokens)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps_per_epoch)
+    shuffle = torch.Generator().manual_seed(seed)
+    errors: list[float] = []
+    best: Any = None
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(train), generator=shuffle)
+        for start in range(0, len(train), settings.batch_tokens):
+            u = (train[order[start : start + settings.batch_tokens]] - mean) / scale
+            loss = nn.functional.mse_loss(model(u), u)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            u = (heldout - mean) / scale
+            error = ((model(u) - u) ** 2).sum() / ((u - u.mean(dim=0)) ** 2).sum()
+        if not errors or error.item() < min(errors):
+            best = copy.deepcopy(model.state_dict())
+        errors.append(error.item())
+    model.load_state_dict(best)
+
+    @torch.no_grad()
+    def reconstruct(vectors: torch.Tensor) -> torch.Tensor:
+        code = encoder((vectors - mean) / scale).half()
+        return mean + scale * decoder(code.float())
+
+    return reconstruct, errors
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_batched_fit_gives_what_training_alone_gives(captured: Activations, epochs: int) -> None:
+    settings = replace(SETTINGS, epochs=epochs)
+    for problem, fitted in fit(captured, settings=settings).items():
+        x = captured.read(*problem)
+        reconstruct, errors = trained_alone(x, 4, 16, settings, seed=5)
+        assert fitted.fvu_by_epoch == pytest.approx(errors, rel=1e-4)
+        expected = reconstruct(x)
+        decoded = fitted.codec.decode(fitted.codec.encode(x))
+        assert (decoded - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_best_epoch_is_kept_where_later_ones_are_worse(captured: Activations) -> None:
+    """Fitted long and fast to a single block, codecs do worse and worse on the other nine."""
+    settings = replace(SETTINGS, epochs=20, batch_tokens=8, learning_rate=3e-2, heldout_fraction=0.9)
+    before_the_last = 0
+    for problem, fitted in fit(captured, settings=settings).items():
+        x = captured.read(*problem)
+        reconstruct, errors = trained_alone(x, 4, 16, settings, seed=5)
+        before_the_last += errors.index(min(errors)) < settings.epochs - 1
+        expected = reconstruct(x)
+        decoded = fitted.codec.decode(fitted.codec.encode(x))
+        assert (decoded - expected).norm() <= 1e-4 * expected.norm()
+        assert fitted.fvu == pytest.approx(min(fitted.fvu_by_epoch), rel=1e-3)
+    assert before_the_last, "the case shows nothing if every problem's last epoch is its best"
+
+
+@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
+def test_heldout_blocks_change_no_parameter(captured: Activations, tmp_path: Path, spec: str) -> None:
+    """With one epoch there is none to choose, so nothing of the held-out blocks may show."""
+    settings = replace(SETTINGS, epochs=1)
+    heldout = first_heldout(settings)
+    other = changed(captured, tmp_path / "other", lambda x: torch.cat([x[:heldout], 7 * x[heldout:] + 1]))
+    before, after = fit(captured, spec=spec, settings=settings), fit(other, spec=spec, settings=settings)
+    for problem in PROBLEMS:
+        for name, tensor in before[problem].codec.state_dict().items():
+            assert torch.equal(after[problem].codec.state_dict()[name], tensor)
+        assert after[problem].fvu != before[problem].fvu
+
+
+@pytest.mark.parametrize(("fraction", "blocks"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.99, 9)])
+def test_whole_blocks_are_held_out_and_some_are_left_to_fit_to(
+    captured: Activations, tmp_path: Path, fraction: float, blocks: int
+) -> None:
+    marked = changed(captured, tmp_path / "marked", lambda x: torch.arange(len(x)).float()[:, None].expand(x.shape))
+    fitted = fit(marked, [(0, "k")], "mean", replace(SETTINGS, heldout_fraction=fraction))[0, "k"]
+    last = (BLOCKS - blocks) * BLOCK_LENGTH - 1
+    torch.testing.assert_close(fitted.codec.state_dict()["mean"], torch.full((32,), last / 2))
+
+
+def test_there_is_one_error_an_epoch_for_trained_codecs_and_none_for_others(captured: Activations) -> None:
+    for epochs in (1, 4):
+        settings = replace(SETTINGS, epochs=epochs)
+        assert {len(f.fvu_by_epoch) for f in fit(captured, settings=settings).values()} == {epochs}
+    assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, spec="pca:4").values()} == {0}
+
+
+def test_the_error_is_that_of_the_heldout_blocks_through_the_finished_codec(captured: Activations) -> None:
+    for problem, fitted in fit(captured, dtype=torch.float16).items():
+        heldout = captured.read(*problem)[first_heldout(SETTINGS) :]
+        decoded = fitted.codec.decode(fitted.codec.encode(heldout))
+        assert fitted.fvu == fraction_of_variance_unexplained(heldout, decoded).item()
+        assert fitted.fvu > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_take_the_precision_asked_for_and_statistics_keep_theirs(
+    captured: Activations, dtype: torch.dtype
+) -> None:
+    codec = fit(captured, [(1, "v")], dtype=dtype)[1, "v"].codec
+    assert isinstance(codec, Autoencoder)
+    assert {parameter.dtype for parameter in codec.parameters()} == {dtype}
+    assert codec.mean.dtype == codec.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_fitting_in_groups_changes_nothing(
+    captured: Activations, monkeypatch: pytest.MonkeyPatch, spec: str, at_once: int
+) -> None:
+    together, apart = Stages(), Stages()
+    whole = fit(captured, spec=spec, progress=together)
+    monkeypatch.setattr(leankv.fit, "GROUP_BYTES", at_once * BLOCKS * BLOCK_LENGTH * 32 * 4)
+    in_groups = fit(captured, spec=spec, progress=apart)
+    assert len(together.titles) == 1
+    assert len(apart.titles) == math.ceil(len(PROBLEMS) / at_once)
+    for problem in PROBLEMS:
+        assert in_groups[problem].fvu_by_epoch == whole[problem].fvu_by_epoch
+        for name, tensor in whole[problem].codec.state_dict().items():
+            assert torch.equal(in_groups[problem].codec.state_dict()[name], tensor), f"{name} of {problem}"
+
+
+def test_one_activation_larger_than_a_group_is_fitted_all_the_same(
+    captured: Activations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leankv.fit, "GROUP_BYTES", 1)
+    assert set(fit(captured)) == set(PROBLEMS)
+
+
+def test_each_part_may_have_a_codec_of_its_own(captured: Activations) -> None:
+    fitted: dict[Problem, FittedCodec] = {}
+    problems = {(2, "k"): parse_spec("pca:3"), (2, "v"): parse_spec("ae:2x8"), (0, "k"): parse_spec("mean")}
+    fit_codecs(captured, problems, SETTINGS, torch.float32, 0, torch.device("cpu"), fitted.__setitem__, Silent())
+    assert {problem: f.codec.spec for problem, f in fitted.items()} == {
+        (2, "k"): "pca:3",
+        (2, "v"): "ae:2x8",
+        (0, "k"): "mean",
+    }
+
+
+def test_the_seed_decides_the_weights(captured: Activations) -> None:
+    problem = {(0, "k"): parse_spec("ae:4x16")}
+    codecs: list[Any] = []
+    for seed in (1, 1, 2):
+        fit_codecs(
+            captured,
+            problem,
+            SETTINGS,
+            torch.float32,
+            seed,
+            torch.device("cpu"),
+            lambda _, fitted: codecs.append(fitted.codec),
+            Silent(),
+        )
+    assert torch.equal(codecs[0].encoder_weight, codecs[1].encoder_weight)
+    assert not torch.equal(codecs[0].encoder_weight, codecs[2].encoder_weight)

@@ -1,0 +1,130 @@
+"""LeanLlama-70B in all but size: 80 layers of width 1024 in NF4, through the experiment file that is meant for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from leankv import LeanCache
+from leankv.assemble import select
+from leankv.experiment import load_experiment
+from leankv.progress import Silent
+from leankv.run import Run
+from leankv.sweep import sweep
+from tests import tiny
+
+EXPERIMENT = Path(__file__).parent.parent / "experiments" / "llama-3.3-70b-nf4.yaml"
+LAYERS, WIDTH = 80, 1024
+PARAMETERS = (1024 * 4 + 4) + (4 * 128 + 128) + (128 * 1024 + 1024)  # of one codec, weights and biases
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The finished run: every layer swept, a few of them chosen from."""
+    root = tmp_path_factory.mktemp("seventy")
+    shape = {
+        "num_hidden_layers": LAYERS,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "initializer_range": 0.05,
+    }
+    tiny.save(root / "model", tiny.build("llama", **shape))
+    (root / "text.txt").write_text(tiny.text(8_000), encoding="utf-8")
+    overrides = {
+        "model.name": str(root / "model"),
+        "data.dataset": str(root / "text.txt"),
+        "data.block_length": 32,
+        "data.calibration_blocks": 6,
+        "data.selection_blocks": 2,
+        "data.report_blocks": 2,
+        "fit.epochs": 1,
+        "selection.budget": "500%",
+        "selection.layers": "40-43",
+        "output_dir": str(root / "run"),
+    }
+    finished = Run(load_experiment(EXPERIMENT, overrides), Silent())
+    sweep(finished)
+    select(finished)
+    return finished
+
+
+@pytest.fixture
+def summary(run: Run) -> Any:
+    return json.loads((run.folder / "summary.json").read_text())
+
+
+def test_the_model_is_in_nf4_under_a_device_map(run: Run) -> None:
+    assert run.experiment.model.device_map == "auto"
+    assert run.experiment.model.load_in_4bit
+    model = run.loaded.model
+    for layer in model.model.layers:
+        assert layer.self_attn.k_proj.weight.dtype == torch.uint8
+        assert layer.self_attn.k_proj.weight.numel() == WIDTH * 64 // 2
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_cache_is_llamas(run: Run) -> None:
+    assert len(run.loaded.geometry.layers) == LAYERS
+    assert run.loaded.geometry.width == WIDTH
+    assert run.loaded.geometry.bytes_per_token == 80 * 2 * 1024 * 2
+
+
+def test_every_layer_is_swept(run: Run) -> None:
+    table = pd.read_csv(run.folder / "sweep.csv")
+    assert list(table["layer"]) == list(range(LAYERS))
+    assert set(table["codec_k"]) == set(table["codec_v"]) == {"ae:4"}
+    assert set(table["bits_per_token"]) == {2 * 4 * 16}
+    assert table["delta_ppl"].nunique() > LAYERS // 2, "layers cost different amounts"
+
+
+def test_codecs_have_the_papers_size(run: Run, summary: Any) -> None:
+    assert PARAMETERS == 136_836
+    plan = run.plan(summary["selected_layers"])
+    assert {codec.n_parameters for parts in plan.values() for codec in parts.values()} == {PARAMETERS}
+    assert {p.dtype for parts in plan.values() for codec in parts.values() for p in codec.parameters()} == {
+        torch.float32
+    }
+    assert summary["codec_parameters"] == 2 * len(plan) * PARAMETERS
+
+
+def test_ratios(summary: Any) -> None:
+    chosen = len(summary["selected_layers"])
+    assert set(summary["selected_layers"]) <= {40, 41, 42, 43}
+    assert chosen > 0
+    assert summary["n_layers"] == LAYERS
+    assert summary["width"] == WIDTH
+    assert summary["code_ratio"] == 256
+    assert summary["cache_ratio"]["4096"] == pytest.approx(LAYERS / (LAYERS - chosen + chosen / 256))
+
+
+def test_the_bundle_holds_the_chosen_codecs(run: Run, summary: Any) -> None:
+    tensors = load_file(run.folder / "bundle" / "codecs.safetensors")
+    assert {int(name.split(".")[0]) for name in tensors} == set(summary["selected_layers"])
+    weights = [tensor for name, tensor in tensors.items() if name.endswith(("weight", "bias"))]
+    assert sum(tensor.numel() for tensor in weights) == 2 * len(summary["selected_layers"]) * PARAMETERS
+
+
+def test_the_bundle_generates_on_the_quantized_model(run: Run, summary: Any) -> None:
+    """In the process that made it, after many forward passes."""
+    model = run.loaded.model
+    cache = LeanCache.from_pretrained(run.folder / "bundle", model)
+    inputs = run.loaded.tokenizer("once there was", return_tensors="pt")
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert output.shape == (1, 14 + 4)
+    tokens, chosen = cache.get_seq_length(), len(summary["selected_layers"])
+    assert cache.nbytes() == tokens * ((LAYERS - chosen) * 2 * WIDTH * 2 + chosen * 2 * 4 * 2)
+
+
+def test_the_bundle_loads_on_the_same_model_loaded_anew(run: Run) -> None:
+    """As in another process."""
+    from leankv import load_model
+
+    loaded = load_model(run.experiment.model)
+    assert loaded.fingerprint == run.loaded.fingerprint
+    LeanCache.from_pretrained(run.folder / "bundle", loaded.model)
