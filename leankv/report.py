@@ -13,7 +13,7 @@ from leankv.sweep_table import read_sweep
 STEP_WORDS = {
     "kept": "kept",
     "over budget": "left out",
-    "over budget alone": "not tried: alone over",
+    "over budget alone": "not tried",
 }
 FIGURE = "figures/cost_by_layer.png"
 
@@ -119,7 +119,7 @@ def selection_title(selection: dict[str, Any]) -> str:
     """One line that says what the steps were measured on."""
     return (
         f"Layers added in order of cost, budget {budget_text(selection['budget'])}, measured jointly on the "
-        f"{selection['split']} split (base perplexity {selection['base_ppl']:.3f})"
+        f"{selection['split']} split (base perplexity {selection['base_ppl']:.3f}); not tried: over budget alone"
     )
 
 

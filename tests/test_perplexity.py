@@ -14,7 +14,7 @@ from leankv.data import Blocks
 from leankv.experiment import ProtocolConfig
 from leankv.perplexity import BlockNats, compare, measure_nats
 from tests import tiny
-from tests.test_cache import Rounding, SlowCache, fitted_plan, identity_plan, plan_of
+from tests.oracles import Rounding, SlowCache, fitted_plan, identity_plan, plan_of
 
 PROTOCOLS = {
     "strict": ProtocolConfig("strict"),

@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from leankv.cache import LeanCache, Plan, RecordingCache
-from leankv.codecs import PCA, TrainingSettings
+from leankv.cache import LeanCache, Plan
 from leankv.data import Blocks
 from leankv.experiment import ProtocolConfig
 from leankv.perplexity import measure_nats
 from leankv.replay import Replay
 from tests import tiny
+from tests.oracles import fitted_plan
 
 PROTOCOLS = [
     ProtocolConfig(kind="strict"),
@@ -25,18 +24,9 @@ MEMORY = 1 << 30
 
 
 def lossy_plan(model: Any, layers: tuple[int, ...]) -> Plan:
-    """Keys and values of these layers through two principal components of their own."""
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    with torch.no_grad():
-        model(
-            tiny.tokens(1, 60), past_key_values=RecordingCache(model.config, lambda n, k, v: seen.update({n: (k, v)}))
-        )
-
-    def codec(states: torch.Tensor) -> PCA:
-        x = states.transpose(1, 2).flatten(2)
-        return PCA.fit((2,), x, x, TrainingSettings(1, 1, 1.0, 0), lambda epoch, error: None)[0]
-
-    return {layer: {"k": codec(seen[layer][0]), "v": codec(seen[layer][1])} for layer in layers}
+    """Fitted codecs for these layers."""
+    codecs = fitted_plan(model, dimensions=2)
+    return {layer: codecs[layer] for layer in layers}
 
 
 def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, ...]:

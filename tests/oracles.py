@@ -1,0 +1,162 @@
+"""Slow, obvious twins of the cache, a codec whose losses are easy to predict, and plans for tiny models."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from transformers import DynamicCache
+
+from leankv.cache import RecordingCache
+from leankv.codecs import PCA, Autoencoder, Code, Codec, Identity, TrainingSettings
+from leankv.model import find_geometry
+from tests import tiny
+
+
+class Rounding(Codec):
+    """Rounds each number by itself to a quarter, in one byte: lossy, and the same whatever rows stand beside."""
+
+    family = "rounding"
+    grammar = "rounding"
+
+    @property
+    def spec(self) -> str:
+        return "rounding"
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.width * 8
+
+    def encode(self, x: torch.Tensor) -> Code:
+        return {"q": (x.float() * 4).round().clamp(-127, 127).to(torch.int8)}
+
+    def decode(self, code: Code) -> torch.Tensor:
+        return code["q"].float() / 4
+
+    @classmethod
+    def fit(
+        cls,
+        arguments: Sequence[int],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        return [cls(train.shape[-1]) for _ in train]
+
+    @classmethod
+    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+        return cls(width)
+
+    @classmethod
+    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+        return ()
+
+
+def through(codec: Codec | None, rows: torch.Tensor) -> torch.Tensor:
+    """decode(encode(rows)) for rows `[B, heads, T, head_dim]`; unchanged without a codec."""
+    if codec is None:
+        return rows
+    batch, heads, length, head_dim = rows.shape
+    vectors = rows.transpose(1, 2).reshape(batch * length, heads * head_dim)
+    decoded = codec.decode(codec.encode(vectors)).to(rows.dtype)
+    return decoded.reshape(batch, length, heads, head_dim).transpose(1, 2)
+
+
+class EveryRow:
+    """The oracle of one part of one layer: all original rows of the sequence, and which of them have been encoded."""
+
+    def __init__(self, codec: Codec | None, sinks: int, window: int, sliding_window: int | None = None):
+        self.codec, self.sinks, self.window, self.sliding_window = codec, sinks, window, sliding_window
+        self.rows: torch.Tensor | None = None
+        self.encoded: list[bool] = []
+        self.first_held = 0
+
+    def update(self, new: torch.Tensor, record_past: bool = False) -> torch.Tensor:
+        self.rows = new if self.rows is None else torch.cat([self.rows, new], dim=2)
+        total = self.rows.shape[2]
+        self.encoded += [False] * new.shape[2]
+        if self.codec is not None:
+            # Once encoded always encoded: a crop does not bring rows back.
+            self.encoded = [
+                was or self.sinks <= t < total - self.window for t, was in zip(range(total), self.encoded, strict=True)
+            ]
+        if not record_past:
+            self.forget_unseen()
+        visible = total if self.sliding_window is None else min(total, self.sliding_window - 1 + new.shape[2])
+        where = torch.tensor(self.encoded)[None, None, :, None]
+        return torch.where(where, through(self.codec, self.rows), self.rows)[:, :, total - visible :]
+
+    def forget_unseen(self) -> None:
+        if self.sliding_window is not None:
+            self.first_held = max(self.first_held, len(self.encoded) - self.sliding_window + 1)
+
+    def crop(self, count: int) -> None:
+        assert self.rows is not None
+        left = self.rows.shape[2] - count
+        self.rows, self.encoded = self.rows[:, :, :left], self.encoded[:left]
+        self.forget_unseen()
+
+    def batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        assert self.rows is not None
+        self.rows = function(self.rows)
+
+    def nbytes(self) -> int:
+        assert self.rows is not None
+        batch, heads, _, head_dim = self.rows.shape
+        held = self.encoded[self.first_held :]
+        exact = held.count(False) * heads * head_dim * self.rows.element_size()
+        return batch * (exact + held.count(True) * (self.codec.bits_per_token // 8 if self.codec else 0))
+
+
+class SlowCache(DynamicCache):
+    """A stock cache whose layers return what `EveryRow` says that a compressed one must."""
+
+    def __init__(self, config: Any, plan: dict[int, dict[str, Codec]], sinks: int = 0, window: int = 0):
+        super().__init__(config=config)
+        self.parts = {
+            (layer, part): EveryRow(
+                codecs.get(part), sinks, window, getattr(self.layers[layer], "sliding_window", None)
+            )
+            for layer, codecs in plan.items()
+            for part in ("k", "v")
+        }
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        stock = super().update(k, v, layer_idx)
+        if (layer_idx, "k") not in self.parts:
+            return stock
+        return self.parts[layer_idx, "k"].update(k), self.parts[layer_idx, "v"].update(v)
+
+
+def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[int, dict[str, Codec]]:
+    """A plan with `make(width)` for the given parts of every layer."""
+    layers = find_geometry(model).layers
+    return {number: {part: make(layer.width) for part in parts} for number, layer in enumerate(layers)}
+
+
+def identity_plan(model: Any) -> dict[int, dict[str, Codec]]:
+    return plan_of(model, lambda width: Identity(width, model.dtype))
+
+
+@torch.no_grad()
+def recorded(model: Any, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, part) -> `[tokens, W]` of a plain forward pass."""
+    vectors: dict[tuple[int, str], torch.Tensor] = {}
+
+    def record(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        vectors[layer, "k"] = k.transpose(1, 2).flatten(2).flatten(0, 1)
+        vectors[layer, "v"] = v.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    model(tokens, past_key_values=RecordingCache(model.config, record))
+    return vectors
+
+
+def fitted_plan(model: Any, dimensions: int = 6) -> dict[int, dict[str, Codec]]:
+    """Principal components for the keys and an autoencoder for the values of every layer, fitted on random tokens."""
+    training = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=3e-3, seed=0)
+    plan: dict[int, dict[str, Codec]] = {}
+    for (layer, part), x in recorded(model, tiny.tokens(4, 40, seed=9)).items():
+        family, arguments = (PCA, (dimensions,)) if part == "k" else (Autoencoder, (dimensions, 16))
+        (codec,) = family.fit(arguments, x[None], x[None], training, lambda epoch, error: None)
+        plan.setdefault(layer, {})[part] = codec
+    return plan
