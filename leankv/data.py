@@ -7,7 +7,7 @@ order: 80 % calibration, 10 % selection, 10 % report. So the three never overlap
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +46,10 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def take(self, numbers: Sequence[int]) -> "Blocks":
+        """Some of these blocks, in the order of `numbers`."""
+        return Blocks(self.tokens[list(numbers)], self.split, self.source)
 
 
 class TextSource:

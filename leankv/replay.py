@@ -9,7 +9,7 @@ masks, positions, the final norm and the head remain the model's own.
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from leankv.store import cannot_write
 
 @dataclass
 class _Recording:
-    """Hidden states entering layers, under one plan: (layer, batch of blocks) -> `[B, T, hidden]`."""
+    """Hidden states entering layers, under one plan: (layer, block) -> `[T, hidden]`."""
 
     plan: Plan
     states: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
@@ -39,26 +39,36 @@ class Replay:
         model: the transformers model.
         blocks: what to measure on.
         protocol: how.
-        memory_bytes: hidden states beyond this go to a file in `folder`, memory-mapped.
-        folder: for that file.
+        memory_bytes: hidden states beyond this go to files in `folder`, memory-mapped.
+        folder: for those.
     """
 
     def __init__(self, model: Any, blocks: Blocks, protocol: ProtocolConfig, memory_bytes: int, folder: Path):
         self.model = model
         self.blocks = blocks
         self.protocol = protocol
-        self.layers = find_decoder_layers(model)
         self.memory_bytes = memory_bytes
         self.folder = folder
+        self.layers = find_decoder_layers(model)
         self._recordings: list[_Recording] = []
+        self._waiting: list[torch.Tensor] = []  # numbers of the blocks to come, a batch each
+        self._batch: list[int] = []  # those of the batch under way
 
-    def measure(self, plan: Plan, on_block: Callable[[], None] = lambda: None) -> BlockNats:
+    def measure(
+        self, plan: Plan, on_block: Callable[[], None] = lambda: None, only: Sequence[int] | None = None
+    ) -> BlockNats:
         """Nats of the blocks under `plan`; the same numbers as a full pass.
 
-        What it records on the way serves the next plans: those that add to this one, or to the base.
+        What a pass over all blocks records on the way serves plans that add to this one, or to the base.
+
+        Args:
+            plan: layer -> part -> codec.
+            on_block: called after each block.
+            only: numbers of the blocks to measure, in this order; all of them unless given.
         """
         if self.layers is None:
-            return measure_nats(self.model, self.blocks, self.protocol, lambda: self._cache(plan, 0), on_block)
+            measured = self.blocks if only is None else self.blocks.take(only)
+            return measure_nats(self.model, measured, self.protocol, lambda: self._cache(plan, 0), on_block)
         if plan and not any(not recording.plan for recording in self._recordings):
             self.measure({})
         # A recorded plan that is no part of this one was a candidate that was left out; one that is a smaller part than
@@ -67,15 +77,23 @@ class Replay:
         parts = [r for r in self._recordings if r.plan and all(plan.get(layer) == r.plan[layer] for layer in r.plan)]
         best = max(base + parts, key=lambda recording: self._first_change(recording.plan, plan), default=None)
         self._recordings = base + [recording for recording in parts if recording is best]
-        new = _Recording(plan)
-        if best is None:
-            first = 0
-        else:
+        first = 0
+        new = _Recording(plan) if only is None else None
+        if best is not None:
             first = min(self._first_change(best.plan, plan), len(self.layers) - 1)  # the head is always run
-            new.states = {key: states for key, states in best.states.items() if key[0] <= first}
+            if new is not None:
+                new.states = {key: states for key, states in best.states.items() if key[0] <= first}
+        numbers = torch.arange(len(self.blocks)) if only is None else torch.tensor(only)
+        self._waiting = list(numbers.split(self.protocol.batch_size))
         with self._recorded(new, first), self._replaced(best, first):
-            nats = measure_nats(self.model, self.blocks, self.protocol, lambda: self._begin(plan, first), on_block)
-        if best is None or best.plan != plan:
+            nats = measure_nats(
+                self.model,
+                self.blocks.take(numbers.tolist()),
+                self.protocol,
+                lambda: self._begin(plan, first),
+                on_block,
+            )
+        if new is not None and (best is None or best.plan != plan):
             self._recordings.append(new)
         return nats
 
@@ -97,34 +115,35 @@ class Replay:
 
     def _begin(self, plan: Plan, first: int) -> LeanCache:
         """A cache for the next batch of blocks."""
-        self._batch += 1
+        self._batch = self._waiting.pop(0).tolist()
         return self._cache(plan, first)
 
     @contextmanager
-    def _recorded(self, into: _Recording, first: int) -> Iterator[None]:
+    def _recorded(self, into: _Recording | None, first: int) -> Iterator[None]:
         """Record what enters the layers behind `first`."""
         assert self.layers is not None
-        self._batch = -1
         length = self.blocks.tokens.shape[1]
+        filled: dict[tuple[int, int], int] = {}
 
-        def recorder(layer: int) -> Callable[..., None]:
+        def recorder(into: _Recording, layer: int) -> Callable[..., None]:
             def record(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                key = (layer, self._batch)
-                if key not in into.states:
-                    self._filled[layer] = 0
-                    into.states[key] = self._allocate((len(hidden), length, hidden.shape[2]), hidden.dtype, into)
-                at = self._filled[layer]
-                into.states[key][:, at : at + hidden.shape[1]] = hidden
-                self._filled[layer] = at + hidden.shape[1]
+                for block, rows in zip(self._batch, hidden, strict=True):
+                    key = (layer, block)
+                    if key not in filled:
+                        into.states[key] = self._allocate((length, hidden.shape[2]), hidden.dtype, into)
+                    at = filled.get(key, 0)
+                    filled[key] = at + len(rows)
+                    into.states[key][at : filled[key]] = rows
 
             return record
 
-        self._filled: dict[int, int] = {}
-        hooks = [
-            self.layers[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True)
-            for layer in range(first + 1, len(self.layers))
-        ]
+        hooks = []
+        if into is not None:
+            hooks = [
+                self.layers[layer].register_forward_pre_hook(recorder(into, layer), with_kwargs=True)
+                for layer in range(first + 1, len(self.layers))
+            ]
         try:
             yield
         finally:
@@ -148,13 +167,14 @@ class Replay:
 
     def _reader(self, recording: _Recording, first: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Gives the recorded hidden states of the batch under way, chunk after chunk."""
-        batch, at = -1, 0
+        batch: list[int] = []
+        at = 0
 
         def read(like: torch.Tensor) -> torch.Tensor:
             nonlocal batch, at
-            if batch != self._batch:
+            if batch is not self._batch:
                 batch, at = self._batch, 0
-            states = recording.states[(first, batch)][:, at : at + like.shape[1]]
+            states = torch.stack([recording.states[first, block][at : at + like.shape[1]] for block in batch])
             at += like.shape[1]
             return states.to(like.device)
 

@@ -1,5 +1,6 @@
 """Suffix replay gives the numbers of a full pass, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,13 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         replay.measure(lossy_plan(model, (2,)), interrupt)
     assert list(model.model.layers) == before
     assert all(not layer._forward_pre_hooks for layer in before)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
+def test_some_blocks_in_any_order_match_a_full_pass(protocol: ProtocolConfig, tmp_path: Path) -> None:
+    model = tiny.build("mistral")
+    replay = Replay(model, BLOCKS, replace(protocol, batch_size=1), MEMORY, tmp_path)
+    plan = lossy_plan(model, (2,))
+    whole = full_pass(model, plan, replace(protocol, batch_size=1))
+    assert replay.measure(plan, only=[2, 0]).nats == (whole[2], whole[0])
+    assert replay.measure(plan).nats == whole
