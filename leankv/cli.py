@@ -85,7 +85,7 @@ def root(
     """How far can a model's KV cache be compressed, where, and at what price in perplexity?"""
 
 
-@command("run", "layers", "budget", *FITTING, *PROTOCOL)
+@command("run", "layers", "budget", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
 def run_command(
     asked: Asked,
     config: Annotated[Path, typer.Argument(help="An experiment, e.g. experiments/smollm2-135m.yaml.")],
@@ -172,11 +172,11 @@ def train_layer_command(
     from leankv.experiment import load_experiment
     from leankv.report import sweep_table
     from leankv.run import Run
-    from leankv.sweep import layer_row
+    from leankv.sweep import layer_cost, layer_row
 
     run = Run(load_experiment(asked.config, asked.overrides({"layers": str(layer)})), Progress())
     run.measure("selection", [], "base perplexity, selection split")
-    row = layer_row(run, layer)
+    row = layer_row(run, layer, *layer_cost(run, layer))
     if json_:
         _print_json(row)
     else:
@@ -184,11 +184,11 @@ def train_layer_command(
         OUT.print(f"codecs in {run.folder / 'codecs'}", highlight=False, soft_wrap=True)
 
 
-@command("sweep", "layers", *FITTING, *PROTOCOL)
+@command("sweep", "layers", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
 def sweep_command(asked: Asked, json_: Json = False) -> None:
     """Fit and measure every layer alone; print and write the table."""
     from leankv.experiment import load_experiment
-    from leankv.report import sweep_table, write_sweep_report
+    from leankv.report import prediction_words, sweep_table, write_sweep_report
     from leankv.run import Run
     from leankv.sweep import sweep
 
@@ -201,6 +201,8 @@ def sweep_command(asked: Asked, json_: Json = False) -> None:
     OUT.print(sweep_table(table))
     cheapest = table.sort_values("delta_ppl", kind="stable")["layer"].astype(str)
     OUT.print("cheapest first: " + " ".join(cheapest), highlight=False)
+    if words := prediction_words(table):
+        OUT.print(words, highlight=False)
     OUT.print(f"written to {run.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
 
 

@@ -98,6 +98,16 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """How layers are compared."""
+
+    screen: bool = False
+    """Measure every layer on few blocks and only the cheapest on all; see `leankv.screening`."""
+    predict: bool = False
+    """Show beside each cost what gradients predict of it; see `leankv.prediction`."""
+
+
+@dataclass(frozen=True)
 class SelectionConfig:
     """Which plan is wanted."""
 
@@ -116,6 +126,7 @@ class Experiment:
     codec: CodecConfig = field(default_factory=CodecConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     layers: str = "all"
     """Layers to sweep: `all`, or numbers and ranges such as `0,4,40-63`."""

@@ -133,16 +133,21 @@ def compare(base: BlockNats, compressed: BlockNats) -> Comparison:
     perplexity is taken as given.
     """
     assert base.tokens == compressed.tokens, "paired runs see the same blocks"
-    base_ppl, ppl = base.perplexity, compressed.perplexity
     differences = [(c - b) / base.tokens for b, c in zip(base.nats, compressed.nats, strict=True)]
-    interval = t_interval(differences)
+    return comparison_of(base, math.fsum(differences) / len(differences), t_interval(differences), len(differences))
+
+
+def comparison_of(base: BlockNats, difference: float, interval: tuple[float, float] | None, blocks: int) -> Comparison:
+    """A comparison from the mean paired difference in nats a token, its interval, and the blocks it was seen on."""
+    base_ppl = base.perplexity
+    rise = math.expm1(difference)
     return Comparison(
         base_ppl=base_ppl,
-        ppl=ppl,
-        delta_ppl=ppl - base_ppl,
-        delta_percent=100 * (ppl - base_ppl) / base_ppl,
+        ppl=base_ppl * (1 + rise),
+        delta_ppl=base_ppl * rise,
+        delta_percent=100 * rise,
         interval=None if interval is None else (base_ppl * math.expm1(interval[0]), base_ppl * math.expm1(interval[1])),
-        tokens=base.tokens * len(base.nats),
+        tokens=base.tokens * blocks,
     )
 
 

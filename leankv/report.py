@@ -52,7 +52,25 @@ def sweep_rows(sweep: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         ]
         for row, rank in zip(sweep.itertuples(), ranks, strict=True)
     ]
+    if sweep["tokens"].nunique() > 1:  # screened: layers saw different numbers of blocks
+        header.append("tokens")
+        rows = [[*row, str(tokens)] for row, tokens in zip(rows, sweep["tokens"], strict=True)]
+    if _is_predicted(sweep):
+        header.append("predicted")
+        rows = [[*row, f"{cost:+.3f}"] for row, cost in zip(rows, sweep["predicted_delta_ppl"], strict=True)]
     return header, rows
+
+
+def _is_predicted(sweep: pd.DataFrame) -> bool:
+    return "predicted_delta_ppl" in sweep and bool(sweep["predicted_delta_ppl"].notna().all())
+
+
+def prediction_words(sweep: pd.DataFrame) -> str | None:
+    """How well the predicted costs rank the measured ones; None where nothing was predicted."""
+    if not _is_predicted(sweep) or len(sweep) < 3:
+        return None
+    rank_correlation = sweep["predicted_delta_ppl"].corr(sweep["delta_ppl"], method="spearman")
+    return f"costs predicted from gradients rank as the measured ones do with Spearman's rho = {rank_correlation:.2f}"
 
 
 def sweep_title(sweep: pd.DataFrame) -> str:
@@ -61,7 +79,7 @@ def sweep_title(sweep: pd.DataFrame) -> str:
     codec = first.codec_k if first.codec_k == first.codec_v else f"k={first.codec_k} v={first.codec_v}"
     return (
         f"Cost of each layer alone: {codec}, {first.key_space} keys, protocol {first.protocol}, "
-        f"{first.tokens} tokens of the selection split, base perplexity {first.base_ppl:.3f}"
+        f"{sweep['tokens'].max()} tokens of the selection split, base perplexity {first.base_ppl:.3f}"
     )
 
 
@@ -77,6 +95,7 @@ def sweep_markdown(sweep: pd.DataFrame) -> str:
         [
             "# Sweep",
             sweep_title(sweep) + ". FVU: fraction of variance unexplained on held-out calibration text.",
+            *([words[0].upper() + words[1:] + "."] if (words := prediction_words(sweep)) else []),
             "## By layer",
             markdown_table(*sweep_rows(sweep)),
             "## By cost",

@@ -5,7 +5,7 @@ known. So any command may be stopped and called again.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,17 +178,20 @@ class Run:
 
     # -- perplexity -----------------------------------------------------------------------------------------------
 
-    def measure(self, split: str, layers: Iterable[int], title: str = "") -> BlockNats:
+    def measure(
+        self, split: str, layers: Iterable[int], title: str = "", only: Sequence[int] | None = None
+    ) -> BlockNats:
         """Nats of a split's blocks with these layers compressed; with none, of the base model.
 
         Args:
             split: `selection` or `report`.
             layers: which layers hold codes.
             title: shows a progress bar of that name when something has to be measured.
+            only: numbers of the blocks to measure, in this order; all of them unless given.
         """
         layers = sorted(layers)
         codecs = self.fitted(layers)
-        blocks = self.blocks(split)
+        blocks = self.blocks(split) if only is None else self.blocks(split).take(only)
         protocol = self.experiment.protocol
         asked = asdict(protocol)
         if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
@@ -203,7 +206,7 @@ class Run:
         def measured(on_block: Callable[[], None]) -> BlockNats:
             plan = self.plan(layers)
             if split == "selection":
-                return self._selection_replay.measure(plan, on_block)
+                return self._selection_replay.measure(plan, on_block, only)
             model = self.loaded.model
             cache = LeanCache(model.config, plan, protocol.sinks, protocol.window)
             return measure_nats(model, blocks, protocol, cache.fresh, on_block)

@@ -22,8 +22,10 @@ COLUMNS = (
     "fvu_v",
     "bits_per_token",
     "seconds",
+    "predicted_delta_ppl",
 )
-"""Costs (`delta_ppl*`) in perplexity points; `bits_per_token` is K and V of the layer together; seconds to measure."""
+"""Costs (`delta_ppl*`) in perplexity points; `bits_per_token` is K and V of the layer together; seconds to measure; the
+prediction is empty unless it was asked for."""
 
 
 def read_sweep(folder: Path) -> pd.DataFrame:

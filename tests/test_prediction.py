@@ -1,0 +1,101 @@
+"""Costs predicted from gradients, and sweeps that screen or predict."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from leankv.cache import GradientCache, RecordingCache
+from leankv.experiment import load_experiment
+from leankv.prediction import predict_costs
+from leankv.progress import Silent
+from leankv.report import prediction_words, sweep_markdown
+from leankv.run import Run
+from leankv.sweep import sweep
+from tests import tiny
+
+
+class NudgedCache(RecordingCache):
+    """Adds `step` to one number of one layer's keys or values."""
+
+    def __init__(self, config: Any, layer: int, part: str, at: tuple[int, ...], step: float):
+        super().__init__(config, lambda *_: None)
+        self.nudge = layer, part, at, step
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+        layer, part, at, step = self.nudge
+        if layer_idx == layer:
+            (key_states if part == "k" else value_states)[at] += step
+        return super().update(key_states, value_states, layer_idx)
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_gradients_are_those_of_the_cached_vectors(model: Any, part: str) -> None:
+    """Against central differences; several of these models normalise in float32 whatever their own precision."""
+    model = model.double()
+    tokens = tiny.tokens(1, 20)
+
+    def loss(cache: Any) -> torch.Tensor:
+        return cross_entropy(model(tokens, past_key_values=cache).logits[0, :-1], tokens[0, 1:], reduction="sum")
+
+    cache = GradientCache(model.config)
+    loss(cache).backward()
+    for layer, at in [(0, (0, 1, 3, 5)), (2, (0, 0, 10, 2)), (3, (0, 1, 0, 0))]:
+        _, gradient = cache.states_and_gradients(layer, part)
+        with torch.no_grad():
+            up, down = (loss(NudgedCache(model.config, layer, part, at, step)) for step in (5e-3, -5e-3))
+        assert gradient is not None
+        assert gradient[at].item() == pytest.approx(((up - down) / 1e-2).item(), rel=2e-2, abs=5e-3)
+
+
+def run_with(settings: dict[str, Any], **changes: Any) -> Run:
+    return Run(load_experiment(None, {**settings, **{k.replace("__", "."): v for k, v in changes.items()}}), Silent())
+
+
+def test_a_lossless_codec_is_predicted_to_cost_nothing(settings: dict[str, Any]) -> None:
+    run = run_with(settings, codec__k="identity", codec__v="identity")
+    assert predict_costs(run, 10.0) == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
+
+
+def test_a_coarser_codec_is_predicted_to_cost_more(settings: dict[str, Any], tmp_path: Path) -> None:
+    coarse = run_with(settings, codec__k="mean", codec__v="mean")
+    fine = run_with(settings, codec__k="pca:16", codec__v="pca:16", output_dir=str(tmp_path / "fine"))
+    cost = {name: predict_costs(run, 10.0) for name, run in {"coarse": coarse, "fine": fine}.items()}
+    assert all(cost["coarse"][layer] > cost["fine"][layer] > 0 for layer in range(4))
+
+
+def test_predictions_stand_beside_measurements(settings: dict[str, Any]) -> None:
+    table = sweep(run_with(settings, sweep__predict=True))
+    assert (table["predicted_delta_ppl"] > 0).all()
+    words = prediction_words(table)
+    assert words is not None
+    assert words in sweep_markdown(table).replace("Costs predicted", "costs predicted")
+
+
+def test_a_screened_sweep_spends_less_and_says_how_much(settings: dict[str, Any], tmp_path: Path) -> None:
+    exact = sweep(run_with(settings, data__selection_blocks=6))
+    screened = sweep(
+        run_with(settings, data__selection_blocks=6, sweep__screen=True, output_dir=str(tmp_path / "screened"))
+    )
+    block = settings["data.block_length"] - 1
+    assert exact["tokens"].tolist() == [6 * block] * 4
+    assert sorted(screened["tokens"].tolist()) == [2 * block, 2 * block, 6 * block, 6 * block]
+    both = exact.merge(screened, on="layer", suffixes=("", "_screened"))
+    whole = both[both["tokens_screened"] == both["tokens"]]
+    assert whole["delta_ppl_screened"].tolist() == pytest.approx(whole["delta_ppl"].tolist(), rel=1e-9)
+    assert "tokens" in sweep_markdown(screened)
+
+
+def test_a_stopped_screening_measures_nothing_again(settings: dict[str, Any]) -> None:
+    first = run_with(settings, data__selection_blocks=6, sweep__screen=True)
+    table = sweep(first)
+    cells = {path: path.stat().st_mtime_ns for path in (first.folder / "cells").glob("*.json")}
+    again = sweep(run_with(settings, data__selection_blocks=6, sweep__screen=True))
+    pd.testing.assert_frame_equal(table, again)
+    assert cells == {path: path.stat().st_mtime_ns for path in (first.folder / "cells").glob("*.json")}
+    kinds = [json.loads(path.read_text())["kind"] for path in cells]
+    assert set(kinds) == {"capture", "nats-selection"}
