@@ -24,6 +24,7 @@ from leankv.model import LoadedModel
 from leankv.progress import Progress
 from leankv.store import cannot_write, read_json, write_json
 
+DISK_SHARE = 0.9  # of what is free; the rest is for results, and for others
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -35,7 +36,7 @@ class Activations:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """`layers`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it all depends on."""
+        """`layers`, `widths`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it all depends on."""
         manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
         return manifest
 
@@ -48,6 +49,21 @@ class Activations:
         """Remove the folder, its manifest first: what is left of a stopped removal is no capture."""
         (self.folder / "manifest.json").unlink()
         shutil.rmtree(self.folder)
+
+
+def groups_that_fit(loaded: LoadedModel, blocks: Blocks, layers: Sequence[int], folder: Path) -> list[list[int]]:
+    """Cut layers into groups whose activations the disk under `folder` holds, a capture pass each; one where it can."""
+    left = room = DISK_SHARE * shutil.disk_usage(folder).free
+    groups: list[list[int]] = [[]]
+    for layer in layers:
+        vectors = len(PARTS) * blocks.tokens.numel()
+        size = vectors * loaded.geometry.layers[layer].width * loaded.model.dtype.itemsize
+        if groups[-1] and size > left:
+            groups.append([])
+            left = room
+        groups[-1].append(layer)
+        left -= size
+    return groups
 
 
 def find_activations(folder: Path) -> Activations | None:
@@ -115,6 +131,7 @@ def capture(
             writer.file.close()
     manifest = {
         "layers": list(layers),
+        "widths": [loaded.geometry.layers[layer].width for layer in layers],
         "parts": list(PARTS),
         "blocks": n_blocks,
         "block_length": block_length,

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from leankv.capture import Activations
 from leankv.codecs import Codec, CodecSpec, TrainingSettings, fraction_of_variance_unexplained
+from leankv.codecs.base import ROWS
+from leankv.errors import UserError
 from leankv.experiment import FitConfig
 from leankv.progress import Progress
-
-GROUP_BYTES = 2 << 30  # assumption: activations of one batched fit that a laptop can spare
 
 Problem = tuple[int, str]
 """What one codec is fitted to: a layer and a part."""
@@ -46,26 +47,36 @@ def fit_codecs(
     codec_dtype: torch.dtype,
     seed: int,
     device: torch.device,
+    memory_bytes: int,
     on_fitted: Callable[[Problem, FittedCodec], None],
     progress: Progress,
 ) -> None:
     """Fit a codec for each problem and hand it to `on_fitted` as soon as its group is done.
 
     The last blocks of the calibration text (`settings.heldout_fraction` of them, at least one) are held out whole, so
-    that no held-out token has a neighbour among the fitted ones.
+    that no held-out token has a neighbour among the fitted ones. As many problems are fitted at once as
+    `memory_bytes` hold.
+
+    Raises:
+        UserError: `memory_bytes` do not hold one.
     """
     manifest = activations.manifest
     heldout_blocks = min(max(1, round(settings.heldout_fraction * manifest["blocks"])), manifest["blocks"] - 1)
     first_heldout = (manifest["blocks"] - heldout_blocks) * manifest["block_length"]
     training = TrainingSettings(settings.epochs, settings.batch_tokens, settings.learning_rate, seed)
 
-    def kind(problem: Problem) -> tuple[str, int]:
-        return problems[problem].text, activations.read(*problem).shape[1]
+    widths = dict(zip(manifest["layers"], manifest["widths"], strict=True))
 
-    for (spec_text, _), alike in groupby(sorted(problems, key=lambda p: (kind(p), p)), key=kind):
-        for group in _fitting_memory(list(alike), activations):
+    def kind(problem: Problem) -> tuple[str, int]:
+        return problems[problem].text, widths[problem[0]]
+
+    for (spec_text, width), alike in groupby(sorted(problems, key=lambda p: (kind(p), p)), key=kind):
+        ordered = list(alike)
+        spec = problems[ordered[0]]
+        size = _group_size(spec, width, training, manifest, first_heldout, memory_bytes)
+        for group in (ordered[start : start + size] for start in range(0, len(ordered), size)):
             started = time.monotonic()
-            x = torch.stack([activations.read(*problem) for problem in group]).to(device)
+            x = _stacked(activations, group, device)
             train, heldout = x[:, :first_heldout], x[:, first_heldout:]
             history: list[torch.Tensor] = []
             with progress.stage(f"fitting {len(group)} codecs {spec_text}", settings.epochs) as step:
@@ -79,7 +90,6 @@ def fit_codecs(
                     history.append(error.cpu())
                     step(f"held-out FVU {error.mean().item():.3f}")
 
-                spec = problems[group[0]]
                 codecs = spec.family.fit(spec.arguments, train, heldout, training, on_epoch)
             for index, (problem, codec) in enumerate(zip(group, codecs, strict=True)):
                 for parameter in codec.parameters():
@@ -96,8 +106,28 @@ def _finite(fvu: float) -> float:
     return fvu if math.isfinite(fvu) else 0.0
 
 
-def _fitting_memory(problems: Sequence[Problem], activations: Activations) -> list[list[Problem]]:
-    """Cut problems of one shape into groups whose activations stay under `GROUP_BYTES`, at least one in each."""
-    first = activations.read(*problems[0])
-    size = max(1, GROUP_BYTES // (first.numel() * first.element_size()))
-    return [list(problems[start : start + size]) for start in range(0, len(problems), size)]
+def _stacked(activations: Activations, group: Sequence[Problem], device: torch.device) -> torch.Tensor:
+    """The vectors of a group of problems, `[P, N, W]`, with no second copy of them all."""
+    first = activations.read(*group[0])
+    x = torch.empty((len(group), *first.shape), dtype=first.dtype, device=device)
+    for index, problem in enumerate(group):
+        x[index] = activations.read(*problem)
+    return x
+
+
+def _group_size(
+    spec: CodecSpec, width: int, training: TrainingSettings, manifest: dict[str, Any], fitted: int, memory_bytes: int
+) -> int:
+    """How many problems of one kind fit the memory: their vectors, held-out reconstructions and working space."""
+    tokens = manifest["blocks"] * manifest["block_length"]
+    itemsize = getattr(torch, manifest["dtype"]).itemsize
+    vectors = tokens * width * itemsize
+    working = spec.family.working_bytes(spec.arguments, width, training)
+    per_problem = vectors + (tokens - fitted) * width * 4 + working
+    shared = vectors + 4 * ROWS * width * 4 + 3 * width * width * 8  # one file as it is read; pieces; a covariance
+    if memory_bytes < shared + per_problem:
+        raise UserError(
+            f"a memory budget of {memory_bytes / 1e9:.3g} GB does not hold one layer's {tokens} vectors of {width}; "
+            f"the least that works is --memory-budget {math.ceil((shared + per_problem) / 1e3) / 1e6:g}"
+        )
+    return (memory_bytes - shared) // per_problem

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from leankv.cache import LeanCache
-from leankv.capture import Activations, capture, find_activations
+from leankv.capture import Activations, capture, find_activations, groups_that_fit
 from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
 from leankv.data import Blocks, TextSource
@@ -138,7 +138,7 @@ class Run:
         return True
 
     def _fit(self, problems: Mapping[Problem, CodecSpec]) -> None:
-        activations = self.captured(sorted({layer for layer, _ in problems}))
+        """Capture and fit, in groups of layers where the disk does not hold the activations of all."""
 
         def store(problem: Problem, fitted: FittedCodec) -> None:
             about = {
@@ -150,17 +150,21 @@ class Run:
             save_codec(self._codec_path(problem), fitted.codec, about)
             self._load_codec(problem)
 
-        fit_codecs(
-            activations,
-            problems,
-            self.experiment.fit,
-            getattr(torch, self.experiment.codec.dtype),
-            self.experiment.seed,
-            self.loaded.model.device,
-            store,
-            self.progress,
-        )
-        activations.delete()
+        layers = sorted({layer for layer, _ in problems})
+        for group in groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder):
+            activations = self.captured(group)
+            fit_codecs(
+                activations,
+                {problem: spec for problem, spec in problems.items() if problem[0] in group},
+                self.experiment.fit,
+                getattr(torch, self.experiment.codec.dtype),
+                self.experiment.seed,
+                self.loaded.model.device,
+                round(self.experiment.memory_budget * 1e9),
+                store,
+                self.progress,
+            )
+            activations.delete()
 
     def captured(self, layers: list[int]) -> Activations:
         """The calibration activations of these layers; a stopped run's are used if they cover them."""

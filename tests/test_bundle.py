@@ -42,7 +42,7 @@ SUMMARY_KEYS = {
     "seconds",
     "peak_rss_bytes",
 }
-SWEEP_COLUMNS = [
+SWEEP_COLUMNS = [  # those that are always filled; a last one holds predictions where they were asked for
     "layer",
     "codec_k",
     "codec_v",
@@ -127,7 +127,7 @@ def test_the_summary_has_what_the_project_promises(finished: Path, llama_folder:
 
 def test_the_sweep_has_one_row_a_layer(finished: Path) -> None:
     table = pd.read_csv(finished / "sweep.csv")
-    assert list(table) == SWEEP_COLUMNS
+    assert list(table) == [*SWEEP_COLUMNS, "predicted_delta_ppl"]
     assert list(table["layer"]) == [0, 1, 2, 3]
     assert set(table["codec_k"]) == set(table["codec_v"]) == {"ae:4x16"}
     assert set(table["protocol"]) == {"strict"}

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import leankv.fit
 from leankv.capture import Activations, capture
 from leankv.codecs import Autoencoder, fraction_of_variance_unexplained, parse_spec
 from leankv.data import Blocks
+from leankv.errors import UserError
 from leankv.experiment import FitConfig
 from leankv.fit import FittedCodec, Problem, fit_codecs
 from leankv.model import LoadedModel, find_geometry
@@ -26,6 +26,7 @@ from tests import tiny
 
 BLOCKS, BLOCK_LENGTH = 10, 32
 PROBLEMS = [(layer, part) for layer in range(4) for part in ("k", "v")]
+MEMORY = 1 << 30
 SETTINGS = FitConfig(epochs=3, batch_tokens=48, learning_rate=3e-3, heldout_fraction=0.2)
 
 
@@ -69,6 +70,7 @@ def fit(
     settings: FitConfig = SETTINGS,
     dtype: torch.dtype = torch.float32,
     progress: Silent | None = None,
+    memory_bytes: int = MEMORY,
 ) -> dict[Problem, FittedCodec]:
     fitted: dict[Problem, FittedCodec] = {}
     fit_codecs(
@@ -78,6 +80,7 @@ def fit(
         dtype,
         seed=5,
         device=torch.device("cpu"),
+        memory_bytes=memory_bytes,
         on_fitted=fitted.__setitem__,
         progress=progress or Silent(),
     )
@@ -214,34 +217,39 @@ def test_parameters_take_the_precision_asked_for_and_statistics_keep_theirs(
     assert codec.mean.dtype == codec.scale.dtype == torch.float32
 
 
+def least_memory(activations: Activations, spec: str) -> int:
+    """What the refusal of a budget that is too small names as the least that works, in bytes."""
+    with pytest.raises(UserError) as refusal:
+        fit(activations, spec=spec, memory_bytes=1)
+    return round(float(str(refusal.value).split()[-1]) * 1e9)
+
+
 @pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_fitting_in_groups_changes_nothing(
-    captured: Activations, monkeypatch: pytest.MonkeyPatch, spec: str, at_once: int
-) -> None:
+def test_fitting_in_groups_changes_nothing(captured: Activations, spec: str) -> None:
     together, apart = Stages(), Stages()
     whole = fit(captured, spec=spec, progress=together)
-    monkeypatch.setattr(leankv.fit, "GROUP_BYTES", at_once * BLOCKS * BLOCK_LENGTH * 32 * 4)
-    in_groups = fit(captured, spec=spec, progress=apart)
+    in_groups = fit(captured, spec=spec, progress=apart, memory_bytes=least_memory(captured, spec))
     assert len(together.titles) == 1
-    assert len(apart.titles) == math.ceil(len(PROBLEMS) / at_once)
+    assert len(apart.titles) > 1
     for problem in PROBLEMS:
         assert in_groups[problem].fvu_by_epoch == whole[problem].fvu_by_epoch
         for name, tensor in whole[problem].codec.state_dict().items():
             assert torch.equal(in_groups[problem].codec.state_dict()[name], tensor), f"{name} of {problem}"
 
 
-def test_one_activation_larger_than_a_group_is_fitted_all_the_same(
-    captured: Activations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leankv.fit, "GROUP_BYTES", 1)
-    assert set(fit(captured)) == set(PROBLEMS)
+def test_a_budget_that_holds_no_layer_is_refused_with_the_least_that_does(captured: Activations) -> None:
+    least = least_memory(captured, "ae:4x16")
+    with pytest.raises(UserError, match="--memory-budget"):
+        fit(captured, memory_bytes=least - 2_000)
+    assert set(fit(captured, memory_bytes=least)) == set(PROBLEMS)
 
 
 def test_each_part_may_have_a_codec_of_its_own(captured: Activations) -> None:
     fitted: dict[Problem, FittedCodec] = {}
     problems = {(2, "k"): parse_spec("pca:3"), (2, "v"): parse_spec("ae:2x8"), (0, "k"): parse_spec("mean")}
-    fit_codecs(captured, problems, SETTINGS, torch.float32, 0, torch.device("cpu"), fitted.__setitem__, Silent())
+    fit_codecs(
+        captured, problems, SETTINGS, torch.float32, 0, torch.device("cpu"), MEMORY, fitted.__setitem__, Silent()
+    )
     assert {problem: f.codec.spec for problem, f in fitted.items()} == {
         (2, "k"): "pca:3",
         (2, "v"): "ae:2x8",
@@ -260,6 +268,7 @@ def test_the_seed_decides_the_weights(captured: Activations) -> None:
             torch.float32,
             seed,
             torch.device("cpu"),
+            MEMORY,
             lambda _, fitted: codecs.append(fitted.codec),
             Silent(),
         )

@@ -8,16 +8,18 @@ import torch
 from torch.nn.functional import gelu, linear
 
 from leankv.codecs.base import (
+    ROWS,
     Code,
     Codec,
     TrainingSettings,
     as_float16,
     fraction_of_variance_unexplained,
+    mean_of,
+    sum_of_squares,
     within_float16,
 )
 
 DEFAULT_HIDDEN = 128  # LeanLlama's
-HELDOUT_CHUNK = 4096  # tokens reconstructed at a time while measuring, to bound memory
 
 Stack = dict[str, torch.Tensor]
 """Parameters of P autoencoders, each tensor `[P, ...]`."""
@@ -106,6 +108,15 @@ class Autoencoder(Codec):
         return cls({name: tensor[0] for name, tensor in stack.items()})
 
     @classmethod
+    def working_bytes(cls, arguments: Sequence[int], width: int, settings: TrainingSettings) -> int:
+        dimensions, hidden = arguments
+        parameters = width * dimensions + dimensions * hidden + hidden * width
+        # Weights, gradients, Adam's two moments, the best so far; and one step's vectors and their gradients, or the
+        # pieces in which the held-out error is summed.
+        vectors = max(settings.batch_tokens * (8 * width + 6 * hidden), ROWS * (4 * width + 2 * hidden))
+        return 4 * (6 * parameters + vectors)
+
+    @classmethod
     def parse_arguments(cls, text: str) -> tuple[int, ...]:
         dimensions, times, hidden = text.partition("x")
         arguments = (int(dimensions), int(hidden) if times else DEFAULT_HIDDEN)
@@ -123,8 +134,8 @@ def _initial_stack(arguments: Sequence[int], train: torch.Tensor, seed: int) -> 
     """Statistics of the data, and weights as `nn.Linear` draws them, the same for each problem."""
     dimensions, hidden = arguments
     problems, _, width = train.shape
-    mean = torch.stack([x.float().mean(dim=0) for x in train])
-    deviation = torch.stack([(x.float() - m).square().mean().sqrt() for x, m in zip(train, mean, strict=True)])
+    mean = mean_of(train)
+    deviation = (sum_of_squares(train, mean[:, None]) / train[0].numel()).sqrt().float()
     generator = torch.Generator().manual_seed(seed)
     # Where nothing varies the scale is next to nothing, so that decoding gives the mean whatever the weights are.
     stack = {"mean": mean, "scale": deviation.clamp_min(1e-12)[:, None]}
@@ -187,6 +198,6 @@ def train_stack(
 @torch.no_grad()
 def _heldout_error(stack: Stack, heldout: torch.Tensor) -> torch.Tensor:
     """Fraction of variance unexplained `[P]` on `heldout` `[P, M, W]`; infinite where nothing varies."""
-    chunks = [_reconstruct(stack, chunk) for chunk in heldout.split(HELDOUT_CHUNK, dim=1)]
-    u = torch.cat([chunk[0] for chunk in chunks], dim=1)
-    return fraction_of_variance_unexplained(u, torch.cat([chunk[1] for chunk in chunks], dim=1)).nan_to_num(math.inf)
+    mean, scale = stack["mean"][:, None], stack["scale"][:, None]
+    pieces = [torch.addcmul(mean, _reconstruct(stack, rows)[1], scale) for rows in heldout.split(ROWS, dim=1)]
+    return fraction_of_variance_unexplained(heldout, torch.cat(pieces, dim=1)).nan_to_num(math.inf)

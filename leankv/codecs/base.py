@@ -88,6 +88,11 @@ class Codec(torch.nn.Module, ABC):
     def check_width(cls, arguments: Sequence[int], width: int) -> None:
         """`ValueError` when the arguments do not suit the width."""
 
+    @classmethod
+    def working_bytes(cls, arguments: Sequence[int], width: int, settings: TrainingSettings) -> int:
+        """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
+        return 0
+
     @property
     def n_parameters(self) -> int:
         """Trained numbers; statistics (buffers) are not counted."""
@@ -109,6 +114,23 @@ def within_float16(x: torch.Tensor) -> torch.Tensor:
     return x.float().clamp(-65504.0, 65504.0)
 
 
+ROWS = 2048  # vectors held in float32 at a time where statistics are summed, to bound memory
+
+
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    """Mean of vectors `[..., N, W]` over N, float32, summed in float64."""
+    total = torch.stack([rows.sum(dim=-2, dtype=torch.float64) for rows in x.split(ROWS, dim=-2)]).sum(dim=0)
+    return (total / x.shape[-2]).float()
+
+
+def sum_of_squares(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`sum |x - reference|^2` over the last two dimensions of `[..., N, W]`, float64."""
+    reference = reference.expand(x.shape)
+    pieces = zip(x.split(ROWS, dim=-2), reference.split(ROWS, dim=-2), strict=True)
+    squares = [(rows.float() - own.float()).square().sum(dim=(-2, -1), dtype=torch.float64) for rows, own in pieces]
+    return torch.stack(squares).sum(dim=0)
+
+
 def fraction_of_variance_unexplained(x: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
     """FVU of each problem: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, one number for each leading index.
 
@@ -121,6 +143,4 @@ def fraction_of_variance_unexplained(x: torch.Tensor, reconstructed: torch.Tenso
     Returns:
         `[...]`, float64. NaN where `x` does not vary at all.
     """
-    error = (x.float() - reconstructed.float()).square().sum(dim=(-2, -1), dtype=torch.float64)
-    centred = x.float() - x.float().mean(dim=-2, keepdim=True)
-    return error / centred.square().sum(dim=(-2, -1), dtype=torch.float64)
+    return sum_of_squares(x, reconstructed) / sum_of_squares(x, mean_of(x).unsqueeze(-2))

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from leankv.codecs.base import Code, Codec, TrainingSettings
+from leankv.codecs.base import Code, Codec, TrainingSettings, mean_of
 
 
 class Mean(Codec):
@@ -45,7 +45,7 @@ class Mean(Codec):
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:
-        return [cls(x.float().mean(dim=0)) for x in train]
+        return [cls(mean_of(x)) for x in train]
 
     @classmethod
     def empty(cls, arguments: Sequence[int], width: int) -> Self:

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from leankv.codecs.base import Code, Codec, TrainingSettings, as_float16
+from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, as_float16, mean_of
 
 
 class PCA(Codec):
@@ -62,10 +62,12 @@ class PCA(Codec):
         (dimensions,) = arguments
         codecs = []
         for x in train:
-            x = x.float()
-            mean = x.mean(dim=0)
-            centred = x - mean
-            variances, vectors = torch.linalg.eigh((centred.T @ centred / len(x)).double())  # ascending order
+            mean = mean_of(x)
+            covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            for rows in x.split(ROWS):
+                centred = rows.float() - mean
+                covariance += centred.T @ centred / len(x)
+            variances, vectors = torch.linalg.eigh(covariance)  # ascending order
             variances, vectors = variances[-dimensions:].flip(0), vectors[:, -dimensions:].flip(1)
             # A direction without variance would be divided by zero; its coefficient is zero anyway.
             scale = variances.clamp_min(variances[0].clamp_min(1e-30) * 1e-12).sqrt()
