@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/leankv run experiments/smollm2-135m.yaml
@@ -13,13 +13,23 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
-	$(BIN)/ruff format --check leankv tests
-	$(BIN)/ruff check leankv tests
+	$(BIN)/ruff format --check leankv tests benchmarks
+	$(BIN)/ruff check leankv tests benchmarks
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff format leankv tests
-	$(BIN)/ruff check --fix leankv tests
+	$(BIN)/ruff format leankv tests benchmarks
+	$(BIN)/ruff check --fix leankv tests benchmarks
+
+# Each script writes results/bench/NAME.json. With WikiText-2 in a folder: make bench WIKITEXT=FOLDER
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/capture.py $(WIKITEXT)
+	$(BIN)/python benchmarks/replay.py $(WIKITEXT)
+	$(BIN)/python benchmarks/whole_sweep.py $(WIKITEXT)
+	$(BIN)/python benchmarks/fit_80x1024.py
+	$(BIN)/python benchmarks/screening.py $(WIKITEXT)
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/gpu_70b_shape.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

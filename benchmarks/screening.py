@@ -1,0 +1,73 @@
+"""A screened sweep against the exact one: evaluation time, agreement of ranks, and the layers that are chosen.
+
+Give a folder with WikiText-2. Both use the same codecs; measurements of whole plans are shared between the two where
+they choose alike.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from side_by_side import report, say, side_by_side, timed
+from smollm2 import prepared
+
+from leankv.assemble import select
+from leankv.experiment import SelectionConfig
+from leankv.run import Run
+from leankv.sweep import sweep
+
+SETTINGS: dict[str, Any] = {
+    "data__calibration_blocks": 32,
+    "data__block_length": 512,
+    "data__selection_blocks": 24,
+    "data__report_blocks": 2,
+}
+BUDGETS = ("2.5", "7%")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exact, screened = (
+            prepared(folder / kind, **SETTINGS, sweep__screen=kind == "screened") for kind in ("exact", "screened")
+        )
+        exact.fitted(exact.layers)
+        (folder / "screened" / "codecs").symlink_to(folder / "exact" / "codecs")
+        screened.fitted(screened.layers)
+        tables: dict[str, pd.DataFrame] = {}
+
+        def evaluated(kind: str, run: Run) -> float:
+            run.measure("selection", [])  # the base, with the pass that records hidden states, is common to both
+            seconds, tables[kind] = timed(lambda: sweep(run))
+            return seconds
+
+        ratio = side_by_side(
+            "screened sweep of SmolLM2-135M, evaluation only",
+            "the exact sweep's evaluation",
+            lambda: evaluated("screened", screened),
+            lambda: evaluated("exact", exact),
+            required=4,
+            repeats=1,
+            notes=dict(SETTINGS),
+        )
+        both = tables["exact"].merge(tables["screened"], on="layer", suffixes=("", "_screened"))
+        partial = both[both["tokens_screened"] < both["tokens"]]
+        held = partial["delta_ppl"].between(partial["delta_ppl_low_screened"], partial["delta_ppl_high_screened"])
+        ratio.notes["spearman"] = both["delta_ppl"].corr(both["delta_ppl_screened"], method="spearman")
+        ratio.notes["intervals_that_hold_the_exact_cost"] = f"{held.sum()} of {len(held)}"
+        say(f"Spearman {ratio.notes['spearman']:.3f}; {held.sum()} of {len(held)} intervals hold the exact cost")
+        screened.cells = exact.cells
+        for budget in BUDGETS:
+            chosen = {}
+            for kind, run in (("exact", exact), ("screened", screened)):
+                run.experiment = replace(run.experiment, selection=SelectionConfig(budget=budget))
+                chosen[kind] = select(run)["selected_layers"]
+            say(f"under {budget}: exact {chosen['exact']}, screened {chosen['screened']}")
+            ratio.notes[f"chosen under {budget}"] = chosen
+        report("screening", ratio)
+
+
+if __name__ == "__main__":
+    main()
