@@ -1,45 +1,178 @@
-"""The sweep: what each layer costs alone. Writes `sweep.csv`, one row a layer."""
+"""The sweep: what each layer costs alone. Writes `sweep.csv`, one row a layer.
 
+Several workers may share a sweep and its folder, each with a shard of the layers. What ties them together is
+`sweep.json`: the names of the files in which each layer's codecs and measurement are, or will be. So a program that has
+no model can tell what is finished, and gather it.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from leankv.perplexity import compare
-from leankv.run import Run
-from leankv.store import write_text
+from leankv.errors import UserError
+from leankv.experiment import Experiment, parse_layers
+from leankv.output_folder import EXPERIMENT_FILE, check_folder, write_if_changed
+from leankv.perplexity import BlockNats, compare
+from leankv.report import write_sweep_report
+from leankv.run import Run, StoredCodec, nats_of, read_codec, remove_captures
+from leankv.store import read_json, write_text
 from leankv.sweep_table import COLUMNS
 
 KEY_SPACE = "post-rope"
+INDEX_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where a sweep's results are, in its folder.
+
+    Attributes:
+        folder: the output folder; the other names are relative to it.
+        base: the base perplexity's cell.
+        cells: each of the model's layers' cell, whether asked for or not.
+        codecs: each layer's codec files, by part.
+        widths: each layer's width.
+    """
+
+    folder: Path
+    base: str
+    cells: tuple[str, ...]
+    codecs: tuple[Mapping[str, str], ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> "Index":
+        """The names under which this run finds and writes its results."""
+        numbers = range(len(run.loaded.geometry.layers))
+
+        def name(path: Path) -> str:
+            return path.relative_to(run.folder).as_posix()
+
+        return cls(
+            run.folder,
+            name(run.nats_path("selection", [])),
+            tuple(name(run.nats_path("selection", [layer])) for layer in numbers),
+            tuple({part: name(run.codec_path((layer, part))) for part in run.specs} for layer in numbers),
+            tuple(layer.width for layer in run.loaded.geometry.layers),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index | None":
+        """That of the latest run in `folder`; None where none has begun."""
+        path = folder / INDEX_FILE
+        return cls(folder, **read_json(path)) if path.is_file() else None
+
+    def write(self) -> None:
+        """Write it to its folder; workers that share the sweep write the same."""
+        about = {"base": self.base, "cells": self.cells, "codecs": self.codecs, "widths": self.widths}
+        write_if_changed(self.folder / INDEX_FILE, json.dumps(about, indent=1) + "\n")
+
+    def layers(self, experiment: Experiment) -> tuple[int, ...]:
+        """The layers that an experiment asks for."""
+        return parse_layers(experiment.layers, len(self.cells))
+
+    def missing(self, experiment: Experiment) -> tuple[int, ...]:
+        """The asked-for layers that are not finished; all of them while there is no base perplexity."""
+
+        def finished(layer: int) -> bool:
+            return all((self.folder / name).exists() for name in (self.cells[layer], *self.codecs[layer].values()))
+
+        has_base = (self.folder / self.base).exists()
+        return tuple(layer for layer in self.layers(experiment) if not (has_base and finished(layer)))
+
+    def row(self, experiment: Experiment, layer: int) -> dict[str, Any]:
+        """A finished layer's row."""
+        base, measured = (nats_of(read_json(self.folder / name)["result"]) for name in (self.base, self.cells[layer]))
+        codecs = {part: read_codec(self.folder / name) for part, name in self.codecs[layer].items()}
+        return _row(experiment, layer, self.widths[layer], base, measured, codecs)
 
 
 def sweep(run: Run) -> pd.DataFrame:
-    """Fit every asked-for layer's codecs, measure each layer's cost alone on the selection split, write `sweep.csv`."""
+    """Fit the codecs of this worker's layers, and measure each layer's cost alone on the selection split.
+
+    Whoever finds all layers finished at the end gathers them; so the last worker does, and one that is alone.
+
+    Returns:
+        The whole sweep's table where it was gathered, else that of this worker's shard.
+    """
     run.begin()
-    run.fitted(run.layers)
-    run.measure("selection", [], "base perplexity, selection split")
-    rows = []
-    with run.progress.stage(f"sweeping {len(run.layers)} layers", len(run.layers)) as step:
-        for layer in run.layers:
-            rows.append(layer_row(run, layer))
-            step(f"layer {layer}: {rows[-1]['delta_ppl']:+.3f}")
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    write_text(run.folder / "sweep.csv", table.to_csv(index=False))
-    return table
+    index = Index.of(run)
+    index.write()
+    layers = run.shard.part(run.layers)
+    if run.shard.count > 1:
+        run.progress.say(f"shard {run.shard}: process {os.getpid()} on {platform.node()}, layers {_words(layers)}")
+    if layers:
+        run.fitted(layers)
+        run.measure("selection", [], "base perplexity, selection split")
+        with run.progress.stage(f"sweeping {len(layers)} layers", len(layers)) as step:
+            for layer in layers:
+                row = layer_row(run, layer)
+                step(f"layer {layer}: {row['delta_ppl']:+.3f}")
+    if not index.missing(run.experiment):
+        return _gather(index, run.experiment)
+    return _table(index, run.experiment, layers)
+
+
+def gather(experiment: Experiment) -> pd.DataFrame:
+    """Write `sweep.csv`, `sweep.md` and the figure from what the workers left; computes nothing, loads no model.
+
+    Raises:
+        UserError: layers are missing, or the folder is another experiment's.
+    """
+    folder = check_folder(experiment)
+    index = Index.read(folder)
+    if index is None:
+        raise UserError(f"{folder} holds no sweep to gather; run: leankv sweep --output-dir {folder}")
+    if missing := index.missing(experiment):
+        again = f"leankv sweep --config {folder / EXPERIMENT_FILE} --output-dir {folder}"
+        raise UserError(
+            f"the sweep in {folder} lacks layers {_words(missing)}; run: {again} (or its shards, with --shard)"
+        )
+    return _gather(index, experiment)
 
 
 def layer_row(run: Run, layer: int) -> dict[str, Any]:
     """One layer compressed alone: its cost on the selection split and its codecs' held-out errors."""
     codecs = {part: stored for (_, part), stored in run.fitted([layer]).items()}
     measured = run.measure("selection", [layer])
-    cost = compare(run.measure("selection", []), measured)
-    low, high = cost.interval or (None, None)
     width = run.loaded.geometry.layers[layer].width
+    return _row(run.experiment, layer, width, run.measure("selection", []), measured, codecs)
+
+
+def _gather(index: Index, experiment: Experiment) -> pd.DataFrame:
+    table = _table(index, experiment, index.layers(experiment))
+    write_text(index.folder / "sweep.csv", table.to_csv(index=False))
+    write_sweep_report(index.folder)
+    remove_captures(index.folder)
+    return table
+
+
+def _table(index: Index, experiment: Experiment, layers: tuple[int, ...]) -> pd.DataFrame:
+    return pd.DataFrame([index.row(experiment, layer) for layer in layers], columns=list(COLUMNS))
+
+
+def _row(
+    experiment: Experiment,
+    layer: int,
+    width: int,
+    base: BlockNats,
+    measured: BlockNats,
+    codecs: Mapping[str, StoredCodec],
+) -> dict[str, Any]:
+    cost = compare(base, measured)
+    low, high = cost.interval or (None, None)
     return {
         "layer": layer,
-        "codec_k": run.experiment.codec.k,
-        "codec_v": run.experiment.codec.v,
+        "codec_k": experiment.codec.k,
+        "codec_v": experiment.codec.v,
         "key_space": KEY_SPACE,
-        "protocol": run.experiment.protocol.kind,
+        "protocol": experiment.protocol.kind,
         "tokens": cost.tokens,
         "base_ppl": cost.base_ppl,
         "ppl": cost.ppl,
@@ -51,3 +184,7 @@ def layer_row(run: Run, layer: int) -> dict[str, Any]:
         "bits_per_token": sum(codecs[p].codec.bits_per_token if p in codecs else width * 16 for p in ("k", "v")),
         "seconds": measured.seconds,
     }
+
+
+def _words(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers)) or "none"
