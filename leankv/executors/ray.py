@@ -13,7 +13,7 @@ from leankv.executors.crew import Job, Start, Worker, work
 from leankv.shards import Shard
 
 CONNECT_SECONDS = 4.0
-PROBE_SECONDS = 14.0  # with CONNECT_SECONDS and the time to start, under 20
+PROBE_SECONDS = 11.0  # with CONNECT_SECONDS and the time to start, under 20
 OBJECT_STORE_BYTES = 100 << 20  # Ray's least is 75 MB; nothing but sentences goes through it
 PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
