@@ -26,7 +26,6 @@ def ray_workers(job: Job, address: str | None) -> Iterator[Start]:
         UserError: Ray is not installed, or `address` does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports on its use unless told not to
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what a next version does
     try:
         import ray
     except ImportError as error:
@@ -98,4 +97,9 @@ def _check_answers(address: str) -> None:
     try:
         subprocess.run([sys.executable, "-c", PROBE, address], capture_output=True, timeout=PROBE_SECONDS, check=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        if b"InvalidAuthToken" in (error.stderr or b""):
+            raise UserError(
+                f"the Ray cluster at {address} wants its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to what it was started with"
+            ) from error
         raise refused from error
