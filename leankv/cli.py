@@ -13,7 +13,7 @@ from rich.console import Console
 
 from leankv import __version__
 from leankv.errors import UserError
-from leankv.options import FITTING, PROTOCOL, Asked, settings
+from leankv.options import FITTING, PROTOCOL, WORKERS, Asked, settings
 from leankv.progress import Progress
 
 EXIT_USER_ERROR = 2
@@ -185,25 +185,49 @@ def train_layer_command(
 
 
 @command("sweep", "layers", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
-def sweep_command(asked: Asked, json_: Json = False) -> None:
+def sweep_command(
+    asked: Asked,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Only this part of the layers, e.g. 2/8.", rich_help_panel=WORKERS, show_default=False),
+    ] = None,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Only write the tables of finished shards.", rich_help_panel=WORKERS)
+    ] = False,
+    executor: Annotated[
+        str | None,
+        typer.Option(help="Start workers: local, ray or slurm.", rich_help_panel=WORKERS, show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="So many, 2 unless given.", min=1, rich_help_panel=WORKERS, show_default=False),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, or Slurm partition.", rich_help_panel=WORKERS, show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Fit and measure every layer alone; print and write the table."""
-    from leankv.experiment import load_experiment
-    from leankv.report import prediction_words, sweep_table, write_sweep_report
-    from leankv.run import Run
-    from leankv.sweep import sweep
+    from leankv.executors import SweepOptions, sweep_as_asked
+    from leankv.report import prediction_words, sweep_table
 
-    run = Run(load_experiment(asked.config, asked.overrides()), Progress())
-    table = sweep(run)
-    write_sweep_report(run.folder)
+    options = SweepOptions(shard, gather, executor, workers, address)
+    swept = sweep_as_asked(asked.config, asked.overrides(), options, Progress())
     if json_:
-        _print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        _print_json(json.loads(swept.table.to_json(orient="records", double_precision=15)))
         return
-    OUT.print(sweep_table(table))
-    cheapest = table.sort_values("delta_ppl", kind="stable")["layer"].astype(str)
-    OUT.print("cheapest first: " + " ".join(cheapest), highlight=False)
-    if words := prediction_words(table):
+    if len(swept.table):
+        OUT.print(sweep_table(swept.table))
+        cheapest = swept.table.sort_values("delta_ppl", kind="stable")["layer"].astype(str)
+        OUT.print("cheapest first: " + " ".join(cheapest), highlight=False)
+    if words := prediction_words(swept.table):
         OUT.print(words, highlight=False)
-    OUT.print(f"written to {run.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
+    if swept.missing:
+        missing = " ".join(map(str, swept.missing))
+        OUT.print(f"shard {shard} is done; other shards have yet to do layers {missing}", highlight=False)
+    else:
+        OUT.print(f"written to {swept.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
 
 
 @command("select", "layers", "budget")

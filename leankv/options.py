@@ -15,6 +15,7 @@ MODEL = "Model"
 DATA = "Data"
 CODEC = "Codecs"
 MEASURE = "Measuring"
+WORKERS = "Several workers"
 
 SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     # parameter: (experiment key, flags, type, help panel, help)

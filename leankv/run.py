@@ -5,6 +5,7 @@ known. So any command may be stopped and called again.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,10 +22,12 @@ from leankv.data import Blocks, TextSource
 from leankv.experiment import PARTS, Experiment, parse_layers
 from leankv.fit import FittedCodec, Problem, fit_codecs
 from leankv.model import LoadedModel, load_model
+from leankv.output_folder import check_folder, claim_folder
 from leankv.perplexity import BlockNats, measure_nats
 from leankv.progress import Progress
 from leankv.replay import Replay
-from leankv.store import Cells, check_output_dir, hash_of, write_text
+from leankv.shards import Shard
+from leankv.store import Cells, hash_of, locked
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,25 @@ class StoredCodec:
 class Run:
     """An experiment under way in its output folder.
 
+    Args:
+        experiment: what is asked for.
+        progress: shows what takes long.
+        shard: which part of the layers is this worker's to sweep, when several share the folder.
+
     Raises:
         UserError: the model, the data, the codecs or the folder are not usable; see the rooms that own them.
     """
 
-    def __init__(self, experiment: Experiment, progress: Progress):
+    def __init__(self, experiment: Experiment, progress: Progress, shard: Shard | None = None):
         self.experiment = experiment
         self.progress = progress
+        self.shard = shard or Shard()
         self.folder = Path(experiment.output_dir)
         # What can fail cheaply fails before a model is loaded.
         self.specs: dict[str, CodecSpec] = {
             part: parse_spec(text) for part in PARTS if (text := getattr(experiment.codec, part)) != "none"
         }
-        check_output_dir(self.folder)
+        check_folder(experiment)
         self._source = TextSource(experiment.data)
         progress.say(f"loading {experiment.model.name}")
         self.loaded: LoadedModel = load_model(experiment.model)
@@ -70,7 +79,7 @@ class Run:
         self._blocks: dict[str, Blocks] = {}
         self._stored: dict[Problem, StoredCodec] = {}
         self.cells = Cells(self.folder / "cells")
-        write_text(self.folder / "experiment.yaml", experiment.to_yaml())
+        claim_folder(experiment)  # now only: a model that is mistyped must not stand in the way of the right one
 
     def begin(self) -> None:
         """Results are about to change: without its manifest the folder does not pass for a finished run."""
@@ -102,39 +111,42 @@ class Run:
         """The codecs of these layers, fitted now where they are not yet."""
         layers = sorted(layers)
         problems = {(layer, part): spec for layer in layers for part, spec in self.specs.items()}
-        missing: dict[Problem, CodecSpec] = {}
-        for problem, spec in problems.items():
-            if problem not in self._stored and not self._load_codec(problem):
-                missing[problem] = spec
-        if missing:
-            self._fit(missing)
+        if any(not self._load_codec(problem) for problem in problems):
+            with locked(self.cells.folder, _fit_lock(self.shard.file_name)):
+                # Another worker with the same shard may have fitted some while this one waited.
+                missing = {problem: spec for problem, spec in problems.items() if not self._load_codec(problem)}
+                if missing:
+                    self._fit(missing)
         return {problem: self._stored[problem] for problem in problems}
 
-    def _codec_key(self, problem: Problem) -> str:
+    @cached_property
+    def _codecs_depend_on(self) -> dict[str, Any]:
+        """What all codecs of this run depend on."""
         experiment = self.experiment
-        return hash_of(
-            {
-                "model": self.model_key,
-                "calibration": self.blocks("calibration").hash,
-                "batch_size": experiment.protocol.batch_size,
-                "problem": problem,
-                "spec": self.specs[problem[1]].text,
-                "codec_dtype": experiment.codec.dtype,
-                "fit": asdict(experiment.fit),
-                "seed": experiment.seed,
-            }
-        )
+        return {
+            "model": self.model_key,
+            "calibration": self.blocks("calibration").hash,
+            "batch_size": experiment.protocol.batch_size,
+            "codec_dtype": experiment.codec.dtype,
+            "fit": asdict(experiment.fit),
+            "seed": experiment.seed,
+        }
 
-    def _codec_path(self, problem: Problem) -> Path:
+    def _codec_key(self, problem: Problem) -> str:
+        return hash_of({**self._codecs_depend_on, "problem": problem, "spec": self.specs[problem[1]].text})
+
+    def codec_path(self, problem: Problem) -> Path:
+        """The file of a codec, whether it is fitted or not."""
         layer, part = problem
         return self.folder / "codecs" / f"layer-{layer:03d}-{part}-{self._codec_key(problem)[:16]}.safetensors"
 
     def _load_codec(self, problem: Problem) -> bool:
-        path = self._codec_path(problem)
-        if not path.exists():
-            return False
-        codec, about = load_codec(path)
-        self._stored[problem] = StoredCodec(codec, about["key"], json.loads(about["fvu"]), json.loads(about["seconds"]))
+        """Whether a codec is fitted; it is then at hand."""
+        if problem not in self._stored:
+            path = self.codec_path(problem)
+            if not path.exists():
+                return False
+            self._stored[problem] = read_codec(path)
         return True
 
     def _fit(self, problems: Mapping[Problem, CodecSpec]) -> None:
@@ -147,8 +159,10 @@ class Run:
                 "fvu_by_epoch": json.dumps(fitted.fvu_by_epoch),
                 "seconds": json.dumps(fitted.seconds),
             }
-            save_codec(self._codec_path(problem), fitted.codec, about)
-            self._load_codec(problem)
+            # Workers with differently cut shards may fit the same one; the bits agree.
+            if not self._load_codec(problem):
+                save_codec(self.codec_path(problem), fitted.codec, about)
+                self._load_codec(problem)
 
         layers = sorted({layer for layer, _ in problems})
         for group in groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder):
@@ -171,7 +185,8 @@ class Run:
         blocks = self.blocks("calibration")
         batch_size = self.experiment.protocol.batch_size
         depends_on = {"model": self.model_key, "blocks": blocks.hash, "batch_size": batch_size}
-        folder = self.folder / f"activations-{hash_of(depends_on)[:16]}"
+        shard = "" if self.shard == Shard() else f"-{self.shard.file_name}"
+        folder = self.folder / f"activations-{hash_of(depends_on)[:16]}{shard}"
         found = find_activations(folder)
         if found is None or not set(layers) <= set(found.manifest["layers"]):
             found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress)
@@ -194,18 +209,9 @@ class Run:
             only: numbers of the blocks to measure, in this order; all of them unless given.
         """
         layers = sorted(layers)
-        codecs = self.fitted(layers)
+        self.fitted(layers)
         blocks = self.blocks(split) if only is None else self.blocks(split).take(only)
         protocol = self.experiment.protocol
-        asked = asdict(protocol)
-        if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
-            asked = {"kind": protocol.kind, "chunk": protocol.chunk, "batch_size": protocol.batch_size}
-        depends_on = {
-            "model": self.model_key,
-            "blocks": blocks.hash,
-            "protocol": asked,
-            "codecs": {f"{layer}.{part}": stored.key for (layer, part), stored in codecs.items()},
-        }
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
             plan = self.plan(layers)
@@ -221,8 +227,24 @@ class Run:
             with self.progress.stage(title, len(blocks)) as step:
                 return asdict(measured(step))
 
-        result = self.cells.get_or_compute(f"nats-{split}", depends_on, compute)
-        return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])
+        result = self.cells.get_or_compute(f"nats-{split}", self._nats_depend_on(blocks, layers), compute)
+        return nats_of(result)
+
+    def nats_path(self, split: str, layers: Iterable[int]) -> Path:
+        """The cell of `measure(split, layers)`, whether it is there or not."""
+        return self.cells.path(f"nats-{split}", self._nats_depend_on(self.blocks(split), sorted(layers)))
+
+    def _nats_depend_on(self, blocks: Blocks, layers: list[int]) -> dict[str, Any]:
+        protocol = self.experiment.protocol
+        asked = asdict(protocol)
+        if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
+            asked = {"kind": protocol.kind, "chunk": protocol.chunk, "batch_size": protocol.batch_size}
+        return {
+            "model": self.model_key,
+            "blocks": blocks.hash,
+            "protocol": asked,
+            "codecs": {f"{layer}.{part}": self._codec_key((layer, part)) for layer in layers for part in self.specs},
+        }
 
     def plan(self, layers: Iterable[int]) -> dict[int, dict[str, Codec]]:
         """layer -> part -> codec for these layers, as `LeanCache` takes it."""
@@ -230,3 +252,29 @@ class Run:
         for (layer, part), stored in self.fitted(layers).items():
             plan.setdefault(layer, {})[part] = stored.codec
         return plan
+
+
+def read_codec(path: Path) -> StoredCodec:
+    """A fitted codec from its file."""
+    codec, about = load_codec(path)
+    return StoredCodec(codec, about["key"], json.loads(about["fvu"]), json.loads(about["seconds"]))
+
+
+def nats_of(result: Mapping[str, Any]) -> BlockNats:
+    """Nats as a cell holds them."""
+    return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])
+
+
+def remove_captures(folder: Path) -> None:
+    """Remove the captures of workers that were stopped; of one that is at work nothing is touched."""
+    for path in folder.glob("activations-*"):
+        _, _, shard = path.name.removeprefix("activations-").partition("-")
+        with locked(folder / "cells", _fit_lock(shard or Shard().file_name), wait=False) as mine:
+            if mine:
+                (path / "manifest.json").unlink(missing_ok=True)  # what is left of a stopped removal is no capture
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _fit_lock(shard_name: str) -> str:
+    """The lock under which a shard's layers are captured and fitted."""
+    return f"fit-{shard_name}"

@@ -2,6 +2,9 @@
 
 A file is written under a temporary name in the same folder, flushed to the disk, and renamed. So a run that is killed
 at any instant leaves finished files and ignorable temporary ones, and the next run finds what is finished by its key.
+
+Workers that share a folder keep out of each other's way by locks that the operating system holds: one that dies,
+however it dies, holds none.
 """
 
 import contextlib
@@ -9,9 +12,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from leankv.errors import UserError
 
@@ -112,6 +117,33 @@ def check_output_dir(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
+LOCKS = ".locks"
+"""Subfolder with the lock files. They are empty and stay: removing one that others wait for would split it in two."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock `name` of `folder`; yields False where another process holds it and `wait` is False.
+
+    Raises:
+        UserError: the lock file cannot be made.
+    """
+    path = folder / LOCKS / f"{name}.lock"
+    lock = FileLock(path, blocking=wait)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 class Cells:
     """A folder of small JSON measurements, one file a key.
 
@@ -122,11 +154,21 @@ class Cells:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def path(self, kind: str, depends_on: dict[str, Any]) -> Path:
+        """The file of a cell, whether it is there or not."""
+        return self.folder / f"{kind}-{hash_of(depends_on)[:24]}.json"
+
     def get_or_compute(self, kind: str, depends_on: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
-        """The stored result of this cell, or `compute()` after storing what it returns."""
-        path = self.folder / f"{kind}-{hash_of(depends_on)[:24]}.json"
+        """The stored result of this cell, or `compute()` after storing what it returns.
+
+        Of several processes that ask at once, one computes and the others wait for it.
+        """
+        path = self.path(kind, depends_on)
         if path.exists():
             return read_json(path)["result"]
-        result = compute()
-        write_json(path, {"kind": kind, "depends_on": depends_on, "result": result})
-        return result
+        with locked(self.folder, path.stem):
+            if path.exists():  # another process stored it while this one waited
+                return read_json(path)["result"]
+            result = compute()
+            write_json(path, {"kind": kind, "depends_on": depends_on, "result": result})
+            return result

@@ -206,7 +206,7 @@ def test_a_cell_is_computed_again_when_what_it_depends_on_changes(tmp_path: Path
 
 def test_a_cell_explains_itself(tmp_path: Path) -> None:
     Cells(tmp_path).get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 2.5})
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("[!.]*")
     assert path.name.startswith("nats-")
     assert read_json(path) == {"kind": "nats", "depends_on": {"seed": 1}, "result": {"ppl": 2.5}}
 
@@ -225,7 +225,7 @@ def test_a_computation_that_fails_stores_nothing(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_ignored(tmp_path: Path) -> None:
     cells = Cells(tmp_path)
     cells.get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 1.0})
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("[!.]*")
     path.rename(tmp_path / f".{path.name}.abc123.tmp")
     (tmp_path / f".{path.name}.xyz.tmp").write_bytes(b'{"kind": "nats", "resu')
     assert cells.get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 2.0}) == {"ppl": 2.0}

@@ -1,0 +1,5 @@
+"""`python -m leankv`: the command line, without the installed script."""
+
+from leankv.cli import main
+
+main()

@@ -1,0 +1,122 @@
+"""Executors: who does the work of a sweep. This process, its shard of it, or workers that it starts and watches."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from leankv.assemble import experiment_of
+from leankv.codecs import parse_spec
+from leankv.errors import UserError
+from leankv.executors.crew import Job, Start, supervise
+from leankv.experiment import PARTS, Experiment, load_experiment
+from leankv.output_folder import check_folder, write_if_changed
+from leankv.progress import Progress
+from leankv.run import Run
+from leankv.shards import Shard
+from leankv.sweep import sweep
+from leankv.sweep_index import Index, gather
+
+DEFAULT_WORKERS = 2
+EXECUTORS = ("local", "ray", "slurm")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is spread, as the command line asks for it.
+
+    Attributes:
+        shard: only this part of the layers, e.g. `2/8`.
+        gather: only gather what is finished.
+        executor: start workers; one of `EXECUTORS`.
+        workers: how many.
+        address: of the Ray cluster; for Slurm the partition.
+    """
+
+    shard: str | None = None
+    gather: bool = False
+    executor: str | None = None
+    workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that they go together.
+
+        Raises:
+            UserError: they do not.
+        """
+        if (self.shard is not None) + self.gather + (self.executor is not None) > 1:
+            raise UserError("--shard, --gather and --executor are three ways to sweep; choose one of them")
+        if self.executor is not None and self.executor not in EXECUTORS:
+            raise UserError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.executor!r}")
+        if self.executor is None and self.workers is not None:
+            raise UserError("--workers needs --executor local, ray or slurm")
+        if self.executor not in ("ray", "slurm") and self.address is not None:
+            raise UserError("--address goes with --executor ray (a cluster) or slurm (a partition) only")
+        if self.shard is not None:
+            Shard.parse(self.shard)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep's table: the whole, or where layers of other shards are `missing`, that of one shard."""
+
+    folder: Path
+    table: pd.DataFrame
+    missing: tuple[int, ...]
+
+
+def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: SweepOptions, progress: Progress) -> Swept:
+    """Sweep here, or a shard of it, or with workers, or gather what others did.
+
+    Raises:
+        UserError: see `Run`, `gather`, `sweep_with_workers`.
+    """
+    if options.gather:
+        folder = Path(overrides.get("output_dir", Experiment().output_dir))
+        experiment = experiment_of(folder, config, overrides)
+        return Swept(folder, gather(experiment), ())
+    experiment = load_experiment(config, overrides)
+    if options.executor is not None:
+        workers = options.workers or DEFAULT_WORKERS
+        table = sweep_with_workers(experiment, options.executor, workers, options.address, progress)
+        return Swept(Path(experiment.output_dir), table, ())
+    run = Run(experiment, progress, Shard.parse(options.shard or "1/1"))
+    table = sweep(run)
+    return Swept(run.folder, table, Index.of(run).missing(experiment) if run.shard.count > 1 else ())
+
+
+def sweep_with_workers(
+    experiment: Experiment, executor: str, workers: int, address: str | None, progress: Progress
+) -> pd.DataFrame:
+    """Start workers, one a shard, watch over them, and gather what they did.
+
+    Raises:
+        UserError: the executor is not to be had here, a worker refuses, or one dies again and again.
+    """
+    for part in PARTS:
+        if (spec := getattr(experiment.codec, part)) != "none":
+            parse_spec(spec)
+    folder = check_folder(experiment)
+    # Not the folder's own experiment.yaml: that is written by workers whose model has loaded.
+    config = folder / "logs" / "experiment.yaml"
+    write_if_changed(config, experiment.to_yaml())
+    with _executor(executor, Job(config, folder, workers, Path.cwd()), address) as start:
+        supervise(experiment, Shard.all_of(workers), start, progress)
+    return gather(experiment)
+
+
+def _executor(name: str, job: Job, address: str | None) -> AbstractContextManager[Start]:
+    if name == "ray":
+        from leankv.executors.ray import ray_workers
+
+        return ray_workers(job, address)
+    if name == "slurm":
+        from leankv.executors.slurm import slurm_workers
+
+        return slurm_workers(job, address)
+    from leankv.executors.local import local_workers
+
+    return local_workers(job)
