@@ -1,96 +1,26 @@
 """The sweep: what each layer costs alone. Writes `sweep.csv`, one row a layer.
 
-Several workers may share a sweep and its folder, each with a shard of the layers. What ties them together is
-`sweep.json`: the names of the files in which each layer's codecs and measurement are, or will be. So a program that has
-no model can tell what is finished, and gather it.
+Several workers may share a sweep and its folder, each with a shard of the layers; see `leankv.sweep_index`.
 """
 
-import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from leankv.errors import UserError
-from leankv.experiment import Experiment, parse_layers
-from leankv.output_folder import EXPERIMENT_FILE, check_folder, write_if_changed
+from leankv.experiment import Experiment
+from leankv.output_folder import EXPERIMENT_FILE, check_folder
 from leankv.perplexity import BlockNats, compare
 from leankv.report import write_sweep_report
 from leankv.run import Run, StoredCodec, nats_of, read_codec, remove_captures
 from leankv.store import read_json, write_text
+from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
 
 KEY_SPACE = "post-rope"
-INDEX_FILE = "sweep.json"
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where a sweep's results are, in its folder.
-
-    Attributes:
-        folder: the output folder; the other names are relative to it.
-        base: the base perplexity's cell.
-        cells: each of the model's layers' cell, whether asked for or not.
-        codecs: each layer's codec files, by part.
-        widths: each layer's width.
-    """
-
-    folder: Path
-    base: str
-    cells: tuple[str, ...]
-    codecs: tuple[Mapping[str, str], ...]
-    widths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, run: Run) -> "Index":
-        """The names under which this run finds and writes its results."""
-        numbers = range(len(run.loaded.geometry.layers))
-
-        def name(path: Path) -> str:
-            return path.relative_to(run.folder).as_posix()
-
-        return cls(
-            run.folder,
-            name(run.nats_path("selection", [])),
-            tuple(name(run.nats_path("selection", [layer])) for layer in numbers),
-            tuple({part: name(run.codec_path((layer, part))) for part in run.specs} for layer in numbers),
-            tuple(layer.width for layer in run.loaded.geometry.layers),
-        )
-
-    @classmethod
-    def read(cls, folder: Path) -> "Index | None":
-        """That of the latest run in `folder`; None where none has begun."""
-        path = folder / INDEX_FILE
-        return cls(folder, **read_json(path)) if path.is_file() else None
-
-    def write(self) -> None:
-        """Write it to its folder; workers that share the sweep write the same."""
-        about = {"base": self.base, "cells": self.cells, "codecs": self.codecs, "widths": self.widths}
-        write_if_changed(self.folder / INDEX_FILE, json.dumps(about, indent=1) + "\n")
-
-    def layers(self, experiment: Experiment) -> tuple[int, ...]:
-        """The layers that an experiment asks for."""
-        return parse_layers(experiment.layers, len(self.cells))
-
-    def missing(self, experiment: Experiment) -> tuple[int, ...]:
-        """The asked-for layers that are not finished; all of them while there is no base perplexity."""
-
-        def finished(layer: int) -> bool:
-            return all((self.folder / name).exists() for name in (self.cells[layer], *self.codecs[layer].values()))
-
-        has_base = (self.folder / self.base).exists()
-        return tuple(layer for layer in self.layers(experiment) if not (has_base and finished(layer)))
-
-    def row(self, experiment: Experiment, layer: int) -> dict[str, Any]:
-        """A finished layer's row."""
-        base, measured = (nats_of(read_json(self.folder / name)["result"]) for name in (self.base, self.cells[layer]))
-        codecs = {part: read_codec(self.folder / name) for part, name in self.codecs[layer].items()}
-        return _row(experiment, layer, self.widths[layer], base, measured, codecs)
 
 
 def sweep(run: Run) -> pd.DataFrame:
@@ -154,7 +84,14 @@ def _gather(index: Index, experiment: Experiment) -> pd.DataFrame:
 
 
 def _table(index: Index, experiment: Experiment, layers: tuple[int, ...]) -> pd.DataFrame:
-    return pd.DataFrame([index.row(experiment, layer) for layer in layers], columns=list(COLUMNS))
+    def row(layer: int) -> dict[str, Any]:
+        base, measured = (
+            nats_of(read_json(index.folder / name)["result"]) for name in (index.base, index.cells[layer])
+        )
+        codecs = {part: read_codec(index.folder / name) for part, name in index.codecs[layer].items()}
+        return _row(experiment, layer, index.widths[layer], base, measured, codecs)
+
+    return pd.DataFrame([row(layer) for layer in layers], columns=list(COLUMNS))
 
 
 def _row(

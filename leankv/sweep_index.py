@@ -1,0 +1,78 @@
+"""`sweep.json`: in which files each layer's codecs and measurement are, or will be.
+
+It ties the workers of a sweep together: a program that has no model, and imports no torch, can tell what is finished.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leankv.experiment import Experiment, parse_layers
+from leankv.output_folder import write_if_changed
+from leankv.store import read_json
+
+if TYPE_CHECKING:
+    from leankv.run import Run
+
+INDEX_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where a sweep's results are, in its folder.
+
+    Attributes:
+        folder: the output folder; the other names are relative to it.
+        base: the base perplexity's cell.
+        cells: each of the model's layers' cell, whether asked for or not.
+        codecs: each layer's codec files, by part.
+        widths: each layer's width.
+    """
+
+    folder: Path
+    base: str
+    cells: tuple[str, ...]
+    codecs: tuple[Mapping[str, str], ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, run: "Run") -> "Index":
+        """The names under which this run finds and writes its results."""
+        numbers = range(len(run.loaded.geometry.layers))
+
+        def name(path: Path) -> str:
+            return path.relative_to(run.folder).as_posix()
+
+        return cls(
+            run.folder,
+            name(run.nats_path("selection", [])),
+            tuple(name(run.nats_path("selection", [layer])) for layer in numbers),
+            tuple({part: name(run.codec_path((layer, part))) for part in run.specs} for layer in numbers),
+            tuple(layer.width for layer in run.loaded.geometry.layers),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index | None":
+        """That of the latest run in `folder`; None where none has begun."""
+        path = folder / INDEX_FILE
+        return cls(folder, **read_json(path)) if path.is_file() else None
+
+    def write(self) -> None:
+        """Write it to its folder; workers that share the sweep write the same."""
+        about = {"base": self.base, "cells": self.cells, "codecs": self.codecs, "widths": self.widths}
+        write_if_changed(self.folder / INDEX_FILE, json.dumps(about, indent=1) + "\n")
+
+    def layers(self, experiment: Experiment) -> tuple[int, ...]:
+        """The layers that an experiment asks for."""
+        return parse_layers(experiment.layers, len(self.cells))
+
+    def missing(self, experiment: Experiment) -> tuple[int, ...]:
+        """The asked-for layers that are not finished; all of them while there is no base perplexity."""
+
+        def finished(layer: int) -> bool:
+            return all((self.folder / name).exists() for name in (self.cells[layer], *self.codecs[layer].values()))
+
+        has_base = (self.folder / self.base).exists()
+        return tuple(layer for layer in self.layers(experiment) if not (has_base and finished(layer)))
