@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from leankv.errors import UserError
+from leankv.gathering import finished_row, layer_words, row_of, write_sweep
 from leankv.perplexity import Comparison, compare, comparison_of
 from leankv.prediction import predict_costs
 from leankv.run import Run
 from leankv.screening import screen
-from leankv.sweep_index import Index, layer_words, row_of, write_sweep
+from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
 
 
@@ -49,7 +50,7 @@ def sweep(run: Run) -> pd.DataFrame:
     if run.shard.count > 1:
         if index.missing(run.experiment):
             return pd.DataFrame(rows, columns=list(COLUMNS))
-        rows = [index.row(run.experiment, layer) for layer in run.layers]
+        rows = [finished_row(index, run.experiment, layer) for layer in run.layers]
     return write_sweep(run.folder, rows)
 
 

@@ -1,27 +1,21 @@
-"""What is finished of a sweep that several workers share, and gathering it.
+"""`sweep.json`: in which files each layer's codecs and measurement are, or will be.
 
-What ties the workers together is `sweep.json`: the names of the files in which each layer's codecs and measurement are,
-or will be. So a program that has no model can tell what is finished, and gather it.
+It ties the workers of a sweep together: a program that has no model, and imports no torch, can tell what is finished.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from leankv.errors import UserError
 from leankv.experiment import Experiment, parse_layers
-from leankv.output_folder import EXPERIMENT_FILE, check_folder, write_if_changed
-from leankv.perplexity import Comparison, compare
-from leankv.report import write_sweep_report
-from leankv.run import Run, StoredCodec, nats_of, read_codec, remove_captures
-from leankv.store import read_json, write_text
-from leankv.sweep_table import COLUMNS
+from leankv.output_folder import write_if_changed
+from leankv.store import read_json
 
-KEY_SPACE = "post-rope"
+if TYPE_CHECKING:
+    from leankv.run import Run
+
 INDEX_FILE = "sweep.json"
 
 
@@ -44,7 +38,7 @@ class Index:
     widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, run: Run) -> "Index":
+    def of(cls, run: "Run") -> "Index":
         """The names under which this run finds and writes its results."""
         numbers = range(len(run.loaded.geometry.layers))
 
@@ -82,73 +76,3 @@ class Index:
 
         has_base = (self.folder / self.base).exists()
         return tuple(layer for layer in self.layers(experiment) if not (has_base and finished(layer)))
-
-    def row(self, experiment: Experiment, layer: int) -> dict[str, Any]:
-        """A finished layer's row."""
-        base, measured = (nats_of(read_json(self.folder / name)["result"]) for name in (self.base, self.cells[layer]))
-        codecs = {part: read_codec(self.folder / name) for part, name in self.codecs[layer].items()}
-        return row_of(experiment, layer, self.widths[layer], compare(base, measured), measured.seconds, codecs)
-
-
-def gather(experiment: Experiment) -> pd.DataFrame:
-    """Write `sweep.csv`, `sweep.md` and the figure from what the workers left; computes nothing, loads no model.
-
-    Raises:
-        UserError: layers are missing, or the folder is another experiment's.
-    """
-    folder = check_folder(experiment)
-    index = Index.read(folder)
-    if index is None:
-        raise UserError(f"{folder} holds no sweep to gather; run: leankv sweep --output-dir {folder}")
-    if missing := index.missing(experiment):
-        again = f"leankv sweep --config {folder / EXPERIMENT_FILE} --output-dir {folder}"
-        raise UserError(
-            f"the sweep in {folder} lacks layers {layer_words(missing)}; run: {again} (or its shards, with --shard)"
-        )
-    rows = [index.row(experiment, layer) for layer in index.layers(experiment)]
-    return write_sweep(folder, rows)
-
-
-def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Write a finished sweep's table, its report and its figure, and remove what workers that were stopped left."""
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    write_text(folder / "sweep.csv", table.to_csv(index=False))
-    write_sweep_report(folder)
-    remove_captures(folder)
-    return table
-
-
-def row_of(
-    experiment: Experiment,
-    layer: int,
-    width: int,
-    cost: Comparison,
-    seconds: float,
-    codecs: Mapping[str, StoredCodec],
-    predicted: float | None = None,
-) -> dict[str, Any]:
-    """One row of `sweep.csv`: a layer's cost alone, and its codecs' held-out errors."""
-    low, high = cost.interval or (None, None)
-    return {
-        "layer": layer,
-        "codec_k": experiment.codec.k,
-        "codec_v": experiment.codec.v,
-        "key_space": KEY_SPACE,
-        "protocol": experiment.protocol.kind,
-        "tokens": cost.tokens,
-        "base_ppl": cost.base_ppl,
-        "ppl": cost.ppl,
-        "delta_ppl": cost.delta_ppl,
-        "delta_ppl_low": low,
-        "delta_ppl_high": high,
-        "fvu_k": codecs["k"].fvu if "k" in codecs else 0.0,
-        "fvu_v": codecs["v"].fvu if "v" in codecs else 0.0,
-        "bits_per_token": sum(codecs[p].codec.bits_per_token if p in codecs else width * 16 for p in ("k", "v")),
-        "seconds": seconds,
-        "predicted_delta_ppl": predicted,
-    }
-
-
-def layer_words(layers: Sequence[int]) -> str:
-    """`0, 3, 6`; `none`."""
-    return ", ".join(map(str, layers)) or "none"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas as pd
@@ -17,17 +18,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from leankv.capture import capture
 from leankv.cli import app
 from leankv.errors import UserError
-from leankv.executors import Job, crew
+from leankv.executors import Job, crew, sweep_with_workers
 from leankv.executors.crew import supervise
 from leankv.executors.slurm import slurm_workers
 from leankv.experiment import load_experiment
-from leankv.progress import Silent
+from leankv.gathering import gather
+from leankv.progress import Progress, Silent
 from leankv.run import Run
 from leankv.shards import Shard
 from leankv.sweep import sweep
-from leankv.sweep_index import gather
 from tests import tiny
 
 LAYERS = 8
@@ -65,7 +67,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
             "dataset": str(root / "text.txt"),
             "block_length": 64,
             "calibration_blocks": 20,
-            "selection_blocks": 60,
+            "selection_blocks": 40,
             "report_blocks": 4,
         },
         "codec": {"k": "ae:4x16", "v": "ae:4x16"},
@@ -153,11 +155,10 @@ def test_more_shards_than_layers(serial: Sweep, tmp_path: Path) -> None:
 
 
 def test_workers_at_once_make_the_same_sweep_and_nothing_twice(serial: Sweep, tmp_path: Path) -> None:
-    """Three workers, and a fourth with the shard of another: every stage shows in one log only."""
-    commands = [serial.command(tmp_path, "--shard", shard) for shard in ("1/3", "2/3", "3/3", "3/3")]
-    processes = [start(command) for command in commands]
+    """Every stage shows in one log only."""
+    processes = [start(serial.command(tmp_path, "--shard", shard)) for shard in ("1/3", "2/3", "3/3")]
     logs = [process.communicate(timeout=TIME_OUT)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, logs
+    assert [process.returncode for process in processes] == [0] * 3, logs
     assert_swept(tmp_path, serial)
     text = "".join(logs)
     assert len(re.findall(r"^base perplexity.*steps$", text, re.MULTILINE)) == 1
@@ -217,6 +218,26 @@ def test_a_worker_killed_in_mid_sweep_goes_on_where_it_was(serial: Sweep, tmp_pa
     assert {name: after[name] for name in before} == before
 
 
+def test_workers_with_the_same_shard_fit_it_once(
+    serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures: list[object] = []
+
+    def counted(*arguments: Any) -> Any:
+        captures.append(arguments)
+        return capture(*arguments)
+
+    monkeypatch.setattr("leankv.run.capture", counted)
+    runs = [serial.run(tmp_path, "1/2") for _ in range(3)]
+    threads = [Thread(target=run.fitted, args=([0, 2],)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(captures) == 1
+    assert all(set(run.fitted([0, 2])) == {(0, "k"), (0, "v"), (2, "k"), (2, "v")} for run in runs)
+
+
 def test_captures_of_shards_are_their_own(serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker's capture serves the same shard again, and is removed then."""
     first, second = (serial.run(tmp_path, shard) for shard in ("1/3", "2/3"))
@@ -225,16 +246,16 @@ def test_captures_of_shards_are_their_own(serial: Sweep, tmp_path: Path, monkeyp
     monkeypatch.setattr("leankv.run.capture", pytest.fail)
     again = serial.run(tmp_path, "2/3")
     again.fitted(again.shard.part(again.layers))
-    assert [capture.folder.exists() for capture in captures] == [True, False]
+    assert [each.folder.exists() for each in captures] == [True, False]
 
 
 def test_a_half_made_capture_is_none(serial: Sweep, tmp_path: Path) -> None:
     """Of this shard, and of one that nobody takes up again."""
     run = serial.run(tmp_path, "1/2")
     for shard in ("1/2", "3/7"):
-        capture = serial.run(tmp_path, shard).captured([0, 2])
-        (capture.folder / "manifest.json").unlink()
-        (capture.folder / "layer-000.safetensors").write_bytes(b"half")
+        half = serial.run(tmp_path, shard).captured([0, 2]).folder
+        (half / "manifest.json").unlink()
+        (half / "layer-000.safetensors").write_bytes(b"half")
     sweep(run)
     sweep(serial.run(tmp_path, "2/2"))
     assert_swept(tmp_path, serial)
@@ -289,7 +310,7 @@ def test_gathering_computes_nothing(serial: Sweep, tmp_path: Path, monkeypatch: 
     [
         ("fit.epochs", 3, "fit.epochs 2, not 3"),
         ("codec.k", "pca:2", "codec.k ae:4x16, not pca:2"),
-        ("data.selection_blocks", 3, "data.selection_blocks 60, not 3"),
+        ("data.selection_blocks", 3, "data.selection_blocks 40, not 3"),
         ("protocol.sinks", 1, "protocol.sinks 0, not 1"),
         ("model.revision", "main", "model.revision null, not main"),
         ("seed", 1, "seed 0, not 1"),
@@ -328,7 +349,9 @@ def test_a_model_that_does_not_load_claims_no_folder(serial: Sweep, tmp_path: Pa
 # -- executors ---------------------------------------------------------------------------------------------------------
 
 
-def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(serial: Sweep, tmp_path: Path) -> None:
+def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
+    serial: Sweep, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     command = serial.command(tmp_path, "--executor", "local", "--workers", "2")
     interrupted = start(command)
     wait_for(lambda: layers_measured(tmp_path) >= 1 and len(worker_processes(tmp_path)) == 2, interrupted)
@@ -339,32 +362,38 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(seria
     assert "Traceback" not in stderr
     stopped = worker_processes(tmp_path)
     assert not any(Path(f"/proc/{pid}").exists() for pid in stopped.values())
-    before = finished_files(tmp_path)
     assert not (tmp_path / "sweep.csv").exists()
+    before = finished_files(tmp_path)
 
-    process = start(command)
-    stderr = kill_a_worker(process, tmp_path, stopped)
-    assert "died (by SIGKILL) and is started again" in stderr
+    killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1]))
+    killer.start()
+    experiment = load_experiment(serial.config, {"output_dir": str(tmp_path)})
+    sweep_with_workers(experiment, "local", 2, None, Progress())
+    killer.join()
+    assert "shard 1/2 died (by SIGKILL) and is started again" in capfd.readouterr().err
     assert_swept(tmp_path, serial)
     after = finished_files(tmp_path)
     assert {name: after[name] for name in before} == before
 
 
-def kill_a_worker(process: subprocess.Popen[str], folder: Path, known: dict[int, int]) -> str:
-    """Kill the worker of the first shard when it is at work; what the command says by its end."""
-    wait_for(lambda: worker_processes(folder).get(1, known.get(1)) != known.get(1), process)
-    os.kill(worker_processes(folder)[1], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=TIME_OUT)
-    assert process.returncode == 0, stderr
-    assert "cheapest first" in stdout
-    assert len(re.findall(r"^loading", (folder / "logs/shard-1.log").read_text(), re.MULTILINE)) == 2 + bool(known)
-    return stderr
+def kill_the_first_worker(folder: Path, known: int | None) -> None:
+    """As soon as it is at work; not the one that is known, of an earlier crew."""
+    deadline = time.monotonic() + TIME_OUT
+    while (pid := worker_processes(folder).get(1, known)) == known:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     process = start(serial.command(tmp_path, "--executor", "ray", "--workers", "2"))
-    assert "died (" in kill_a_worker(process, tmp_path, {})
+    kill_the_first_worker(tmp_path, None)
+    stdout, stderr = process.communicate(timeout=TIME_OUT)
+    assert process.returncode == 0, stderr
+    assert "cheapest first" in stdout
+    assert "shard 1/2 died (" in stderr
     assert_swept(tmp_path, serial)
 
 
@@ -397,6 +426,12 @@ def test_a_missing_extra(
     monkeypatch.setitem(sys.modules, module, None)
     sentence = refuse("--config", serial.config, "-o", tmp_path, "--executor", executor)
     assert f"pip install 'leankv[{executor}]'" in sentence
+
+
+def test_a_machine_without_slurm(serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "")
+    assert "no Slurm" in refuse("--config", serial.config, "-o", tmp_path, "--executor", "slurm")
 
 
 @pytest.mark.parametrize(

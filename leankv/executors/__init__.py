@@ -1,4 +1,7 @@
-"""Executors: who does the work of a sweep. This process, its shard of it, or workers that it starts and watches."""
+"""Executors: who does the work of a sweep. This process, its shard of it, or workers that it starts and watches.
+
+A process that only starts workers imports no torch: it may be on a login node, and they start at once.
+"""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -7,17 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from leankv.assemble import experiment_of
-from leankv.codecs import parse_spec
 from leankv.errors import UserError
 from leankv.executors.crew import Job, Start, supervise
-from leankv.experiment import PARTS, Experiment, load_experiment
+from leankv.experiment import Experiment, load_experiment
 from leankv.output_folder import check_folder, write_if_changed
 from leankv.progress import Progress
-from leankv.run import Run
 from leankv.shards import Shard
-from leankv.sweep import sweep
-from leankv.sweep_index import Index, gather
+from leankv.sweep_index import Index
+from leankv.sweep_table import read_sweep
 
 DEFAULT_WORKERS = 2
 EXECUTORS = ("local", "ray", "slurm")
@@ -75,6 +75,9 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
         UserError: see `Run`, `gather`, `sweep_with_workers`.
     """
     if options.gather:
+        from leankv.assemble import experiment_of
+        from leankv.gathering import gather
+
         folder = Path(overrides.get("output_dir", Experiment().output_dir))
         experiment = experiment_of(folder, config, overrides)
         return Swept(folder, gather(experiment), ())
@@ -83,6 +86,9 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
         workers = options.workers or DEFAULT_WORKERS
         table = sweep_with_workers(experiment, options.executor, workers, options.address, progress)
         return Swept(Path(experiment.output_dir), table, ())
+    from leankv.run import Run
+    from leankv.sweep import sweep
+
     run = Run(experiment, progress, Shard.parse(options.shard or "1/1"))
     table = sweep(run)
     return Swept(run.folder, table, Index.of(run).missing(experiment) if run.shard.count > 1 else ())
@@ -91,21 +97,21 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
 def sweep_with_workers(
     experiment: Experiment, executor: str, workers: int, address: str | None, progress: Progress
 ) -> pd.DataFrame:
-    """Start workers, one a shard, watch over them, and gather what they did.
+    """Start workers, one a shard, and watch over them until the last has gathered what all did.
 
     Raises:
         UserError: the executor is not to be had here, a worker refuses, or one dies again and again.
     """
-    for part in PARTS:
-        if (spec := getattr(experiment.codec, part)) != "none":
-            parse_spec(spec)
     folder = check_folder(experiment)
     # Not the folder's own experiment.yaml: that is written by workers whose model has loaded.
     config = folder / "logs" / "experiment.yaml"
     write_if_changed(config, experiment.to_yaml())
     with _executor(executor, Job(config, folder, workers, Path.cwd()), address) as start:
         supervise(experiment, Shard.all_of(workers), start, progress)
-    return gather(experiment)
+    index = Index.read(folder)
+    assert index is not None
+    assert not index.missing(experiment), "every shard is done"
+    return read_sweep(folder)
 
 
 def _executor(name: str, job: Job, address: str | None) -> AbstractContextManager[Start]:

@@ -16,9 +16,7 @@ from rich.console import Console
 from leankv.errors import UserError
 from leankv.experiment import Experiment, load_experiment
 from leankv.progress import Progress
-from leankv.run import Run
 from leankv.shards import Shard
-from leankv.sweep import sweep
 from leankv.sweep_index import Index
 
 RESTARTS = 3  # of one shard; a worker that dies four times will die again
@@ -164,6 +162,9 @@ def work(config: str, shard: str, log: str, cwd: str) -> str:
     Returns:
         Nothing when the shard is done, the sentence of a `UserError` when it cannot be.
     """
+    from leankv.run import Run
+    from leankv.sweep import sweep
+
     os.chdir(cwd)  # paths in the experiment may be relative
     with Path(log).open("a", encoding="utf-8") as file:
         try:

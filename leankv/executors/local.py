@@ -81,9 +81,11 @@ def _gpus() -> list[str]:
     """The names of the GPUs that this process may use."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
+    try:
+        told = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number, _ in enumerate(told.splitlines())]
 
 
 def _last_error(log: Path, began: int) -> str:

@@ -1,0 +1,90 @@
+"""Gathering: from finished measurements to `sweep.csv`, its report and its figure. No model is needed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from leankv.errors import UserError
+from leankv.experiment import Experiment
+from leankv.output_folder import EXPERIMENT_FILE, check_folder
+from leankv.perplexity import Comparison, compare
+from leankv.report import write_sweep_report
+from leankv.run import StoredCodec, nats_of, read_codec, remove_captures
+from leankv.store import read_json, write_text
+from leankv.sweep_index import Index
+from leankv.sweep_table import COLUMNS
+
+KEY_SPACE = "post-rope"
+
+
+def gather(experiment: Experiment) -> pd.DataFrame:
+    """Write `sweep.csv`, `sweep.md` and the figure from what the workers left; computes nothing, loads no model.
+
+    Raises:
+        UserError: layers are missing, or the folder is another experiment's.
+    """
+    folder = check_folder(experiment)
+    index = Index.read(folder)
+    if index is None:
+        raise UserError(f"{folder} holds no sweep to gather; run: leankv sweep --output-dir {folder}")
+    if missing := index.missing(experiment):
+        again = f"leankv sweep --config {folder / EXPERIMENT_FILE} --output-dir {folder}"
+        raise UserError(
+            f"the sweep in {folder} lacks layers {layer_words(missing)}; run: {again} (or its shards, with --shard)"
+        )
+    rows = [finished_row(index, experiment, layer) for layer in index.layers(experiment)]
+    return write_sweep(folder, rows)
+
+
+def finished_row(index: Index, experiment: Experiment, layer: int) -> dict[str, Any]:
+    """The row of a layer that some worker has finished."""
+    base, measured = (nats_of(read_json(index.folder / name)["result"]) for name in (index.base, index.cells[layer]))
+    codecs = {part: read_codec(index.folder / name) for part, name in index.codecs[layer].items()}
+    return row_of(experiment, layer, index.widths[layer], compare(base, measured), measured.seconds, codecs)
+
+
+def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Write a finished sweep's table, its report and its figure, and remove what workers that were stopped left."""
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    write_text(folder / "sweep.csv", table.to_csv(index=False))
+    write_sweep_report(folder)
+    remove_captures(folder)
+    return table
+
+
+def row_of(
+    experiment: Experiment,
+    layer: int,
+    width: int,
+    cost: Comparison,
+    seconds: float,
+    codecs: Mapping[str, StoredCodec],
+    predicted: float | None = None,
+) -> dict[str, Any]:
+    """One row of `sweep.csv`: a layer's cost alone, and its codecs' held-out errors."""
+    low, high = cost.interval or (None, None)
+    return {
+        "layer": layer,
+        "codec_k": experiment.codec.k,
+        "codec_v": experiment.codec.v,
+        "key_space": KEY_SPACE,
+        "protocol": experiment.protocol.kind,
+        "tokens": cost.tokens,
+        "base_ppl": cost.base_ppl,
+        "ppl": cost.ppl,
+        "delta_ppl": cost.delta_ppl,
+        "delta_ppl_low": low,
+        "delta_ppl_high": high,
+        "fvu_k": codecs["k"].fvu if "k" in codecs else 0.0,
+        "fvu_v": codecs["v"].fvu if "v" in codecs else 0.0,
+        "bits_per_token": sum(codecs[p].codec.bits_per_token if p in codecs else width * 16 for p in ("k", "v")),
+        "seconds": seconds,
+        "predicted_delta_ppl": predicted,
+    }
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """`0, 3, 6`; `none`."""
+    return ", ".join(map(str, layers)) or "none"
