@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,7 +291,7 @@ def test_gathering_names_what_is_missing(serial: Sweep, tmp_path: Path) -> None:
 
 def test_gathering_computes_nothing(serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the model is loaded."""
-    sweep(serial.run(tmp_path))
+    shutil.copytree(serial.config.parent / "run", tmp_path, dirs_exist_ok=True)
     for name in ("sweep.csv", "sweep.md", "figures/cost_by_layer.png"):
         (tmp_path / name).unlink()
     before = finished_files(tmp_path)
@@ -441,6 +442,8 @@ def test_a_machine_without_slurm(serial: Sweep, tmp_path: Path, monkeypatch: pyt
         (("--workers", "3"), "--executor"),
         (("--address", "here"), "--executor ray"),
         (("--executor", "local", "--address", "here"), "--executor ray"),
+        (("--executor", "local", "--screen"), "leave --executor or --screen"),
+        (("--gather", "--predict"), "leave --gather or --screen"),
         (("--shard", "1/2", "--gather"), "choose one"),
         (("--shard", "1/2", "--executor", "local"), "choose one"),
     ],

@@ -80,6 +80,7 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
 
         folder = Path(overrides.get("output_dir", Experiment().output_dir))
         experiment = experiment_of(folder, config, overrides)
+        _refuse_screening(experiment, "--gather")
         return Swept(folder, gather(experiment), ())
     experiment = load_experiment(config, overrides)
     if options.executor is not None:
@@ -102,6 +103,7 @@ def sweep_with_workers(
     Raises:
         UserError: the executor is not to be had here, a worker refuses, or one dies again and again.
     """
+    _refuse_screening(experiment, "--executor")
     folder = check_folder(experiment)
     # Not the folder's own experiment.yaml: that is written by workers whose model has loaded.
     config = folder / "logs" / "experiment.yaml"
@@ -112,6 +114,13 @@ def sweep_with_workers(
     assert index is not None
     assert not index.missing(experiment), "every shard is done"
     return read_sweep(folder)
+
+
+def _refuse_screening(experiment: Experiment, flag: str) -> None:
+    if experiment.sweep.screen or experiment.sweep.predict:
+        raise UserError(
+            f"screening and prediction look at all layers together; leave {flag} or --screen and --predict out"
+        )
 
 
 def _executor(name: str, job: Job, address: str | None) -> AbstractContextManager[Start]:
