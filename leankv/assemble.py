@@ -39,7 +39,7 @@ def select(run: Run) -> dict[str, Any]:
     with run.progress.stage(f"selecting under +{points:.2f} points", affordable) as progressed:
 
         def measure(layers: tuple[int, ...]) -> float:
-            cost = compare(base, run.measure("selection", layers)).delta_ppl
+            cost = compare(base, run.measure("selection", layers, may_grow=True)).delta_ppl
             progressed(f"{len(layers)} layers: {cost:+.3f}")
             return cost
 

@@ -55,16 +55,20 @@ class Replay:
         self._batch: list[int] = []  # those of the batch under way
 
     def measure(
-        self, plan: Plan, on_block: Callable[[], None] = lambda: None, only: Sequence[int] | None = None
+        self,
+        plan: Plan,
+        on_block: Callable[[], None] = lambda: None,
+        only: Sequence[int] | None = None,
+        may_grow: bool = False,
     ) -> BlockNats:
         """Nats of the blocks under `plan`; the same numbers as a full pass.
-
-        What a pass over all blocks records on the way serves plans that add to this one, or to the base.
 
         Args:
             plan: layer -> part -> codec.
             on_block: called after each block.
             only: numbers of the blocks to measure, in this order; all of them unless given.
+            may_grow: plans to come may add to this one, so what enters its layers is recorded too (as it always is for
+                the base). Needs all blocks.
         """
         if self.layers is None:
             measured = self.blocks if only is None else self.blocks.take(only)
@@ -78,7 +82,8 @@ class Replay:
         best = max(base + parts, key=lambda recording: self._first_change(recording.plan, plan), default=None)
         self._recordings = base + [recording for recording in parts if recording is best]
         first = 0
-        new = _Recording(plan) if only is None else None
+        assert only is None or not may_grow
+        new = _Recording(plan) if only is None and (may_grow or not plan) else None
         if best is not None:
             first = min(self._first_change(best.plan, plan), len(self.layers) - 1)  # the head is always run
             if new is not None:

@@ -198,7 +198,12 @@ class Run:
     # -- perplexity -----------------------------------------------------------------------------------------------
 
     def measure(
-        self, split: str, layers: Iterable[int], title: str = "", only: Sequence[int] | None = None
+        self,
+        split: str,
+        layers: Iterable[int],
+        title: str = "",
+        only: Sequence[int] | None = None,
+        may_grow: bool = False,
     ) -> BlockNats:
         """Nats of a split's blocks with these layers compressed; with none, of the base model.
 
@@ -207,6 +212,7 @@ class Run:
             layers: which layers hold codes.
             title: shows a progress bar of that name when something has to be measured.
             only: numbers of the blocks to measure, in this order; all of them unless given.
+            may_grow: sets that add to this one will be measured too; see `leankv.replay`.
         """
         layers = sorted(layers)
         self.fitted(layers)
@@ -216,7 +222,7 @@ class Run:
         def measured(on_block: Callable[[], None]) -> BlockNats:
             plan = self.plan(layers)
             if split == "selection":
-                return self._selection_replay.measure(plan, on_block, only)
+                return self._selection_replay.measure(plan, on_block, only, may_grow)
             model = self.loaded.model
             cache = LeanCache(model.config, plan, protocol.sinks, protocol.window)
             return measure_nats(model, blocks, protocol, cache.fresh, on_block)
