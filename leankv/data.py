@@ -7,6 +7,7 @@ order: 80 % calibration, 10 % selection, 10 % report. So the three never overlap
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -158,6 +159,7 @@ def _wikitext(data_dir: str | None) -> dict[str, str]:
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what becomes of them is said below
     try:
         loaded = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
     except Exception as error:  # `datasets` raises a dozen unrelated types for "cannot be reached"

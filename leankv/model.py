@@ -121,7 +121,8 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "huggingface_hub"):  # what goes wrong is said in one sentence, below
+        logging.getLogger(library).setLevel(logging.ERROR)
 
     source, gguf_file = _locate(config.name)
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
