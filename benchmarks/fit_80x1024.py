@@ -22,7 +22,7 @@ from leankv.store import write_json
 
 LAYERS, WIDTH, BLOCKS, BLOCK_LENGTH = 80, 1024, 8, 1024
 EVERY = 16
-OURS = FitConfig(epochs=2, batch_tokens=128, learning_rate=1e-2)
+OURS = FitConfig(epochs=0)  # the start in closed form is already better than where the modules end
 MODULE_EPOCHS, MODULE_BATCH, MODULE_LEARNING_RATE = 6, 256, 1e-3  # Adam's own default rate
 
 

@@ -74,6 +74,7 @@ class FitConfig:
     """How trained codecs are optimised (Adam, cosine schedule). Closed-form codecs ignore it."""
 
     epochs: int = 6
+    """Passes over the calibration text after the start in closed form; 0 keeps the start."""
     batch_tokens: int = 128
     """Tokens in one step of every codec."""
     learning_rate: float = 1e-2
@@ -146,7 +147,7 @@ class Experiment:
             "data.calibration_blocks": 2,
             "data.selection_blocks": 1,
             "data.report_blocks": 1,
-            "fit.epochs": 1,
+            "fit.epochs": 0,
             "fit.batch_tokens": 1,
             "protocol.sinks": 0,
             "protocol.window": 0,

@@ -308,7 +308,7 @@ def test_a_group_that_is_given_a_value_is_refused(tmp_path: Path, text: str) -> 
         ("data.calibration_blocks", 1),
         ("data.selection_blocks", 0),
         ("data.report_blocks", 0),
-        ("fit.epochs", 0),
+        ("fit.epochs", -1),
         ("fit.batch_tokens", 0),
         ("fit.learning_rate", 0),
         ("fit.learning_rate", -1e-3),
@@ -346,4 +346,4 @@ def test_settings_that_make_no_sense_are_refused(overrides: dict[str, Any], word
 
 def test_experiments_made_in_python_are_checked_too() -> None:
     with pytest.raises(UserError, match=r"fit\.epochs"):
-        Experiment(fit=FitConfig(epochs=0))
+        Experiment(fit=FitConfig(epochs=-1))

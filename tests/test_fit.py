@@ -91,32 +91,38 @@ def first_heldout(settings: FitConfig) -> int:
     return (BLOCKS - max(1, round(settings.heldout_fraction * BLOCKS))) * BLOCK_LENGTH
 
 
-def trained_alone(x: torch.Tensor, dimensions: int, hidden: int, settings: FitConfig, seed: int) -> tuple[Any, Any]:
+def trained_alone(x: torch.Tensor, start: Any, settings: FitConfig, seed: int) -> tuple[Any, Any]:
     """One autoencoder, trained with nothing but `torch.nn` and `torch.optim` on `x` `[tokens, W]`.
 
+    Args:
+        start: a codec whose parameters training begins with.
+
     Returns:
-        A function from vectors to what decoding their codes gives, and the held-out error after each epoch.
+        A function from vectors to what decoding their codes gives, and the held-out error before training and after
+        each epoch.
     """
     train, heldout = x[: first_heldout(settings)], x[first_heldout(settings) :]
     mean = train.mean(dim=0)
     scale = ((train - mean) ** 2).mean().sqrt()
+    hidden, dimensions = start.hidden_weight.shape
     encoder = nn.Linear(x.shape[1], dimensions)
     decoder = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, x.shape[1]))
     model = nn.Sequential(encoder, decoder)
-    weights = torch.Generator().manual_seed(seed)
-    for layer in (encoder, decoder[0], decoder[2]):
-        assert isinstance(layer, nn.Linear)
-        bound = 1 / math.sqrt(layer.in_features)
+    for name, layer in (("encoder", encoder), ("hidden", decoder[0]), ("output", decoder[2])):
+        layer.load_state_dict({kind: getattr(start, f"{name}_{kind}") for kind in ("weight", "bias")})
+
+    def heldout_error() -> float:
         with torch.no_grad():
-            layer.weight.uniform_(-bound, bound, generator=weights)
-            layer.bias.uniform_(-bound, bound, generator=weights)
+            u = (heldout - mean) / scale
+            error = ((model(u) - u) ** 2).sum() / ((u - u.mean(dim=0)) ** 2).sum()
+        return error.item()
 
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    shuffle = torch.Generator().manual_seed(seed)
     steps_per_epoch = math.ceil(len(train) / settings.batch_tokens)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps_per_epoch)
-    shuffle = torch.Generator().manual_seed(seed)
-    errors: list[float] = []
-    best: Any = None
+    errors = [heldout_error()]
+    best: Any = copy.deepcopy(model.state_dict())
     for _ in range(settings.epochs):
         order = torch.randperm(len(train), generator=shuffle)
         for start in range(0, len(train), settings.batch_tokens):
@@ -126,12 +132,10 @@ def trained_alone(x: torch.Tensor, dimensions: int, hidden: int, settings: FitCo
             loss.backward()
             optimizer.step()
             schedule.step()
-        with torch.no_grad():
-            u = (heldout - mean) / scale
-            error = ((model(u) - u) ** 2).sum() / ((u - u.mean(dim=0)) ** 2).sum()
-        if not errors or error.item() < min(errors):
+        error = heldout_error()
+        if error < min(errors):
             best = copy.deepcopy(model.state_dict())
-        errors.append(error.item())
+        errors.append(error)
     model.load_state_dict(best)
 
     @torch.no_grad()
@@ -145,10 +149,11 @@ def trained_alone(x: torch.Tensor, dimensions: int, hidden: int, settings: FitCo
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_batched_fit_gives_what_training_alone_gives(captured: Activations, epochs: int) -> None:
     settings = replace(SETTINGS, epochs=epochs)
+    starts = fit(captured, settings=replace(settings, epochs=0))
     for problem, fitted in fit(captured, settings=settings).items():
         x = captured.read(*problem)
-        reconstruct, errors = trained_alone(x, 4, 16, settings, seed=5)
-        assert fitted.fvu_by_epoch == pytest.approx(errors, rel=1e-4)
+        reconstruct, errors = trained_alone(x, starts[problem].codec, settings, seed=5)
+        assert fitted.fvu_by_epoch == pytest.approx(errors[1:], rel=1e-4)
         expected = reconstruct(x)
         decoded = fitted.codec.decode(fitted.codec.encode(x))
         assert (decoded - expected).norm() <= 1e-4 * expected.norm()
@@ -157,22 +162,41 @@ def test_a_batched_fit_gives_what_training_alone_gives(captured: Activations, ep
 def test_the_best_epoch_is_kept_where_later_ones_are_worse(captured: Activations) -> None:
     """Fitted long and fast to a single block, codecs do worse and worse on the other nine."""
     settings = replace(SETTINGS, epochs=20, batch_tokens=8, learning_rate=3e-2, heldout_fraction=0.9)
+    starts = fit(captured, settings=replace(settings, epochs=0))
     before_the_last = 0
     for problem, fitted in fit(captured, settings=settings).items():
         x = captured.read(*problem)
-        reconstruct, errors = trained_alone(x, 4, 16, settings, seed=5)
-        before_the_last += errors.index(min(errors)) < settings.epochs - 1
+        reconstruct, errors = trained_alone(x, starts[problem].codec, settings, seed=5)
+        before_the_last += errors.index(min(errors)) < settings.epochs
         expected = reconstruct(x)
         decoded = fitted.codec.decode(fitted.codec.encode(x))
         assert (decoded - expected).norm() <= 1e-4 * expected.norm()
-        assert fitted.fvu == pytest.approx(min(fitted.fvu_by_epoch), rel=1e-3)
+        assert fitted.fvu == pytest.approx(min(errors), rel=1e-3)
     assert before_the_last, "the case shows nothing if every problem's last epoch is its best"
+
+
+@pytest.mark.parametrize("hidden", [16, 5])
+def test_the_start_is_a_regression_on_principal_components(captured: Activations, hidden: int) -> None:
+    """Nearly the subspace that holds most variance; its output is where the squared error is flat."""
+    for problem, fitted in fit(captured, spec=f"ae:4x{hidden}", settings=replace(SETTINGS, epochs=0)).items():
+        codec: Any = fitted.codec
+        x = captured.read(*problem)[: first_heldout(SETTINGS)]
+        u = (x - codec.mean) / codec.scale
+        basis = torch.linalg.qr(codec.encoder_weight.T).Q
+        best = torch.linalg.svdvals(u)[:4].square().sum()
+        assert (u @ basis).square().sum() >= 0.99 * best
+        features = nn.functional.gelu(codec.hidden_weight @ codec.encoder_weight @ u.T + codec.hidden_bias[:, None])
+        features = torch.cat([features, torch.ones(1, len(u))])
+        residual = u - (codec.output_weight @ features[:-1]).T - codec.output_bias
+        assert (features @ residual).abs().max() <= 1e-3 * (features.norm(dim=1).max() * u.norm())
+        if hidden >= 8:  # room for a pair of units to each component: the regression holds pca:4 in it
+            assert residual.square().sum() <= (u - u @ basis @ basis.T).square().sum() * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
 def test_heldout_blocks_change_no_parameter(captured: Activations, tmp_path: Path, spec: str) -> None:
-    """With one epoch there is none to choose, so nothing of the held-out blocks may show."""
-    settings = replace(SETTINGS, epochs=1)
+    """Where there is no epoch to choose, nothing of the held-out blocks may show."""
+    settings = replace(SETTINGS, epochs=0)
     heldout = first_heldout(settings)
     other = changed(captured, tmp_path / "other", lambda x: torch.cat([x[:heldout], 7 * x[heldout:] + 1]))
     before, after = fit(captured, spec=spec, settings=settings), fit(other, spec=spec, settings=settings)
@@ -193,7 +217,7 @@ def test_whole_blocks_are_held_out_and_some_are_left_to_fit_to(
 
 
 def test_there_is_one_error_an_epoch_for_trained_codecs_and_none_for_others(captured: Activations) -> None:
-    for epochs in (1, 4):
+    for epochs in (0, 1, 4):
         settings = replace(SETTINGS, epochs=epochs)
         assert {len(f.fvu_by_epoch) for f in fit(captured, settings=settings).values()} == {epochs}
     assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, spec="pca:4").values()} == {0}
