@@ -99,7 +99,7 @@ def main() -> None:
         stage(
             "fit",
             lambda: fit_codecs(
-                activations, problems, FitConfig(), torch.float32, 0, device, memory_bytes, keep, Progress()
+                activations, problems, FitConfig(), {}, torch.float32, 0, device, memory_bytes, keep, Progress()
             ),
         )
         replay = Replay(model, blocks, ProtocolConfig(), memory_bytes, Path(folder))

@@ -54,6 +54,7 @@ def main() -> None:
             activations,
             problems,
             FitConfig(epochs=1),
+            {},
             torch.float32,
             0,
             torch.device("cpu"),

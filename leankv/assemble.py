@@ -63,6 +63,7 @@ def select(run: Run) -> dict[str, Any]:
             run.plan(chosen),
             experiment.protocol.sinks,
             experiment.protocol.window,
+            run.key_space,
             describe(run.loaded),
             asdict(experiment),
             summary,
@@ -78,8 +79,8 @@ def _costs(run: Run) -> dict[int, float]:
     """layer -> cost, of the finished sweep's layers that may be chosen."""
     table = read_sweep(run.folder)
     allowed = set(parse_layers(run.experiment.selection.layers, len(run.loaded.geometry.layers)))
-    asked = (run.experiment.codec.k, run.experiment.codec.v, run.experiment.protocol.kind)
-    done = tuple(table.iloc[0][["codec_k", "codec_v", "protocol"]])
+    asked = (run.experiment.codec.k, run.experiment.codec.v, run.key_space, run.experiment.protocol.kind)
+    done = tuple(table.iloc[0][["codec_k", "codec_v", "key_space", "protocol"]])
     if asked != done:
         raise UserError(
             f"the sweep in {run.folder} is of {' '.join(done)}, not of {' '.join(asked)}; run leankv sweep with those"
@@ -112,6 +113,8 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "n_layers": len(loaded.geometry.layers),
         "width": loaded.geometry.width,
         "codec": codec_name(experiment),
+        "key_space": run.key_space,
+        "weighting": experiment.fit.weighting,
         "protocol": experiment.protocol.kind,
         "sinks": experiment.protocol.sinks,
         "window": experiment.protocol.window,

@@ -15,9 +15,10 @@ import safetensors.torch
 from leankv.codec_files import tensors_of
 from leankv.codecs import Codec, codec_from_tensors
 from leankv.errors import UserError
+from leankv.rope import KeyRotation
 from leankv.store import hash_of, hash_of_file, read_json, write_bytes, write_json, write_text
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE, CODECS_FILE, CARD_FILE = "leankv_config.json", "codecs.safetensors", "README.md"
 
 
@@ -29,12 +30,14 @@ class Bundle:
         plan: layer -> part -> codec, on the CPU.
         sinks: first tokens kept exact.
         window: latest tokens kept exact.
+        rotation: takes keys to the key space of their codecs; None for post-rope.
         config: all of `leankv_config.json`.
     """
 
     plan: dict[int, dict[str, Codec]]
     sinks: int
     window: int
+    rotation: KeyRotation | None
     config: dict[str, Any]
 
 
@@ -43,6 +46,7 @@ def save_bundle(
     plan: Mapping[int, Mapping[str, Codec]],
     sinks: int,
     window: int,
+    key_space: str,
     model: dict[str, Any],
     experiment: dict[str, Any],
     results: dict[str, Any],
@@ -55,6 +59,7 @@ def save_bundle(
         plan: layer -> part -> fitted codec.
         sinks: first tokens kept exact.
         window: latest tokens kept exact.
+        key_space: `pre-rope` or `post-rope`.
         model: as `leankv.model.describe` gives it.
         experiment: the resolved experiment.
         results: the run's summary.
@@ -78,6 +83,7 @@ def save_bundle(
         },
         "sinks": sinks,
         "window": window,
+        "key_space": key_space,
         "files": {CODECS_FILE: hash_of_file(folder / CODECS_FILE)},
         "experiment": experiment,
         "results": results,
@@ -146,4 +152,5 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
                 raise UserError(
                     f"{path}: the {part} codec of layer {layer} has width {codec['width']}, not the model's"
                 )
-    return Bundle(plan, config["sinks"], config["window"], config)
+    rotation = KeyRotation(model) if config["key_space"] == "pre-rope" else None
+    return Bundle(plan, config["sinks"], config["window"], rotation, config)

@@ -5,14 +5,18 @@ is no second copy. So one forward pass through such a cache measures the loss.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from leankv.codecs import Codec
-from leankv.part_store import PartStore
+from leankv.part_store import KeySpace, PartStore
+
+if TYPE_CHECKING:
+    from leankv.rope import KeyRotation
 
 Plan = Mapping[int, Mapping[str, Codec]]
 """Which codec each layer's parts get: layer -> part (`k` or `v`) -> codec. What is not named stays exact."""
@@ -43,21 +47,26 @@ class LeanLayer(DynamicLayer):
         codecs: part -> codec; a part that is not named is held exact.
         sinks: first tokens held exact.
         window: latest tokens held exact.
+        key_space: where the key codec takes its vectors; as cached unless given.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, codecs: Mapping[str, Codec], sinks: int, window: int):
+    def __init__(self, codecs: Mapping[str, Codec], sinks: int, window: int, key_space: KeySpace | None = None):
         super().__init__()
         self.codecs = dict(codecs)
         self.sinks = sinks
         self.window = window
+        self.key_space = key_space
         self._clear()
 
     def _clear(self) -> None:
-        self.parts = {part: PartStore(self.codecs.get(part), self.sinks, self.window) for part in ("k", "v")}
+        spaces = {"k": self.key_space, "v": None}
+        self.parts = {
+            part: PartStore(self.codecs.get(part), self.sinks, self.window, space) for part, space in spaces.items()
+        }
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -120,8 +129,15 @@ class LeanSlidingLayer(LeanLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, codecs: Mapping[str, Codec], sinks: int, window: int):
-        super().__init__(codecs, sinks, window)
+    def __init__(
+        self,
+        sliding_window: int,
+        codecs: Mapping[str, Codec],
+        sinks: int,
+        window: int,
+        key_space: KeySpace | None = None,
+    ):
+        super().__init__(codecs, sinks, window, key_space)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
@@ -178,6 +194,7 @@ class LeanCache(Cache):
         window: latest tokens held exact in compressed layers.
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.replay`).
+        rotation: given, keys are encoded un-rotated (key space pre-rope).
     """
 
     def __init__(
@@ -188,25 +205,31 @@ class LeanCache(Cache):
         window: int = 0,
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
+        rotation: "KeyRotation | None" = None,
     ):
-        if sinks and attention_mask is not None:
-            sinks += int((attention_mask.long().cumsum(dim=1) == 0).sum(dim=1).max())
+        padding = None
+        if attention_mask is not None:
+            padding = (attention_mask.long().cumsum(dim=1) == 0).sum(dim=1)
+        if sinks and padding is not None:
+            sinks += int(padding.max())
         layers = DynamicCache(config=config).layers
         for layer, codecs in plan.items():
-            stock = layers[layer]
+            stock, space = layers[layer], None
+            if rotation is not None and "k" in codecs:
+                space = KeySpace(partial(rotation.remove, layer), partial(rotation.restore, layer), padding)
             if type(stock) is DynamicSlidingWindowLayer:
-                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window)
+                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window, space)
             else:
                 assert type(stock) is DynamicLayer, "find_geometry lets no other layers pass"
-                layers[layer] = LeanLayer(codecs, sinks, window)
+                layers[layer] = LeanLayer(codecs, sinks, window, space)
         for layer in range(first_layer):
             layers[layer] = _SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
-        self.config, self.plan, self.sinks, self.window = config, plan, sinks, window
+        self.config, self.plan, self.sinks, self.window, self.rotation = config, plan, sinks, window, rotation
 
     def fresh(self) -> "LeanCache":
         """An empty cache of the same plan, sharing its codecs."""
-        return LeanCache(self.config, self.plan, self.sinks, self.window)
+        return LeanCache(self.config, self.plan, self.sinks, self.window, rotation=self.rotation)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, model: Any, **overrides: Any) -> Self:
@@ -223,7 +246,8 @@ class LeanCache(Cache):
         from leankv.bundle import load_bundle
 
         bundle = load_bundle(Path(directory), model)
-        return cls(model.config, bundle.plan, **{"sinks": bundle.sinks, "window": bundle.window, **overrides})
+        settings = {"sinks": bundle.sinks, "window": bundle.window, "rotation": bundle.rotation, **overrides}
+        return cls(model.config, bundle.plan, **settings)
 
     def nbytes(self) -> int:
         """Bytes of memory that the cache really holds: the storage of every tensor in it, codecs not counted."""

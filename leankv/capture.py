@@ -22,6 +22,7 @@ from leankv.errors import UserError
 from leankv.experiment import PARTS
 from leankv.model import LoadedModel
 from leankv.progress import Progress
+from leankv.rope import KeyRotation
 from leankv.store import cannot_write, read_json, write_json
 
 DISK_SHARE = 0.9  # of what is free; the rest is for results, and for others
@@ -80,8 +81,9 @@ def capture(
     batch_size: int,
     depends_on: dict[str, Any],
     progress: Progress,
+    rotation: KeyRotation | None = None,
 ) -> Activations:
-    """Run `blocks` through the model once and write what its cache would hold.
+    """Run `blocks` through the model once and write what its cache would hold; with `rotation`, keys un-rotated.
 
     Raises:
         UserError: a key or value is not finite (names layer and part), or the folder cannot be written.
@@ -90,10 +92,13 @@ def capture(
     wanted = set(layers)
     dtype = loaded.model.dtype
     n_blocks, block_length = blocks.tokens.shape
+    positions = torch.arange(block_length)[None]
 
     def record(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if layer not in wanted:
             return
+        if rotation is not None:
+            k = rotation.remove(layer, k, positions).to(dtype)
         for part, states in zip(PARTS, (k, v), strict=True):
             if not torch.isfinite(states).all():
                 name = {"k": "keys", "v": "values"}[part]

@@ -19,6 +19,8 @@ from leankv.errors import UserError
 Part = Literal["k", "v"]
 PARTS: tuple[Part, ...] = ("k", "v")
 PROTOCOLS = ("strict", "stream", "decode")
+KEY_SPACES = ("post-rope", "pre-rope", "auto")
+WEIGHTINGS = ("none", "gradient", "attention")
 SPLITS = ("calibration", "selection", "report")
 
 
@@ -67,6 +69,9 @@ class CodecConfig:
     v: str = "ae:4"
     dtype: str = "float32"
     """Precision the codecs' parameters are kept in: float32, bfloat16 or float16."""
+    key_space: str = "post-rope"
+    """Where key codecs take their vectors: `post-rope` as the cache holds them, `pre-rope` un-rotated; `auto`: pre-rope
+    where the model's rotary embedding can be taken off, else post-rope."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class FitConfig:
     """At the start of the cosine schedule, which ends at zero."""
     heldout_fraction: float = 0.1
     """Share of the calibration blocks on which the error of each epoch is measured."""
+    weighting: str = "none"
+    """What errors count by: `none`, all alike; `gradient` or `attention`, by what the model does with the vectors; see
+    `leankv.weighting`."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,8 @@ class Experiment:
             if value < least:
                 raise UserError(f"{key} must be at least {least}, not {value}")
         _one_of("protocol.kind", self.protocol.kind, PROTOCOLS)
+        _one_of("codec.key_space", self.codec.key_space, KEY_SPACES)
+        _one_of("fit.weighting", self.fit.weighting, WEIGHTINGS)
         _one_of("codec.dtype", self.codec.dtype, ("float32", "bfloat16", "float16"))
         _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.fit.learning_rate <= 0:

@@ -44,6 +44,7 @@ def fit_codecs(
     activations: Activations,
     problems: Mapping[Problem, CodecSpec],
     settings: FitConfig,
+    metrics: Mapping[Problem, torch.Tensor],
     codec_dtype: torch.dtype,
     seed: int,
     device: torch.device,
@@ -55,7 +56,7 @@ def fit_codecs(
 
     The last blocks of the calibration text (`settings.heldout_fraction` of them, at least one) are held out whole, so
     that no held-out token has a neighbour among the fitted ones. As many problems are fitted at once as
-    `memory_bytes` hold.
+    `memory_bytes` hold. `metrics` say what errors count by (`leankv.weighting`); without one they all count alike.
 
     Raises:
         UserError: `memory_bytes` do not hold one.
@@ -90,7 +91,8 @@ def fit_codecs(
                     history.append(error.cpu())
                     step(f"held-out FVU {error.mean().item():.3f}")
 
-                codecs = spec.family.fit(spec.arguments, train, heldout, training, on_epoch)
+                weights = torch.stack([metrics[problem].to(device) for problem in group]) if metrics else None
+                codecs = spec.family.fit(spec.arguments, train, heldout, weights, training, on_epoch)
             for index, (problem, codec) in enumerate(zip(group, codecs, strict=True)):
                 for parameter in codec.parameters():
                     parameter.data = parameter.data.to(codec_dtype)

@@ -16,8 +16,6 @@ from leankv.store import read_json, write_text
 from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
 
-KEY_SPACE = "post-rope"
-
 
 def gather(experiment: Experiment) -> pd.DataFrame:
     """Write `sweep.csv`, `sweep.md` and the figure from what the workers left; computes nothing, loads no model.
@@ -42,7 +40,8 @@ def finished_row(index: Index, experiment: Experiment, layer: int) -> dict[str, 
     """The row of a layer that some worker has finished."""
     base, measured = (nats_of(read_json(index.folder / name)["result"]) for name in (index.base, index.cells[layer]))
     codecs = {part: read_codec(index.folder / name) for part, name in index.codecs[layer].items()}
-    return row_of(experiment, layer, index.widths[layer], compare(base, measured), measured.seconds, codecs)
+    cost = compare(base, measured)
+    return row_of(experiment, layer, index.widths[layer], index.key_space, cost, measured.seconds, codecs)
 
 
 def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -58,6 +57,7 @@ def row_of(
     experiment: Experiment,
     layer: int,
     width: int,
+    key_space: str,
     cost: Comparison,
     seconds: float,
     codecs: Mapping[str, StoredCodec],
@@ -69,7 +69,7 @@ def row_of(
         "layer": layer,
         "codec_k": experiment.codec.k,
         "codec_v": experiment.codec.v,
-        "key_space": KEY_SPACE,
+        "key_space": key_space,
         "protocol": experiment.protocol.kind,
         "tokens": cost.tokens,
         "base_ppl": cost.base_ppl,

@@ -50,6 +50,8 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     "codec": ("codec", "--codec", str, CODEC, "Codec of K and V, e.g. ae:4, pca:8, mean, identity."),
     "part": ("part", "--part", str, CODEC, "Parts to compress: k,v (both), k or v."),
     "layers": ("layers", "--layers", str, CODEC, "Layers: all, 12, 40-63 or 0,4,40-63."),
+    "key_space": ("codec.key_space", "--key-space", str, CODEC, "Where key codecs work: post-rope, pre-rope or auto."),
+    "weighting": ("fit.weighting", "--weighting", str, CODEC, "What errors count by: none, gradient or attention."),
     "epochs": ("fit.epochs", "--epochs", int, CODEC, "Epochs of trained codecs."),
     "screen": (
         "sweep.screen",
@@ -82,7 +84,7 @@ COMMON = (
     "revision",
     "trust_remote_code",
 )
-FITTING = ("codec", "part", "epochs", "block_length")
+FITTING = ("codec", "part", "key_space", "weighting", "epochs", "block_length")
 PROTOCOL = ("protocol", "sinks", "window")
 
 

@@ -3,22 +3,45 @@
 Three runs of tokens lie behind each other: the *sinks* (the first S tokens, exact), the codes, and the *window* (the
 latest R tokens, exact). Tokens enter at the end of the window and are encoded when they leave it; with S = R = 0 every
 vector that attention reads, the current token's included, went through the codec.
+
+Keys may be encoded in another key space than the cache's: un-rotated before the codec, rotated back after it, by
+positions that follow from a token's place in its row.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from leankv.codecs import Code, Codec
 
+Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Keys `[B, heads, T, head_dim]` and their positions `[B or 1, T]` -> keys in another key space."""
+
+
+@dataclass(frozen=True)
+class KeySpace:
+    """Where a codec takes its vectors, if that is not where the cache holds them.
+
+    Attributes:
+        enter: from the cached keys.
+        leave: back to them.
+        padding: `[B]`, by how much a token's position falls short of its place in the row.
+    """
+
+    enter: Turn
+    leave: Turn
+    padding: torch.Tensor | None
+
 
 class PartStore:
     """The keys or the values of one layer, `[B, heads, tokens, head_dim]`, as sinks, codes and window."""
 
-    def __init__(self, codec: Codec | None, sinks: int, window: int):
+    def __init__(self, codec: Codec | None, sinks: int, window: int, space: KeySpace | None = None):
         self.codec = codec
         self.sinks = sinks
         self.window = window
+        self.space = space
         self.seen = 0  # tokens of the sequence so far, those that a sliding window dropped included
         self.sink_rows: torch.Tensor | None = None
         self.code: Code | None = None  # each tensor [B, tokens, ...]
@@ -31,19 +54,33 @@ class PartStore:
         if self.codec is None:
             self.window_rows = _cat(self.window_rows, rows)
             return
+        padding = self.space.padding if self.space is not None else None
+        if self.space is not None and padding is not None and len(padding) != len(rows):
+            # Beams of one prompt stand behind each other.
+            self.space = replace(self.space, padding=padding.repeat_interleave(len(rows) // len(padding)))
         if missing:
             self.sink_rows = _cat(self.sink_rows, rows[:, :, :missing])
             rows = rows[:, :, missing:]
         rows = _cat(self.window_rows, rows)
         leaving = max(rows.shape[2] - self.window, 0)
         if leaving:
-            self._encode(rows[:, :, :leaving])
+            self._encode(rows[:, :, :leaving], self.seen - rows.shape[2])
             rows = rows[:, :, leaving:].clone()
         self.window_rows = rows if rows.shape[2] else None
 
-    def _encode(self, rows: torch.Tensor) -> None:
+    def _positions(self, first: int, count: int) -> torch.Tensor:
+        """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""
+        places = torch.arange(first, first + count)[None]
+        if self.space is None or self.space.padding is None:
+            return places
+        return (places - self.space.padding.cpu()[:, None]).clamp_min(0)
+
+    def _encode(self, rows: torch.Tensor, first: int) -> None:
+        """Encode `rows`, of which the first is token `first` of the sequence."""
         assert self.codec is not None
         batch, heads, tokens, head_dim = rows.shape
+        if self.space is not None:
+            rows = self.space.enter(rows, self._positions(first, tokens))
         vectors = rows.transpose(1, 2).reshape(batch * tokens, heads * head_dim)
         code = self.codec.encode(vectors)
         code = {name: tensor.unflatten(0, (batch, tokens)) for name, tensor in code.items()}
@@ -57,7 +94,11 @@ class PartStore:
         if self.code is not None and self.codec is not None:
             batch, tokens = next(iter(self.code.values())).shape[:2]
             vectors = self.codec.decode({name: tensor.flatten(0, 1) for name, tensor in self.code.items()})
-            decoded = vectors.to(like.dtype).reshape(batch, tokens, like.shape[1], like.shape[3]).transpose(1, 2)
+            decoded = vectors.reshape(batch, tokens, like.shape[1], like.shape[3]).transpose(1, 2)
+            if self.space is not None:
+                first = self.seen - len(self) + _length(self.sink_rows, 2)
+                decoded = self.space.leave(decoded, self._positions(first, tokens))
+            decoded = decoded.to(like.dtype)
         pieces = [piece for piece in (self.sink_rows, decoded, self.window_rows) if piece is not None]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
@@ -98,6 +139,8 @@ class PartStore:
             self.code = {name: function(tensor) for name, tensor in self.code.items()}
         if self.window_rows is not None:
             self.window_rows = function(self.window_rows)
+        if self.space is not None and self.space.padding is not None:
+            self.space = replace(self.space, padding=function(self.space.padding))
 
     def tensors(self) -> list[torch.Tensor]:
         exact = [rows for rows in (self.sink_rows, self.window_rows) if rows is not None]

@@ -48,6 +48,10 @@ def _predicted_nats(run: Run, tokens: torch.Tensor) -> dict[int, float]:
         states, gradients = cache.states_and_gradients(layer, part)
         if gradients is None:
             raise UserError(f"no gradients come back to layer {layer} through these weights; leave --predict out")
+        if part == "k" and run.rotation is not None:
+            positions = torch.arange(tokens.shape[1])[None]
+            states = run.rotation.remove(layer, states, positions)
+            gradients = run.rotation.remove_from_gradient(layer, gradients, positions)
         x, g = (t.transpose(1, 2).flatten(2)[0].float() for t in (states, gradients))
         codec = stored.codec.to(x.device)
         error = x - codec.decode(codec.encode(x)).float()

@@ -21,6 +21,7 @@ from leankv.cache import LeanCache, Plan
 from leankv.data import Blocks
 from leankv.experiment import ProtocolConfig
 from leankv.perplexity import BlockNats, measure_nats
+from leankv.rope import KeyRotation
 from leankv.store import cannot_write
 
 
@@ -41,10 +42,20 @@ class Replay:
         protocol: how.
         memory_bytes: hidden states beyond this go to files in `folder`, memory-mapped.
         folder: for those.
+        rotation: given, keys are encoded un-rotated.
     """
 
-    def __init__(self, model: Any, blocks: Blocks, protocol: ProtocolConfig, memory_bytes: int, folder: Path):
+    def __init__(
+        self,
+        model: Any,
+        blocks: Blocks,
+        protocol: ProtocolConfig,
+        memory_bytes: int,
+        folder: Path,
+        rotation: KeyRotation | None = None,
+    ):
         self.model = model
+        self.rotation = rotation
         self.blocks = blocks
         self.protocol = protocol
         self.memory_bytes = memory_bytes
@@ -116,7 +127,8 @@ class Replay:
         return min(changed, default=len(self.layers))
 
     def _cache(self, plan: Plan, first: int) -> LeanCache:
-        return LeanCache(self.model.config, plan, self.protocol.sinks, self.protocol.window, first_layer=first)
+        sinks, window = self.protocol.sinks, self.protocol.window
+        return LeanCache(self.model.config, plan, sinks, window, first_layer=first, rotation=self.rotation)
 
     def _begin(self, plan: Plan, first: int) -> LeanCache:
         """A cache for the next batch of blocks."""

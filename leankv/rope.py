@@ -6,11 +6,13 @@ every layer once they are un-rotated, and only the right convention makes them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from leankv.cache import RecordingCache
+from leankv.errors import UserError
 
 PROBE_POSITION = 7  # assumption: far enough for a wrong convention to show, inside any sliding window
 TOLERANCE = 2e-2  # relative error; bfloat16 keys differ by 4e-3 from rounding, a wrong convention by about 1
@@ -32,43 +34,152 @@ def _rotate_interleaved(x: torch.Tensor) -> torch.Tensor:
 CONVENTIONS: dict[str, Rotation] = {"half": _rotate_half, "interleaved": _rotate_interleaved}
 
 
-def unrotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: Rotation) -> torch.Tensor:
-    """Undo `k cos + rotate(k) sin` on the first `cos.shape[-1]` dimensions of each head.
+def rotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Turn the first `cos.shape[-1]` dimensions of each head: `k cos + rotation(k) sin`, float32.
 
     Args:
         k: `[B, heads, T, head_dim]`.
         cos, sin: `[B, T, rotary_dim]`, as the model's rotary embedding gives them, doubled to the rotated dimensions.
-        rotate: the convention.
-
-    Returns:
-        `(k cos - rotate(k) sin) / (cos^2 + sin^2)`, float32; the denominator is not 1 under yarn scaling.
+        rotation: the convention.
     """
     cos, sin = cos.float()[:, None], sin.float()[:, None]
-    rotated, passed = k.float().split([cos.shape[-1], k.shape[-1] - cos.shape[-1]], dim=-1)
-    undone = (rotated * cos - rotate(rotated) * sin) / (cos.square() + sin.square())
-    return torch.cat([undone, passed], dim=-1)
+    turning, passed = k.float().split([cos.shape[-1], k.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat([turning * cos + rotation(turning) * sin, passed], dim=-1)
 
 
-@torch.no_grad()
+def unrotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Undo `rotate`: `(k cos - rotation(k) sin) / (cos^2 + sin^2)`; the denominator is not 1 under yarn scaling."""
+    size = cos.float().square() + sin.float().square()
+    return rotate(k, cos.float() / size, -sin.float() / size, rotation)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a rotary module by the model, as a probe saw it; with other positions it gives other tables."""
+
+    module: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    table: Table
+
+    def table_of(self, positions: torch.Tensor) -> Table:
+        """cos and sin of `positions` `[1, T]`."""
+
+        def exchanged(argument: Any) -> Any:
+            # Hidden states give the tables their dtype and device, positions are the whole numbers.
+            if not isinstance(argument, torch.Tensor) or argument.is_floating_point():
+                return argument
+            return positions.to(argument.device)
+
+        arguments = [exchanged(argument) for argument in self.arguments]
+        cos, sin = self.module.forward(*arguments, **{name: exchanged(a) for name, a in self.keywords.items()})
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A layer's convention, and the call behind its tables (None where keys do not depend on the position)."""
+
+    convention: str
+    call: _Call | None
+
+
+class KeyRotation:
+    """Takes a model's rotary embedding off its cached keys, and puts it back, layer by layer.
+
+    The cos and sin tables are the model's own: its rotary module is asked for the positions wanted.
+
+    Args:
+        model: the transformers model.
+
+    Raises:
+        UserError: some layer's keys follow no known convention, or the scaling changes with the length of the text, so
+            that what was taken off could not be put back later.
+    """
+
+    def __init__(self, model: Any):
+        if changing := _rope_types(model.config.get_text_config(decoder=True)) & CHANGING:
+            raise UserError(
+                f"this model's rotary embedding ({min(changing)}) changes with the length of the text, so keys cannot "
+                "be un-rotated for good; use --key-space post-rope"
+            )
+        found = _find_rotations(model)
+        unknown = [str(layer) for layer, own in enumerate(found) if own is None]
+        if unknown:
+            raise UserError(
+                f"the rotary convention of layers {', '.join(unknown)} of this model was not found (half and "
+                "interleaved were tried); use --key-space post-rope"
+            )
+        self._found = [own for own in found if own is not None]
+        self._tables: dict[int, Table] = {}
+
+    def remove(self, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Cached keys `[B, heads, T, head_dim]` at `positions` `[B or 1, T]` -> un-rotated keys, float32."""
+        return self._turned(unrotate, layer, keys, positions)
+
+    def restore(self, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The way back: un-rotated keys -> keys as the model caches them, float32."""
+        return self._turned(rotate, layer, keys, positions)
+
+    def remove_from_gradient(self, layer: int, gradients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A gradient with respect to cached keys -> the one with respect to un-rotated keys, float32."""
+        return self._turned(lambda k, cos, sin, how: rotate(k, cos, -sin, how), layer, gradients, positions)
+
+    def _turned(
+        self, turn: Callable[..., torch.Tensor], layer: int, keys: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        found = self._found[layer]
+        if found.call is None:
+            return keys.float()
+        cos, sin = self._table(found.call, positions)
+        return turn(keys, cos.to(keys.device), sin.to(keys.device), CONVENTIONS[found.convention])
+
+    def _table(self, call: _Call, positions: torch.Tensor) -> Table:
+        """cos and sin at `positions`, from tables that grow as texts do: one for each kind of layer, not a token's."""
+        length = int(positions.max()) + 1
+        cos, sin = self._tables.get(id(call), (torch.empty(0), torch.empty(0)))
+        if len(cos) < length:
+            cos, sin = (table[0] for table in call.table_of(torch.arange(max(1024, 2 * length))[None]))
+            self._tables[id(call)] = cos, sin
+        positions = positions.to(cos.device)
+        return cos[positions], sin[positions]
+
+
+CHANGING = frozenset({"dynamic", "longrope"})
+"""Kinds of scaling whose frequencies depend on how long the text has become."""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """All `rope_type` entries of a configuration, nested ones (one a kind of layer) included."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(entry["rope_type"]) for entry in entries if "rope_type" in entry}
+
+
 def find_conventions(model: Any) -> list[str | None]:
     """Each layer's rotary convention: `half`, `interleaved`, `none` (keys do not depend on the position), or None.
 
     None says that no known convention makes the keys agree; the layer can then be compressed post-rope only.
     """
+    return [None if found is None else found.convention for found in _find_rotations(model)]
+
+
+@torch.no_grad()
+def _find_rotations(model: Any) -> list[_Found | None]:
     # Any token whose embedding is not the padding token's zero.
     token = model.config.get_text_config(decoder=True).vocab_size // 2
     rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
 
-    def probe(position: int) -> tuple[list[torch.Tensor], list[Table]]:
-        """Each layer's keys of one token at `position`, and the cos and sin tables that the model made for it."""
+    def probe(position: int) -> tuple[list[torch.Tensor], list[_Call]]:
+        """Each layer's keys of one token at `position`, and the calls for the tables that the model made for it."""
         keys: list[torch.Tensor] = []
-        tables: list[Table] = []
+        calls: list[_Call] = []
 
-        def keep_table(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        def keep(module: torch.nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
             if isinstance(output, tuple) and len(output) == 2 and all(isinstance(t, torch.Tensor) for t in output):
-                tables.append(output)
+                calls.append(_Call(module, arguments, keywords, output))
 
-        hooks = [module.register_forward_hook(keep_table) for module in rotary]
+        hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in rotary]
         try:
             model(
                 input_ids=torch.tensor([[token]], device=model.device),
@@ -78,29 +189,30 @@ def find_conventions(model: Any) -> list[str | None]:
         finally:
             for hook in hooks:
                 hook.remove()
-        return keys, tables
+        return keys, calls
 
-    at_zero, zero_tables = probe(0)
-    at_position, tables = probe(PROBE_POSITION)
-    table_pairs = list(zip(zero_tables, tables, strict=True))
-    return [_convention_of(zero, moved, table_pairs) for zero, moved in zip(at_zero, at_position, strict=True)]
+    at_zero, zero_calls = probe(0)
+    at_position, calls = probe(PROBE_POSITION)
+    # A model may make its tables in any order, e.g. that of a set.
+    pairs = [(zero, moved) for moved in calls for zero in zero_calls if zero.module is moved.module]
+    return [_rotation_of(zero, moved, pairs) for zero, moved in zip(at_zero, at_position, strict=True)]
 
 
-def _convention_of(zero: torch.Tensor, moved: torch.Tensor, table_pairs: list[tuple[Table, Table]]) -> str | None:
+def _rotation_of(zero: torch.Tensor, moved: torch.Tensor, call_pairs: list[tuple[_Call, _Call]]) -> _Found | None:
     """Under which convention keys at position 0 and moved keys are the same once both are un-rotated."""
     if _agree(moved.float(), zero.float()):
-        return "none"
-    for name, rotate in CONVENTIONS.items():
-        for table_zero, table_moved in table_pairs:
-            if table_moved[0].shape[-1] > moved.shape[-1]:
+        return _Found("none", None)
+    for name, rotation in CONVENTIONS.items():
+        for call_zero, call_moved in call_pairs:
+            if call_moved.table[0].shape[-1] > moved.shape[-1]:
                 continue
             # Scaled embeddings (yarn) change the keys at position 0 too.
             undone = [
-                unrotate(keys, table[0].to(keys.device), table[1].to(keys.device), rotate)
-                for keys, table in ((zero, table_zero), (moved, table_moved))
+                unrotate(keys, call.table[0].to(keys.device), call.table[1].to(keys.device), rotation)
+                for keys, call in ((zero, call_zero), (moved, call_moved))
             ]
             if _agree(undone[1], undone[0]):
-                return name
+                return _Found(name, call_moved)
     return None
 
 

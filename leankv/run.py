@@ -19,6 +19,7 @@ from leankv.capture import Activations, capture, find_activations, groups_that_f
 from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
 from leankv.data import Blocks, TextSource
+from leankv.errors import UserError
 from leankv.experiment import PARTS, Experiment, parse_layers
 from leankv.fit import FittedCodec, Problem, fit_codecs
 from leankv.model import LoadedModel, load_model
@@ -26,8 +27,10 @@ from leankv.output_folder import check_folder, claim_folder
 from leankv.perplexity import BlockNats, measure_nats
 from leankv.progress import Progress
 from leankv.replay import Replay
+from leankv.rope import KeyRotation
 from leankv.shards import Shard
 from leankv.store import Cells, hash_of, locked
+from leankv.weighting import weigh
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,26 @@ class Run:
         """Selection blocks are measured under many plans, so each is run from its first changed layer on only."""
         blocks, protocol = self.blocks("selection"), self.experiment.protocol
         memory = round(self.experiment.memory_budget * 1e9)
-        return Replay(self.loaded.model, blocks, protocol, memory, self.folder)
+        return Replay(self.loaded.model, blocks, protocol, memory, self.folder, self.rotation)
+
+    @cached_property
+    def rotation(self) -> KeyRotation | None:
+        """Takes keys to the key space of their codecs; None where that is the cache's own (post-rope)."""
+        wanted = self.experiment.codec.key_space
+        if wanted == "post-rope":
+            return None
+        try:
+            return KeyRotation(self.loaded.model)
+        except UserError as error:
+            if wanted == "pre-rope":
+                raise
+            self.progress.say(f"keys stay as the cache holds them (post-rope): {error}")
+            return None
+
+    @property
+    def key_space(self) -> str:
+        """`pre-rope` or `post-rope`."""
+        return "post-rope" if self.rotation is None else "pre-rope"
 
     @cached_property
     def model_key(self) -> dict[str, Any]:
@@ -128,6 +150,7 @@ class Run:
             "calibration": self.blocks("calibration").hash,
             "batch_size": experiment.protocol.batch_size,
             "codec_dtype": experiment.codec.dtype,
+            "key_space": self.key_space,
             "fit": asdict(experiment.fit),
             "seed": experiment.seed,
         }
@@ -171,6 +194,7 @@ class Run:
                 activations,
                 {problem: spec for problem, spec in problems.items() if problem[0] in group},
                 self.experiment.fit,
+                self._metrics(group),
                 getattr(torch, self.experiment.codec.dtype),
                 self.experiment.seed,
                 self.loaded.model.device,
@@ -180,16 +204,24 @@ class Run:
             )
             activations.delete()
 
+    def _metrics(self, layers: list[int]) -> dict[Problem, torch.Tensor]:
+        """What the errors of these layers' vectors count by; nothing where they all count alike."""
+        kind = self.experiment.fit.weighting
+        if kind == "none":
+            return {}
+        return weigh(kind, self.loaded, self.blocks("calibration"), layers, self.rotation, self.progress)
+
     def captured(self, layers: list[int]) -> Activations:
         """The calibration activations of these layers; a stopped run's are used if they cover them."""
         blocks = self.blocks("calibration")
         batch_size = self.experiment.protocol.batch_size
         depends_on = {"model": self.model_key, "blocks": blocks.hash, "batch_size": batch_size}
+        depends_on["key_space"] = self.key_space
         shard = "" if self.shard == Shard() else f"-{self.shard.file_name}"
         folder = self.folder / f"activations-{hash_of(depends_on)[:16]}{shard}"
         found = find_activations(folder)
         if found is None or not set(layers) <= set(found.manifest["layers"]):
-            found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress)
+            found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress, self.rotation)
         of_these = {**depends_on, "layers": found.manifest["layers"]}
         cost = {"seconds": found.manifest["seconds"], "tokens": blocks.tokens.numel()}
         self.cells.get_or_compute("capture", of_these, lambda: cost)
@@ -224,7 +256,7 @@ class Run:
             if split == "selection":
                 return self._selection_replay.measure(plan, on_block, only, may_grow)
             model = self.loaded.model
-            cache = LeanCache(model.config, plan, protocol.sinks, protocol.window)
+            cache = LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.rotation)
             return measure_nats(model, blocks, protocol, cache.fresh, on_block)
 
         def compute() -> dict[str, Any]:

@@ -58,7 +58,7 @@ def layer_row(run: Run, layer: int, cost: Comparison, seconds: float, predicted:
     """One row of `sweep.csv`, from a layer's cost and the seconds that measuring it took."""
     codecs = {part: stored for (_, part), stored in run.fitted([layer]).items()}
     width = run.loaded.geometry.layers[layer].width
-    return row_of(run.experiment, layer, width, cost, seconds, codecs, predicted)
+    return row_of(run.experiment, layer, width, run.key_space, cost, seconds, codecs, predicted)
 
 
 def layer_cost(run: Run, layer: int) -> tuple[Comparison, float]:

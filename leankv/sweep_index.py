@@ -29,6 +29,7 @@ class Index:
         cells: each of the model's layers' cell, whether asked for or not.
         codecs: each layer's codec files, by part.
         widths: each layer's width.
+        key_space: `pre-rope` or `post-rope`.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Index:
     cells: tuple[str, ...]
     codecs: tuple[Mapping[str, str], ...]
     widths: tuple[int, ...]
+    key_space: str
 
     @classmethod
     def of(cls, run: "Run") -> "Index":
@@ -51,6 +53,7 @@ class Index:
             tuple(name(run.nats_path("selection", [layer])) for layer in numbers),
             tuple({part: name(run.codec_path((layer, part))) for part in run.specs} for layer in numbers),
             tuple(layer.width for layer in run.loaded.geometry.layers),
+            run.key_space,
         )
 
     @classmethod
@@ -61,7 +64,7 @@ class Index:
 
     def write(self) -> None:
         """Write it to its folder; workers that share the sweep write the same."""
-        about = {"base": self.base, "cells": self.cells, "codecs": self.codecs, "widths": self.widths}
+        about = {key: value for key, value in vars(self).items() if key != "folder"}
         write_if_changed(self.folder / INDEX_FILE, json.dumps(about, indent=1) + "\n")
 
     def layers(self, experiment: Experiment) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class Rounding(Codec):
         arguments: Sequence[int],
         train: torch.Tensor,
         heldout: torch.Tensor,
+        metric: torch.Tensor | None,
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:
@@ -157,6 +158,6 @@ def fitted_plan(model: Any, dimensions: int = 6) -> dict[int, dict[str, Codec]]:
     plan: dict[int, dict[str, Codec]] = {}
     for (layer, part), x in recorded(model, tiny.tokens(4, 40, seed=9)).items():
         family, arguments = (PCA, (dimensions,)) if part == "k" else (Autoencoder, (dimensions, 16))
-        (codec,) = family.fit(arguments, x[None], x[None], training, lambda epoch, error: None)
+        (codec,) = family.fit(arguments, x[None], x[None], None, training, lambda epoch, error: None)
         plan.setdefault(layer, {})[part] = codec
     return plan

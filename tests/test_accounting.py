@@ -27,7 +27,7 @@ def model(architecture: str) -> Any:
 def codec(spec: str, width: int) -> Codec:
     parsed = parse_spec(spec)
     vectors = torch.randn(1, 32, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    (fitted,) = parsed.family.fit(parsed.arguments, vectors, vectors, SETTINGS, lambda epoch, error: None)
+    (fitted,) = parsed.family.fit(parsed.arguments, vectors, vectors, None, SETTINGS, lambda epoch, error: None)
     return fitted
 
 

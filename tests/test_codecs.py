@@ -43,7 +43,7 @@ def fit(spec: str, train: torch.Tensor, heldout: torch.Tensor | None = None) -> 
     """Codecs fitted to `train` `[P, N, W]`."""
     parsed = parse_spec(spec)
     heldout = train[:, :32] if heldout is None else heldout
-    return list(parsed.family.fit(parsed.arguments, train, heldout, SETTINGS, lambda epoch, error: None))
+    return list(parsed.family.fit(parsed.arguments, train, heldout, None, SETTINGS, lambda epoch, error: None))
 
 
 def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:

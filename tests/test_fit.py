@@ -77,6 +77,7 @@ def fit(
         activations,
         {problem: parse_spec(spec) for problem in problems},
         settings,
+        {},
         dtype,
         seed=5,
         device=torch.device("cpu"),
@@ -272,7 +273,7 @@ def test_each_part_may_have_a_codec_of_its_own(captured: Activations) -> None:
     fitted: dict[Problem, FittedCodec] = {}
     problems = {(2, "k"): parse_spec("pca:3"), (2, "v"): parse_spec("ae:2x8"), (0, "k"): parse_spec("mean")}
     fit_codecs(
-        captured, problems, SETTINGS, torch.float32, 0, torch.device("cpu"), MEMORY, fitted.__setitem__, Silent()
+        captured, problems, SETTINGS, {}, torch.float32, 0, torch.device("cpu"), MEMORY, fitted.__setitem__, Silent()
     )
     assert {problem: f.codec.spec for problem, f in fitted.items()} == {
         (2, "k"): "pca:3",
@@ -289,6 +290,7 @@ def test_the_seed_decides_the_weights(captured: Activations) -> None:
             captured,
             problem,
             SETTINGS,
+            {},
             torch.float32,
             seed,
             torch.device("cpu"),

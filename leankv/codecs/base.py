@@ -61,6 +61,7 @@ class Codec(torch.nn.Module, ABC):
         arguments: Sequence[int],
         train: torch.Tensor,
         heldout: torch.Tensor,
+        metric: torch.Tensor | None,
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:
@@ -70,6 +71,7 @@ class Codec(torch.nn.Module, ABC):
             arguments: what stood behind the colon of the spec, as `parse_spec` read it.
             train: `[P, N, W]`, float32 or the dtype of the activations.
             heldout: `[P, M, W]`, never fitted to.
+            metric: `[P, W, W]`, positive definite: an error `e` counts `e^T M e`. None: `|e|^2`.
             settings: for trained families.
             on_epoch: called after each epoch with its number and the held-out fraction of variance unexplained `[P]`.
         """

@@ -43,6 +43,7 @@ class Identity(Codec):
         arguments: Sequence[int],
         train: torch.Tensor,
         heldout: torch.Tensor,
+        metric: torch.Tensor | None,
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:

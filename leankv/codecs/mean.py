@@ -42,6 +42,7 @@ class Mean(Codec):
         arguments: Sequence[int],
         train: torch.Tensor,
         heldout: torch.Tensor,
+        metric: torch.Tensor | None,
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:

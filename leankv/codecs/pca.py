@@ -5,14 +5,15 @@ from typing import Self
 
 import torch
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, as_float16, mean_of
+from leankv.codecs.base import Code, Codec, TrainingSettings, as_float16
+from leankv.codecs.components import principal_components
 
 
 class PCA(Codec):
-    """Projects on the first D principal components of the calibration vectors: `z = (x - mean) C`, `x = mean + z C^T`.
+    """Projects on the first D principal components of the calibration vectors: `z = (x - mean) A`, `x = mean + z B`.
 
-    The least squared error that any linear code of D numbers can have (Eckart and Young, 1936), in closed form. The
-    components are scaled by the root of their variance, so that the D numbers have unit variance and suit float16.
+    The least error, under the metric it is fitted with, that any linear code of D numbers can have, in closed form; see
+    `leankv.codecs.components`. The coordinates are scaled to unit variance, so that they suit float16.
 
     Storage: D float16 numbers a token. What it does not do: spend bits where they matter, or bend (see `ae`).
     """
@@ -20,15 +21,17 @@ class PCA(Codec):
     family = "pca"
     grammar = "pca:D"
 
-    def __init__(self, components: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, analysis: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):
         """
         Args:
-            components: `[W, D]`, orthonormal columns.
+            analysis: `[W, D]`, from centred vectors to coordinates.
+            synthesis: `[D, W]`, back; the transpose of `analysis` unless errors are weighted.
             mean: `[W]`.
-            scale: `[D]`, standard deviation along each component.
+            scale: `[D]`, standard deviation of each coordinate.
         """
-        super().__init__(components.shape[0])
-        self.components = torch.nn.Parameter(components, requires_grad=False)
+        super().__init__(analysis.shape[0])
+        self.analysis = torch.nn.Parameter(analysis, requires_grad=False)
+        self.synthesis = torch.nn.Parameter(synthesis, requires_grad=False)
         self.mean: torch.Tensor
         self.register_buffer("mean", mean)
         self.scale: torch.Tensor
@@ -36,19 +39,19 @@ class PCA(Codec):
 
     @property
     def spec(self) -> str:
-        return f"pca:{self.components.shape[1]}"
+        return f"pca:{self.analysis.shape[1]}"
 
     @property
     def bits_per_token(self) -> int:
-        return self.components.shape[1] * 16
+        return self.analysis.shape[1] * 16
 
     def encode(self, x: torch.Tensor) -> Code:
-        z = (x.float() - self.mean).to(self.components.dtype) @ self.components
+        z = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis
         return {"z": as_float16(z.float() / self.scale)}
 
     def decode(self, code: Code) -> torch.Tensor:
-        z = (code["z"].float() * self.scale).to(self.components.dtype)
-        return (z @ self.components.T).float() + self.mean
+        z = (code["z"].float() * self.scale).to(self.synthesis.dtype)
+        return (z @ self.synthesis).float() + self.mean
 
     @classmethod
     def fit(
@@ -56,28 +59,26 @@ class PCA(Codec):
         arguments: Sequence[int],
         train: torch.Tensor,
         heldout: torch.Tensor,
+        metric: torch.Tensor | None,
         settings: TrainingSettings,
         on_epoch: Callable[[int, torch.Tensor], None],
     ) -> list[Self]:
         (dimensions,) = arguments
         codecs = []
-        for x in train:
-            mean = mean_of(x)
-            covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-            for rows in x.split(ROWS):
-                centred = rows.float() - mean
-                covariance += centred.T @ centred / len(x)
-            variances, vectors = torch.linalg.eigh(covariance)  # ascending order
-            variances, vectors = variances[-dimensions:].flip(0), vectors[:, -dimensions:].flip(1)
+        for index, x in enumerate(train):
+            found = principal_components(x, None if metric is None else metric[index])
+            variances = found.variances[:dimensions]
             # A direction without variance would be divided by zero; its coefficient is zero anyway.
-            scale = variances.clamp_min(variances[0].clamp_min(1e-30) * 1e-12).sqrt()
-            codecs.append(cls(vectors.float().contiguous(), mean, scale.float()))
+            scale = variances.clamp_min(variances[0].clamp_min(1e-30) * 1e-12).sqrt().float()
+            analysis, synthesis = found.analysis[:, :dimensions], found.synthesis[:dimensions]
+            codecs.append(cls(analysis.contiguous(), synthesis.contiguous(), found.mean, scale))
         return codecs
 
     @classmethod
     def empty(cls, arguments: Sequence[int], width: int) -> Self:
         (dimensions,) = arguments
-        return cls(torch.zeros(width, dimensions), torch.zeros(width), torch.ones(dimensions))
+        shape = width, dimensions
+        return cls(torch.zeros(shape), torch.zeros(shape[::-1]), torch.zeros(width), torch.ones(dimensions))
 
     @classmethod
     def parse_arguments(cls, text: str) -> tuple[int, ...]:
