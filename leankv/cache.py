@@ -4,7 +4,7 @@ A compressed layer holds codes (see `leankv.part_store`), and what `update` retu
 is no second copy. So one forward pass through such a cache measures the loss.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -40,6 +40,12 @@ def attention_windows(config: Any) -> list[int | None] | None:
     return windows or None
 
 
+def earlier_layers(windows: Sequence[int | None], layer: int, count: int) -> list[int]:
+    """The layers that a codec of `layer` may predict from: the nearest `count` before it that hold the same tokens."""
+    alike = [other for other in range(layer) if windows[other] == windows[layer]]
+    return alike[::-1][:count]
+
+
 class LeanLayer(DynamicLayer):
     """One compressed layer.
 
@@ -48,26 +54,32 @@ class LeanLayer(DynamicLayer):
         sinks: first tokens held exact.
         window: latest tokens held exact.
         key_space: where the key codec takes its vectors; as cached unless given.
+        earlier: layers before this one, the nearest first, that its codecs predict from.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, codecs: Mapping[str, Codec], sinks: int, window: int, key_space: KeySpace | None = None):
+    def __init__(
+        self,
+        codecs: Mapping[str, Codec],
+        sinks: int,
+        window: int,
+        key_space: KeySpace | None = None,
+        earlier: Sequence["LeanLayer"] = (),
+    ):
         super().__init__()
         self.codecs = dict(codecs)
-        self.sinks = sinks
-        self.window = window
-        self.key_space = key_space
-        self._clear()
 
-    def _clear(self) -> None:
-        spaces = {"k": self.key_space, "v": None}
-        self.parts = {
-            part: PartStore(self.codecs.get(part), self.sinks, self.window, space) for part, space in spaces.items()
-        }
-        self.is_initialized = False
+        def store(part: str, space: KeySpace | None, own: list[PartStore]) -> PartStore:
+            codec = codecs.get(part)
+            looks_back = codec.looks_back if codec else 0
+            known = [layer.parts[each] for layer in earlier[:looks_back] for each in ("k", "v")]
+            return PartStore(codec, sinks, window, space, known + own if looks_back else [])
+
+        keys = store("k", key_space, [])
+        self.parts = {"k": keys, "v": store("v", None, [keys])}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype and device, and bring the codecs to the device where this layer's keys are."""
@@ -82,15 +94,19 @@ class LeanLayer(DynamicLayer):
         """Take in new keys and values `[B, heads, T, head_dim]`; return all that is held, as decoding gives it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # Keys first: values may be predicted from what is read of them.
         self.parts["k"].append(key_states)
+        keys = self.parts["k"].read(key_states)
         self.parts["v"].append(value_states)
-        return self.parts["k"].read(key_states), self.parts["v"].read(value_states)
+        return keys, self.parts["v"].read(value_states)
 
     def get_seq_length(self) -> int:
         return len(self.parts["k"])
 
     def reset(self) -> None:
-        self._clear()
+        for part in self.parts.values():
+            part.clear()
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. The window is shorter afterwards until new tokens fill it."""
@@ -136,8 +152,9 @@ class LeanSlidingLayer(LeanLayer):
         sinks: int,
         window: int,
         key_space: KeySpace | None = None,
+        earlier: Sequence[LeanLayer] = (),
     ):
-        super().__init__(codecs, sinks, window, key_space)
+        super().__init__(codecs, sinks, window, key_space, earlier)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
@@ -213,15 +230,19 @@ class LeanCache(Cache):
         if sinks and padding is not None:
             sinks += int(padding.max())
         layers = DynamicCache(config=config).layers
-        for layer, codecs in plan.items():
-            stock, space = layers[layer], None
-            if rotation is not None and "k" in codecs:
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        looks_back = {layer: max((c.looks_back for c in codecs.values()), default=0) for layer, codecs in plan.items()}
+        earlier = {layer: earlier_layers(windows, layer, back) for layer, back in looks_back.items()}
+        for layer in sorted({*plan, *(source for own in earlier.values() for source in own)}):
+            stock, space, codecs = layers[layer], None, plan.get(layer, {})
+            sources = [layers[source] for source in earlier.get(layer, [])]
+            if rotation is not None:
                 space = KeySpace(partial(rotation.remove, layer), partial(rotation.restore, layer), padding)
             if type(stock) is DynamicSlidingWindowLayer:
-                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window, space)
+                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window, space, sources)
             else:
                 assert type(stock) is DynamicLayer, "find_geometry lets no other layers pass"
-                layers[layer] = LeanLayer(codecs, sinks, window, space)
+                layers[layer] = LeanLayer(codecs, sinks, window, space, sources)
         for layer in range(first_layer):
             layers[layer] = _SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
@@ -259,6 +280,18 @@ class LeanCache(Cache):
                 tensors += [layer.keys, layer.values]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
+
+    def parked_nbytes(self) -> int:
+        """Bytes that the cache would take parked: codes entropy-coded where their codec can, all else as it is held."""
+        sizes = [
+            len(stream)
+            for layer in self.layers
+            if isinstance(layer, LeanLayer)
+            for part in layer.parts.values()
+            for stream in part.parked()
+        ]
+        stock = [layer for layer in self.layers if not isinstance(layer, LeanLayer) and layer.is_initialized]
+        return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
 
 
 class _SkippedLayer(DynamicLayer):

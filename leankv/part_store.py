@@ -8,12 +8,14 @@ Keys may be encoded in another key space than the cache's: un-rotated before the
 positions that follow from a token's place in its row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from leankv.codecs import Code, Codec
+from leankv.codecs.base import tensors_in
+from leankv.codecs.ragged import Ragged
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Keys `[B, heads, T, head_dim]` and their positions `[B or 1, T]` -> keys in another key space."""
@@ -37,15 +39,33 @@ class KeySpace:
 class PartStore:
     """The keys or the values of one layer, `[B, heads, tokens, head_dim]`, as sinks, codes and window."""
 
-    def __init__(self, codec: Codec | None, sinks: int, window: int, space: KeySpace | None = None):
+    def __init__(
+        self,
+        codec: Codec | None,
+        sinks: int,
+        window: int,
+        space: KeySpace | None = None,
+        references: Sequence["PartStore"] = (),
+    ):
         self.codec = codec
         self.sinks = sinks
         self.window = window
         self.space = space
+        self.references = references  # read before this one in every forward pass; what the codec predicts from
+        self.readers = 0  # stores that have this one among their references
+        for store in references:
+            store.readers += 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
         self.seen = 0  # tokens of the sequence so far, those that a sliding window dropped included
         self.sink_rows: torch.Tensor | None = None
         self.code: Code | None = None  # each tensor [B, tokens, ...]
         self.window_rows: torch.Tensor | None = None
+        self._left = 0  # readers that are still to come in this forward pass
+        self._vectors: torch.Tensor | None = None  # [B, tokens, W], as read, until the last reader took them
+        self._first_vector = 0  # which token of the sequence they begin with
 
     def append(self, rows: torch.Tensor) -> None:
         """Take in new tokens, and encode what leaves the window."""
@@ -78,27 +98,62 @@ class PartStore:
     def _encode(self, rows: torch.Tensor, first: int) -> None:
         """Encode `rows`, of which the first is token `first` of the sequence."""
         assert self.codec is not None
-        batch, heads, tokens, head_dim = rows.shape
+        batch, _, tokens, _ = rows.shape
         if self.space is not None:
             rows = self.space.enter(rows, self._positions(first, tokens))
-        vectors = rows.transpose(1, 2).reshape(batch * tokens, heads * head_dim)
-        code = self.codec.encode(vectors)
-        code = {name: tensor.unflatten(0, (batch, tokens)) for name, tensor in code.items()}
+        vectors = _as_vectors(rows).flatten(0, 1)
+        if self.codec.looks_back:
+            code = self.codec.encode_beside(vectors, self._reference(first, tokens, vectors.device))
+        else:
+            code = self.codec.encode(vectors)
+        code = {name: _unflat(rows, batch) for name, rows in code.items()}
         if self.code is not None:
-            code = {name: torch.cat([self.code[name], tensor], dim=1) for name, tensor in code.items()}
+            code = {name: _followed(self.code[name], tensor) for name, tensor in code.items()}
         self.code = code
+
+    def _reference(self, first: int, count: int, device: torch.device) -> torch.Tensor:
+        """What is known of `count` tokens from token `first` on: `[B * count, R]`."""
+        known = [store.vectors(first, count).to(device) for store in self.references]
+        return torch.cat(known, dim=2).flatten(0, 1)
+
+    def vectors(self, first: int, count: int) -> torch.Tensor:
+        """Tokens from `first` on as attention reads them, in the key space of codecs: `[B, count, W]`, float32."""
+        assert self._vectors is not None, "a reference is read before the stores that look at it"
+        start = first - self._first_vector
+        return self._vectors[:, start : start + count]
+
+    def release(self) -> None:
+        """One of the readers has what it needs for this forward pass."""
+        self._left -= 1
+        if self._left == 0:
+            self._vectors = None
 
     def read(self, like: torch.Tensor) -> torch.Tensor:
         """All tokens held, `[B, heads, tokens, head_dim]`, in the dtype of `like`."""
         decoded = None
         if self.code is not None and self.codec is not None:
             batch, tokens = next(iter(self.code.values())).shape[:2]
-            vectors = self.codec.decode({name: tensor.flatten(0, 1) for name, tensor in self.code.items()})
+            first = self.seen - len(self) + _length(self.sink_rows, 2)
+            code = {name: _flat(tensor) for name, tensor in self.code.items()}
+            if self.codec.looks_back:
+                vectors = self.codec.decode_beside(code, self._reference(first, tokens, like.device))
+            else:
+                vectors = self.codec.decode(code)
+            if self.readers:
+                self._vectors, self._first_vector = vectors.reshape(batch, tokens, -1), first
             decoded = vectors.reshape(batch, tokens, like.shape[1], like.shape[3]).transpose(1, 2)
             if self.space is not None:
-                first = self.seen - len(self) + _length(self.sink_rows, 2)
                 decoded = self.space.leave(decoded, self._positions(first, tokens))
             decoded = decoded.to(like.dtype)
+        elif self.readers and self.window_rows is not None:
+            # Held exact; which of these tokens are codes in the stores that look here, they know.
+            first, rows = self.seen - len(self), self.window_rows
+            if self.space is not None:
+                rows = self.space.enter(rows, self._positions(first, rows.shape[2]))
+            self._vectors, self._first_vector = _as_vectors(rows).float(), first
+        self._left = self.readers
+        for store in self.references:
+            store.release()
         pieces = [piece for piece in (self.sink_rows, decoded, self.window_rows) if piece is not None]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
@@ -114,9 +169,12 @@ class PartStore:
         sinks, coded, _ = self._lengths()
         self.seen -= max(len(self) - stop, 0)
 
+        def part_of(tokens: int, offset: int) -> tuple[int, int]:
+            first = min(max(start - offset, 0), tokens)
+            return first, min(max(stop - offset, first), tokens)
+
         def cut(tensor: torch.Tensor, dim: int, offset: int) -> torch.Tensor | None:
-            first = min(max(start - offset, 0), tensor.shape[dim])
-            last = min(max(stop - offset, first), tensor.shape[dim])
+            first, last = part_of(tensor.shape[dim], offset)
             if last == first:
                 return None
             if last - first == tensor.shape[dim]:
@@ -126,8 +184,11 @@ class PartStore:
         if self.sink_rows is not None:
             self.sink_rows = cut(self.sink_rows, 2, 0)
         if self.code is not None:
-            kept = {name: cut(tensor, 1, sinks) for name, tensor in self.code.items()}
-            self.code = {name: t for name, t in kept.items() if t is not None} or None
+            first, last = part_of(coded, sinks)
+            if last == first:
+                self.code = None
+            elif last - first < coded:
+                self.code = {name: _columns(rows, first, last) for name, rows in self.code.items()}
         if self.window_rows is not None:
             self.window_rows = cut(self.window_rows, 2, sinks + coded)
 
@@ -136,15 +197,68 @@ class PartStore:
         if self.sink_rows is not None:
             self.sink_rows = function(self.sink_rows)
         if self.code is not None:
-            self.code = {name: function(tensor) for name, tensor in self.code.items()}
+            self.code = {name: _applied(function, tensor) for name, tensor in self.code.items()}
         if self.window_rows is not None:
             self.window_rows = function(self.window_rows)
         if self.space is not None and self.space.padding is not None:
             self.space = replace(self.space, padding=function(self.space.padding))
 
     def tensors(self) -> list[torch.Tensor]:
+        exact = [rows for rows in (self.sink_rows, self.window_rows, self._vectors) if rows is not None]
+        return exact + tensors_in(self.code or {})
+
+    def parked(self) -> list[bytes]:
+        """What is held as it would be stored: sinks and window as they are, codes parked, a stream for each row."""
         exact = [rows for rows in (self.sink_rows, self.window_rows) if rows is not None]
-        return exact + list((self.code or {}).values())
+        streams = [rows.contiguous().view(torch.uint8).cpu().numpy().tobytes() for rows in exact]
+        if self.code is not None and self.codec is not None:
+            batch, tokens = next(iter(self.code.values())).shape[:2]
+            numbers = torch.arange(batch * tokens).reshape(batch, tokens)
+            for own in numbers:
+                streams.append(self.codec.park({name: _rows(_flat(t), own) for name, t in self.code.items()}))
+        return streams
+
+
+def _as_vectors(rows: torch.Tensor) -> torch.Tensor:
+    """`[B, heads, T, head_dim]` -> `[B, T, W]`."""
+    return rows.transpose(1, 2).flatten(2)
+
+
+def _flat(rows: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+    """`[B, T, ...]` -> `[B * T, ...]`."""
+    return rows.flatten() if isinstance(rows, Ragged) else rows.flatten(0, 1)
+
+
+def _unflat(rows: torch.Tensor | Ragged, batch: int) -> torch.Tensor | Ragged:
+    """The way back from `_flat`."""
+    return rows.unflatten((batch, -1)) if isinstance(rows, Ragged) else rows.unflatten(0, (batch, -1))
+
+
+def _rows(rows: torch.Tensor | Ragged, numbers: torch.Tensor) -> torch.Tensor | Ragged:
+    return rows.rows(numbers) if isinstance(rows, Ragged) else rows[numbers]
+
+
+def _columns(rows: torch.Tensor | Ragged, first: int, last: int) -> torch.Tensor | Ragged:
+    """Tokens `first` to `last` of each row of the batch."""
+    if isinstance(rows, Ragged):
+        return rows.rows(torch.arange(rows.counts.numel()).reshape(rows.shape)[:, first:last])
+    return rows[:, first:last].clone()
+
+
+def _followed(first: torch.Tensor | Ragged, second: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+    if isinstance(first, Ragged):
+        assert isinstance(second, Ragged)
+        return first.followed_by(second)
+    assert isinstance(second, torch.Tensor)
+    return torch.cat([first, second], dim=1)
+
+
+def _applied(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+    if isinstance(rows, torch.Tensor):
+        return function(rows)
+    # What a function on the batch dimension does, or where it moves tensors to, shows on the rows' numbers.
+    numbers = function(torch.arange(rows.counts.numel(), device=rows.data.device).reshape(rows.shape))
+    return rows.to(numbers.device).rows(numbers)
 
 
 def _length(tensor: torch.Tensor | None, dim: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from leankv.cache import LeanCache, Plan
+from leankv.cache import LeanCache, Plan, attention_windows, earlier_layers
 from leankv.data import Blocks
 from leankv.experiment import ProtocolConfig
 from leankv.perplexity import BlockNats, measure_nats
@@ -61,6 +61,7 @@ class Replay:
         self.memory_bytes = memory_bytes
         self.folder = folder
         self.layers = find_decoder_layers(model)
+        self.windows = attention_windows(model.config) or []
         self._recordings: list[_Recording] = []
         self._waiting: list[torch.Tensor] = []  # numbers of the blocks to come, a batch each
         self._batch: list[int] = []  # those of the batch under way
@@ -121,10 +122,17 @@ class Replay:
         return _mapped(shape, dtype, self.folder)
 
     def _first_change(self, recorded: Plan, plan: Plan) -> int:
-        """The first layer in which two plans differ; the number of layers where they do not."""
+        """The first layer that has to run when `plan` differs from what was recorded; the number of layers if none."""
         assert self.layers is not None
-        changed = [layer for layer in {*recorded, *plan} if recorded.get(layer) != plan.get(layer)]
-        return min(changed, default=len(self.layers))
+        changed = min((n for n in {*recorded, *plan} if recorded.get(n) != plan.get(n)), default=len(self.layers))
+        # Codecs behind the change that predict from layers before it need those layers to run.
+        looked_at = [
+            source
+            for layer, codecs in plan.items()
+            if layer >= changed
+            for source in earlier_layers(self.windows, layer, max(c.looks_back for c in codecs.values()))
+        ]
+        return min([changed, *looked_at])
 
     def _cache(self, plan: Plan, first: int) -> LeanCache:
         sinks, window = self.protocol.sinks, self.protocol.window

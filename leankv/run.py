@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from leankv.cache import LeanCache
+from leankv.cache import LeanCache, earlier_layers
 from leankv.capture import Activations, capture, find_activations, groups_that_fit
 from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
 from leankv.data import Blocks, TextSource
 from leankv.errors import UserError
 from leankv.experiment import PARTS, Experiment, parse_layers
-from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.fit import FittedCodec, Fitting, Problem, fit_chain, fit_codecs
 from leankv.model import LoadedModel, load_model
 from leankv.output_folder import check_folder, claim_folder
 from leankv.perplexity import BlockNats, measure_nats
@@ -132,6 +132,8 @@ class Run:
     def fitted(self, layers: Iterable[int]) -> dict[Problem, StoredCodec]:
         """The codecs of these layers, fitted now where they are not yet."""
         layers = sorted(layers)
+        if self.looks_back and layers:
+            layers = list(range(max(layers) + 1))  # codecs of the layers before are what theirs are fitted beside
         problems = {(layer, part): spec for layer in layers for part, spec in self.specs.items()}
         if any(not self._load_codec(problem) for problem in problems):
             with locked(self.cells.folder, _fit_lock(self.shard.file_name)):
@@ -152,11 +154,15 @@ class Run:
             "codec_dtype": experiment.codec.dtype,
             "key_space": self.key_space,
             "fit": asdict(experiment.fit),
+            "sinks": experiment.protocol.sinks,
             "seed": experiment.seed,
         }
 
     def _codec_key(self, problem: Problem) -> str:
-        return hash_of({**self._codecs_depend_on, "problem": problem, "spec": self.specs[problem[1]].text})
+        depends_on = {**self._codecs_depend_on, "problem": problem, "spec": self.specs[problem[1]].text}
+        if self.looks_back:  # then the other part's codecs matter too
+            depends_on["specs"] = {part: spec.text for part, spec in self.specs.items()}
+        return hash_of(depends_on)
 
     def codec_path(self, problem: Problem) -> Path:
         """The file of a codec, whether it is fitted or not."""
@@ -187,29 +193,45 @@ class Run:
                 save_codec(self.codec_path(problem), fitted.codec, about)
                 self._load_codec(problem)
 
+        fitting = Fitting(
+            self.experiment.fit,
+            getattr(torch, self.experiment.codec.dtype),
+            self.experiment.seed,
+            self.experiment.protocol.sinks,
+            self.loaded.model.device,
+            round(self.experiment.memory_budget * 1e9),
+        )
         layers = sorted({layer for layer, _ in problems})
+        if self.looks_back:
+            self._fit_chain(max(layers), fitting, store)
+            return
         for group in groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder):
             activations = self.captured(group)
-            fit_codecs(
-                activations,
-                {problem: spec for problem, spec in problems.items() if problem[0] in group},
-                self.experiment.fit,
-                self._metrics(group),
-                getattr(torch, self.experiment.codec.dtype),
-                self.experiment.seed,
-                self.loaded.model.device,
-                round(self.experiment.memory_budget * 1e9),
-                store,
-                self.progress,
-            )
+            wanted = {problem: spec for problem, spec in problems.items() if problem[0] in group}
+            fit_codecs(activations, wanted, fitting, self._metrics(group), store, self.progress)
             activations.delete()
+
+    @property
+    def looks_back(self) -> int:
+        """How many layers before its own a codec of this run predicts from at most."""
+        return max((spec.family.layers_looked_at(spec.arguments) for spec in self.specs.values()), default=0)
+
+    def _fit_chain(self, last: int, fitting: Fitting, store: Callable[[Problem, FittedCodec], None]) -> None:
+        """Capture and fit all layers up to `last`, each beside those before it."""
+        windows = [layer.window for layer in self.loaded.geometry.layers]
+        earlier = {layer: earlier_layers(windows, layer, self.looks_back) for layer in range(last + 1)}
+        layers = list(earlier)
+        activations = self.captured(layers)
+        fit_chain(activations, self.specs, earlier, fitting, self._metrics(layers), store, self.progress)
+        activations.delete()
 
     def _metrics(self, layers: list[int]) -> dict[Problem, torch.Tensor]:
         """What the errors of these layers' vectors count by; nothing where they all count alike."""
         kind = self.experiment.fit.weighting
         if kind == "none":
             return {}
-        return weigh(kind, self.loaded, self.blocks("calibration"), layers, self.rotation, self.progress)
+        sinks = self.experiment.protocol.sinks
+        return weigh(kind, self.loaded, self.blocks("calibration"), layers, self.rotation, sinks, self.progress)
 
     def captured(self, layers: list[int]) -> Activations:
         """The calibration activations of these layers; a stopped run's are used if they cover them."""

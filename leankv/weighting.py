@@ -40,6 +40,7 @@ def weigh(
     blocks: Blocks,
     layers: Sequence[int],
     rotation: KeyRotation | None,
+    sinks: int,
     progress: Progress,
 ) -> Metrics:
     """The metrics of these layers' keys and values, from calibration text.
@@ -50,12 +51,13 @@ def weigh(
         blocks: calibration text.
         layers: which.
         rotation: given, keys are counted un-rotated.
+        sinks: first tokens of each block, which are held exact and not counted.
         progress: shows the passes.
 
     Raises:
         UserError: no gradients come back through the weights.
     """
-    metrics = _gradient_moments(loaded, blocks, layers, rotation, progress)
+    metrics = _gradient_moments(loaded, blocks, layers, rotation, sinks, progress)
     return {problem: shrunk(metric) for problem, metric in metrics.items()}
 
 
@@ -68,7 +70,12 @@ def shrunk(metric: torch.Tensor, share: float = SHRINKAGE) -> torch.Tensor:
 
 
 def _gradient_moments(
-    loaded: LoadedModel, blocks: Blocks, layers: Sequence[int], rotation: KeyRotation | None, progress: Progress
+    loaded: LoadedModel,
+    blocks: Blocks,
+    layers: Sequence[int],
+    rotation: KeyRotation | None,
+    sinks: int,
+    progress: Progress,
 ) -> Metrics:
     """`E[g g^T]` of each layer and part."""
     model = loaded.model
@@ -92,7 +99,7 @@ def _gradient_moments(
                         )
                     if part == "k" and rotation is not None:
                         gradient = rotation.remove_from_gradient(layer, gradient, positions)
-                    g = gradient.transpose(1, 2).flatten(2)[0].float()
+                    g = gradient.transpose(1, 2).flatten(2)[0, sinks:].float()
                     moment = (g.T @ g / (len(g) * len(some))).cpu()
                     metrics[layer, part] = metrics[layer, part] + moment if (layer, part) in metrics else moment
             step()

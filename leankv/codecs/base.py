@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
-Code = dict[str, torch.Tensor]
-"""The code of N vectors: named tensors, each `[N, ...]`, packed as they are stored."""
+from leankv.codecs.ragged import Ragged
+
+Code = dict[str, Any]
+"""The code of N vectors: named tensors, each `[N, ...]`, packed as they are stored; or `Ragged`, if rows differ in
+length."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,13 @@ class Codec(torch.nn.Module, ABC):
 
     @property
     @abstractmethod
-    def bits_per_token(self) -> int:
-        """Bits that the code of one vector takes, side information included."""
+    def bits_per_token(self) -> float:
+        """Bits that the code of one vector takes, side information included; their mean where rows differ in length."""
+
+    @property
+    def stored_bits_per_token(self) -> float:
+        """The same for codes that are parked; no less than live where there is no entropy coding."""
+        return self.bits_per_token
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> Code:
@@ -54,11 +62,26 @@ class Codec(torch.nn.Module, ABC):
     def decode(self, code: Code) -> torch.Tensor:
         """Decode to `[N, W]`; the caller casts to the dtype it wants."""
 
+    looks_back: int = 0
+    """How many layers before its own a codec predicts from; most code each vector by itself."""
+
+    def encode_beside(self, x: torch.Tensor, reference: torch.Tensor) -> Code:
+        """Encode vectors `[N, W]`, given what is known of the same tokens, `[N, R]`; see `leankv.codecs.share`."""
+        return self.encode(x)
+
+    def decode_beside(self, code: Code, reference: torch.Tensor) -> torch.Tensor:
+        """The way back, given the same reference."""
+        return self.decode(code)
+
+    def park(self, code: Code) -> bytes:
+        """The code of some tokens as it is stored when it is not in use: losslessly, as few bytes as may be."""
+        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors_in(code))
+
     @classmethod
     @abstractmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -77,21 +100,40 @@ class Codec(torch.nn.Module, ABC):
         """
 
     @classmethod
+    def fit_beside(
+        cls,
+        arguments: Sequence[Any],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        references: tuple[torch.Tensor, torch.Tensor],
+        metric: torch.Tensor | None,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        """As `fit`, with references `[P, N, R]` and `[P, M, R]` of the two."""
+        return cls.fit(arguments, train, heldout, metric, settings, on_epoch)
+
+    @classmethod
+    def layers_looked_at(cls, arguments: Sequence[Any]) -> int:
+        """`looks_back` of the codecs that these arguments make."""
+        return 0
+
+    @classmethod
     @abstractmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         """An unfitted codec with tensors of the right shapes, to load a state dict into."""
 
     @classmethod
     @abstractmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
         """Read what stands behind the colon of a spec; `ValueError` if it does not parse."""
 
     @classmethod
-    def check_width(cls, arguments: Sequence[int], width: int) -> None:
+    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
         """`ValueError` when the arguments do not suit the width."""
 
     @classmethod
-    def working_bytes(cls, arguments: Sequence[int], width: int, settings: TrainingSettings) -> int:
+    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
         """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
         return 0
 
@@ -104,6 +146,11 @@ class Codec(torch.nn.Module, ABC):
     def nbytes(self) -> int:
         """Bytes of parameters and statistics together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+
+def tensors_in(code: Code) -> list[torch.Tensor]:
+    """All tensors that a code consists of."""
+    return [t for part in code.values() for t in (part.tensors() if isinstance(part, Ragged) else [part])]
 
 
 def as_float16(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class CodecSpec:
 
     text: str
     family: type[Codec]
-    arguments: tuple[int, ...]
+    arguments: tuple[Any, ...]
 
     def check_width(self, width: int) -> None:
         """Refuse arguments that do not suit vectors of `width` numbers.

@@ -1,0 +1,78 @@
+"""Lossless entropy coding of integers by static frequencies, with constriction's asymmetric numeral systems (ANS).
+
+Each column of a chunk has a table of frequencies for the values -K to K and for "another value", which is then written
+in 16 bits. One chunk is one stream: its overhead is some 4 bytes, not some bits a value.
+"""
+
+import struct
+from typing import Any
+
+import numpy
+import torch
+
+RARE = 0.02  # assumption: occurrences granted to a value that the calibration text never showed
+OTHER_OFFSET, OTHER_RANGE = 1 << 15, 1 << 16  # values outside of a table: -32768 to 32767
+
+
+def frequencies_of(q: torch.Tensor, largest: int) -> torch.Tensor:
+    """Counts of the values -K to K, and of all others, in each column of `q` `[N, J]`: `[J, 2 K + 2]`, float32."""
+    inside = q.abs() <= largest
+    symbols = torch.where(inside, q + largest, 2 * largest + 1)
+    flat = symbols + torch.arange(q.shape[1], device=q.device) * (2 * largest + 2)
+    counts = torch.bincount(flat.flatten(), minlength=q.shape[1] * (2 * largest + 2))
+    return counts.reshape(q.shape[1], -1).float()
+
+
+def entropy_of(frequencies: torch.Tensor) -> torch.Tensor:
+    """Entropy of each column in bits a value, `[J]`, float64."""
+    p = frequencies.double() / frequencies.sum(dim=1, keepdim=True)
+    return -(p * p.clamp_min(1e-300).log2()).sum(dim=1)
+
+
+def encode_columns(q: torch.Tensor, frequencies: torch.Tensor) -> bytes:
+    """Bytes of `q` `[N, J]` (int64), coded column by column."""
+    import constriction
+
+    largest = frequencies.shape[1] // 2 - 1
+    coder = constriction.stream.stack.AnsCoder()
+    symbols = q.numpy()
+    outside = numpy.abs(symbols) > largest
+    others = symbols[outside].astype(numpy.int32) + OTHER_OFFSET
+    coded = numpy.where(outside, 2 * largest + 1, symbols + largest).astype(numpy.int32)
+    # A stack: what is written last is read first.
+    if len(others):
+        coder.encode_reverse(others, _uniform())
+    for column in reversed(range(q.shape[1])):
+        coder.encode_reverse(numpy.ascontiguousarray(coded[:, column]), _model(frequencies[column]))
+    return struct.pack("<I", len(others)) + coder.get_compressed().tobytes()
+
+
+def decode_columns(data: bytes, tokens: int, frequencies: torch.Tensor) -> torch.Tensor:
+    """The way back: `[tokens, J]`, int64."""
+    import constriction
+
+    largest = frequencies.shape[1] // 2 - 1
+    (n_others,) = struct.unpack_from("<I", data)
+    coder = constriction.stream.stack.AnsCoder(numpy.frombuffer(data, dtype=numpy.uint32, offset=4))
+    if not len(frequencies):
+        return torch.empty(tokens, 0, dtype=torch.int64)
+    columns = [coder.decode(_model(row), tokens) for row in frequencies]
+    symbols = numpy.stack(columns, axis=1).astype(numpy.int64)
+    outside = symbols == 2 * largest + 1
+    symbols -= largest
+    if n_others:
+        symbols[outside] = coder.decode(_uniform(), n_others) - OTHER_OFFSET
+    return torch.from_numpy(symbols)
+
+
+def _model(frequencies: torch.Tensor) -> Any:
+    import constriction
+
+    p = frequencies.numpy() + RARE
+    return constriction.stream.model.Categorical((p / p.sum()).astype(numpy.float32), perfect=False)
+
+
+def _uniform() -> Any:
+    import constriction
+
+    return constriction.stream.model.Uniform(OTHER_RANGE)

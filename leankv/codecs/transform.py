@@ -1,0 +1,303 @@
+"""`transform:R`, `transform:sX`: principal components, one step size for all coordinates, integers."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+
+from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings
+from leankv.codecs.components import Components, principal_components
+from leankv.codecs.entropy import decode_columns, encode_columns, entropy_of, frequencies_of
+from leankv.codecs.ragged import Ragged
+
+ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
+LINEAR, FINE = 96, 4  # escape values up to 96 are exact, larger ones stand 2^(1/4) apart
+SEEN_AT_LEAST = (
+    2e-4  # coordinates that are not zero in fewer vectors are always zero: they would cost more than they bring
+)
+LARGEST_TABLE = 63  # integers of at most this size have a frequency of their own in stored chunks
+LARGEST_SYMBOL = 255  # and in the search for a step
+LEAST_RATE, LARGEST_RATE = 0.02, 8.0  # bits a value
+FITTED_ROWS = 32768  # assumption: vectors enough for the step, the ranges and the frequencies
+
+
+class Transform(Codec):
+    """Transform coding: `y = (x - mean) A`, `q = round(y / step)`, `x_hat = mean + step q B`.
+
+    `A` and `B` are principal components under the metric the codec was fitted with (`leankv.codecs.components`), so
+    that one step for all coordinates spends bits by reverse water-filling (Cover and Thomas, 10.3.3): what varies less
+    than the step costs nothing. `transform:sX` states the step, in the root of the metric's units: with the same step
+    everywhere, layers and parts share bits among themselves by the same law. `transform:R` finds the step at which the
+    entropy of `q` is R bits a value. As KVTC (NVIDIA, 2025), without its dynamic programming of bit widths.
+
+    There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
+
+    Storage, live: each coordinate's usual values, a range fitted to pay for itself, as mixed radix digits packed into
+    bytes; what lies outside, in escapes of 16 bits (24 where more than 256 coordinates are in use), and one byte that
+    counts a token's escapes. Stored: the same integers, entropy-coded by their frequencies in the calibration text
+    (`leankv.codecs.entropy`), losslessly.
+
+    What it does not do: adapt its frequencies to the text, or look at other tokens.
+    """
+
+    family = "transform"
+    grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, above 0)"
+
+    def __init__(self, tensors: dict[str, torch.Tensor], text: str):
+        """
+        Args:
+            tensors: as `empty` shows them; the first `used` (J) coordinates are in use.
+            text: the argument of the spec.
+        """
+        super().__init__(tensors["analysis"].shape[0])
+        self.text = text
+        for name, tensor in tensors.items():
+            if name in ("analysis", "synthesis"):
+                self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        self.analysis: torch.Tensor
+        self.synthesis: torch.Tensor
+        self.mean: torch.Tensor
+        self.step: torch.Tensor
+        self.low: torch.Tensor
+        self.levels: torch.Tensor
+        self.frequencies: torch.Tensor
+        self.bits: torch.Tensor
+        self.used: torch.Tensor
+        self._packing: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def spec(self) -> str:
+        return f"transform:{self.text}"
+
+    @property
+    def bits_per_token(self) -> float:
+        """Live, on calibration text; escapes make it differ from token to token."""
+        return self.bits[0].item()
+
+    @property
+    def stored_bits_per_token(self) -> float:
+        """Entropy-coded, on calibration text."""
+        return self.bits[1].item()
+
+    # -- live ---------------------------------------------------------------------------------------------------------
+
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """`q` of vectors `[N, W]`: `[N, J]`, float32, of a size that an escape can hold."""
+        y = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis[:, : self.used]
+        q = (y.float() / self.step).round()
+        size = q.abs()
+        # What an escape says of a large value is coarse.
+        exponent = (FINE * torch.log2(size.clamp_min(LINEAR) / LINEAR)).round().clamp_max(126 - LINEAR)
+        coarse = (LINEAR * torch.exp2(exponent / FINE)).round()
+        return torch.where(size <= LINEAR, size, coarse) * q.sign()
+
+    def encode(self, x: torch.Tensor) -> Code:
+        return self._packed(self.integers(x))
+
+    def _packed(self, q: torch.Tensor) -> Code:
+        column, divisor, bytes_ = self._digits()
+        low, levels = self.low[: self.used], self.levels[: self.used]
+        outside = (q < low) | (q >= low + levels)
+        digits = torch.where(outside, 0.0, q - low)
+        matrix = torch.zeros(len(column), bytes_, device=q.device)
+        if bytes_:
+            matrix[torch.arange(len(column), device=q.device), column] = divisor * (levels > 1)
+        packed = (digits @ matrix).to(torch.uint8)
+        counts = outside.sum(dim=1)
+        if counts.numel() and int(counts.max()) > 255:  # more than a byte counts: the largest ones stay
+            order = torch.where(outside, q.abs(), -1.0).argsort(dim=1, descending=True)[:, :255]
+            kept = torch.zeros_like(outside).scatter_(1, order, value=True)
+            outside &= kept
+            counts = outside.sum(dim=1)
+        _, which = outside.nonzero(as_tuple=True)
+        value = _escape_byte(q[outside])
+        index = [which % 256, which // 256] if len(column) > 256 else [which]
+        items = torch.stack([*(i.to(torch.uint8) for i in index), value], dim=1)
+        return {"q": packed, "escapes": Ragged.of(items, counts)}
+
+    def _unpacked(self, code: Code) -> torch.Tensor:
+        """The integers `[N, J]` of a code, float32."""
+        column, divisor, _ = self._digits()
+        low, levels = self.low[: self.used], self.levels[: self.used]
+        escapes = code["escapes"]
+        assert isinstance(escapes, Ragged)
+        held = torch.as_tensor(code["q"]).float()
+        if held.shape[1]:
+            held = held[:, column]
+            # Halves keep floating division on the right side of whole numbers; all are below 256.
+            above = torch.floor((held + 0.5) / divisor)
+            q = above - levels * torch.floor((above + 0.5) / levels) + low
+        else:
+            q = low.expand(len(held), -1).clone()
+        items = escapes.items().long()
+        which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
+        q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
+        return q
+
+    def decode(self, code: Code) -> torch.Tensor:
+        y = (self._unpacked(code) * self.step).to(self.synthesis.dtype)
+        return (y @ self.synthesis[: self.used]).float() + self.mean
+
+    def _digits(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Where each coordinate's digit is: which byte, over which divisor, and how many bytes there are.
+
+        Digits are put into the first byte with room (first-fit decreasing), so that the product of a byte's levels is
+        at most 256. A coordinate with one level takes no room.
+        """
+        if self._packing is None or self._packing[0].device != self.levels.device:
+            levels = [int(n) for n in self.levels[: self.used].tolist()]
+            room: list[int] = []
+            column, divisor = [0] * len(levels), [1] * len(levels)
+            for j in sorted((j for j, n in enumerate(levels) if n > 1), key=lambda j: (-levels[j], j)):
+                byte = next((b for b, used in enumerate(room) if used * levels[j] <= 256), len(room))
+                if byte == len(room):
+                    room.append(1)
+                column[j], divisor[j] = byte, room[byte]
+                room[byte] *= levels[j]
+            device = self.levels.device
+            self._packing = (
+                torch.tensor(column, device=device),
+                torch.tensor(divisor, device=device, dtype=torch.float32),
+                torch.tensor(len(room)),
+            )
+        return self._packing[0], self._packing[1], int(self._packing[2])
+
+    # -- stored -------------------------------------------------------------------------------------------------------
+
+    def park(self, code: Code) -> bytes:
+        return encode_columns(self._unpacked(code).to(torch.int64).cpu(), self.frequencies[: self.used].cpu())
+
+    def unpark(self, data: bytes, tokens: int) -> Code:
+        q = decode_columns(data, tokens, self.frequencies[: self.used].cpu())
+        return self._packed(q.float().to(self.mean.device))
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        arguments: Sequence[Any],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        metric: torch.Tensor | None,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> list[Self]:
+        text, rate, step = arguments
+        codecs = []
+        for index, x in enumerate(train):
+            found = principal_components(x, None if metric is None else metric[index])
+            some = x[:: max(1, len(x) // FITTED_ROWS)]
+            y = torch.cat([(rows.float() - found.mean) @ found.analysis for rows in some.split(ROWS)])
+            codecs.append(cls._fitted(found, y, step or _step_of_rate(y, rate), text))
+        return codecs
+
+    @classmethod
+    def _fitted(cls, found: Components, y: torch.Tensor, step: float, text: str) -> Self:
+        q = (y / step).round()
+        width = q.shape[1]
+        often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
+        used = int(often.nonzero().max()) + 1 if often.any() else 0
+        escape_bits = ESCAPE_BITS + 8 * (used > 256)
+        ranges = [_range(column, escape_bits) for column in q[:, :used].T] + [(0, 1)] * (width - used)
+        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T
+        codec = cls(
+            {
+                "analysis": found.analysis,
+                "synthesis": found.synthesis,
+                "mean": found.mean,
+                "step": torch.tensor(step, dtype=torch.float32, device=y.device),
+                "used": torch.tensor(used, device=y.device),
+                "low": low.contiguous(),
+                "levels": levels.contiguous(),
+                "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
+                "bits": torch.zeros(2, dtype=torch.float64, device=y.device),
+            },
+            text,
+        )
+        outside = (q < codec.low) | (q >= codec.low + codec.levels)
+        live = 8 * (codec._digits()[2] + 1) + escape_bits * outside[:, :used].sum() / len(q)
+        codec.bits.copy_(torch.stack([live.double(), entropy_of(codec.frequencies[:used]).sum()]))
+        return codec
+
+    @classmethod
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
+        square = torch.zeros(width, width)
+        tensors = {
+            "analysis": square,
+            "synthesis": square.clone(),
+            "mean": torch.zeros(width),
+            "step": torch.ones(()),
+            "used": torch.tensor(0),
+            "low": torch.zeros(width),
+            "levels": torch.ones(width),
+            "frequencies": torch.zeros(width, 2 * LARGEST_TABLE + 2),
+            "bits": torch.zeros(2, dtype=torch.float64),
+        }
+        return cls(tensors, arguments[0])
+
+    @classmethod
+    def parse_arguments(cls, text: str) -> tuple[str, float, float]:
+        """The text itself, the rate, the step; the one that is not given is 0."""
+        by_step = text.startswith("s")
+        number = float(text.removeprefix("s"))
+        if not (math.isfinite(number) and (number > 0 if by_step else LEAST_RATE <= number <= LARGEST_RATE)):
+            raise ValueError
+        return (text, 0.0, number) if by_step else (text, number, 0.0)
+
+
+def _range(q: torch.Tensor, escape_bits: int) -> tuple[float, float]:
+    """The range of usual values of a coordinate `[N]`: its lowest, and how many; no more than a byte holds.
+
+    The one with the least `log2(levels) + escape_bits * P(outside)`, among those grown from zero towards the more
+    frequent side.
+    """
+    values, counts = torch.unique(q, return_counts=True)
+    share = dict(zip(values.tolist(), (counts / len(q)).tolist(), strict=True))
+    low = high = 0.0
+    inside = share.get(0.0, 0.0)
+    best = escape_bits * (1 - inside), low, 1.0
+    while high - low < 255 and (low > values[0] or high < values[-1]):
+        below, above = share.get(low - 1, 0.0), share.get(high + 1, 0.0)
+        if below > above or high >= values[-1]:
+            low, inside = low - 1, inside + below
+        else:
+            high, inside = high + 1, inside + above
+        levels = high - low + 1
+        cost = math.log2(levels) + escape_bits * (1 - inside)
+        if cost < best[0]:
+            best = cost, low, levels
+    return best[1], best[2]
+
+
+def _step_of_rate(y: torch.Tensor, rate: float) -> float:
+    """The step at which the entropy of `y / step`, rounded, is `rate` bits a value: by bisection of its logarithm."""
+    size = float(y.square().mean().sqrt())
+    if size == 0:
+        return 1.0
+    low, high = math.log(size * 1e-4), math.log(size * 1e3)
+    for _ in range(24):
+        middle = (low + high) / 2
+        q = (y / math.exp(middle)).round().clamp(-LARGEST_SYMBOL, LARGEST_SYMBOL).to(torch.int64)
+        if entropy_of(frequencies_of(q, LARGEST_SYMBOL)).mean() > rate:
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
+
+
+def _escape_byte(q: torch.Tensor) -> torch.Tensor:
+    """Values that `Transform.integers` gives, as one byte each: 128 sizes and a sign."""
+    size = q.abs()
+    coarse = LINEAR + (FINE * torch.log2(size.clamp_min(LINEAR) / LINEAR)).round()
+    return (torch.where(size <= LINEAR, size, coarse) + 128 * (q < 0)).to(torch.uint8)
+
+
+def _escape_value(byte: torch.Tensor) -> torch.Tensor:
+    """The way back, float32."""
+    size = (byte % 128).float()
+    coarse = (LINEAR * torch.exp2((size - LINEAR) / FINE)).round()
+    return torch.where(size <= LINEAR, size, coarse) * (1 - 2 * (byte >= 128).float())
