@@ -14,15 +14,20 @@ from leankv.codecs import (
     PCA,
     Autoencoder,
     Codec,
+    Integers,
     Mean,
     TrainingSettings,
     codec_from_tensors,
     fraction_of_variance_unexplained,
     parse_spec,
 )
+from leankv.codecs.packing import pack, packed_bytes, unpack
 from leankv.errors import UserError
 
-SPECS = ("identity", "mean", "pca:1", "pca:4", "ae:2x8", "ae:4")
+SPECS = (
+    *("identity", "mean", "pca:1", "pca:4", "ae:2x8", "ae:4"),
+    *("int:1", "int:3g8", "int:8g12", "int:4c"),
+)
 WIDTH = 24
 SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
 PARAMETER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,6 +96,8 @@ def test_bits_per_token_are_the_bits_really_stored(spec: str, dtype: torch.dtype
     code = codec.encode(train[0])
     stored = sum(tensor.numel() * tensor.element_size() for tensor in code.values())
     assert train.shape[1] * codec.bits_per_token == 8 * stored
+    held = sum(tensor.untyped_storage().nbytes() for tensor in codec.encode(train[0, :1]).values())
+    assert codec.bits_per_token == 8 * held, "a view would keep more alive than it shows"
 
 
 @every_spec
@@ -289,6 +296,63 @@ def test_a_trained_autoencoder_beats_the_mean_on_unseen_vectors_of_low_rank(rank
     assert fvu(codec, unseen[0]) < 0.5
 
 
+@a_few_times
+@hypothesis.given(st.integers(1, 8), st.integers(0, 40), st.integers(0, 5), st.integers(0, 2**31))
+def test_packed_integers_come_back_and_take_their_bits(bits: int, count: int, rows: int, seed: int) -> None:
+    values = torch.randint(2**bits, (rows, count), generator=torch.Generator().manual_seed(seed))
+    packed = pack(values, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, math.ceil(count * bits / 8)) == (rows, packed_bytes(count, bits))
+    assert torch.equal(unpack(packed, bits, count), values.byte())
+
+
+def test_packed_integers_lie_behind_each_other_from_the_lowest_bit_on() -> None:
+    assert pack(torch.tensor([[1, 2, 3]]), 3).tolist() == [[0b11_010_001, 0b0]]
+    assert pack(torch.tensor([[1, 0, 0, 1, 1]]), 1).tolist() == [[0b11001]]
+
+
+@a_few_times
+@hypothesis.given(**shapes, bits=st.integers(1, 8), size=st.sampled_from([1e-2, 1.0, 100.0]))
+def test_integers_miss_by_half_a_step_of_their_own_group(
+    tokens: int, width: int, rank: int, seed: int, bits: int, size: float
+) -> None:
+    group = max(divisor for divisor in (1, 2, 3, 5) if width % divisor == 0)
+    x = size * vectors(1, tokens, width, rank, seed)
+    groups = x[0].unflatten(1, (-1, group))
+    extent = groups.amax(dim=2, keepdim=True) - groups.amin(dim=2, keepdim=True)
+    # Half a step; the float16 rounding of the least number, and of all steps together; the least float16 for each step.
+    allowed = extent / (2**bits - 1) / 2 + 2**-11 * (groups.abs().amax(dim=2, keepdim=True) + extent) + 2**-24 * 2**bits
+    missed = (through(fit(f"int:{bits}g{group}", x)[0], x[0]) - x[0]).unflatten(1, (-1, group)).abs()
+    assert (missed <= 1.001 * allowed).all()
+
+
+def test_the_default_group_is_32_or_the_next_divisor_of_the_width() -> None:
+    for width, group in ((1024, 32), (64, 32), (80, 40), (24, 24), (37, 37)):
+        bits = Integers.empty((4, None), width).bits_per_token
+        assert bits == 8 * math.ceil(width / 2) + width // group * 32
+
+
+@a_few_times
+@hypothesis.given(**shapes, bits=st.integers(1, 8))
+def test_fixed_ranges_store_levels_only_and_are_never_worse_than_the_range_seen(
+    tokens: int, width: int, rank: int, seed: int, bits: int
+) -> None:
+    x = vectors(1, tokens, width, rank, seed)
+    codec = fit(f"int:{bits}c", x)[0]
+    assert codec.bits_per_token == 8 * math.ceil(width * bits / 8)
+    low, step = x[0].amin(dim=0), (x[0].amax(dim=0) - x[0].amin(dim=0)) / (2**bits - 1)
+    plain = (low + step * ((x[0] - low) / step).round() - x[0]).square().sum(dim=0)
+    assert ((through(codec, x[0]) - x[0]).square().sum(dim=0) <= plain * (1 + 1e-3) + 1e-6).all()
+
+
+def test_fixed_ranges_clip_what_lies_outside() -> None:
+    x = vectors(1, width=4)
+    codec = fit("int:8c", x)[0]
+    far = torch.stack([x[0].amax(dim=0) + 50, x[0].amin(dim=0) - 50])
+    assert (through(codec, far)[0] <= x[0].amax(dim=0) + 1e-3).all()
+    assert (through(codec, far)[1] >= x[0].amin(dim=0) - 1e-3).all()
+
+
 def test_leanllama_arithmetic() -> None:
     """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
     codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
@@ -320,13 +384,22 @@ def test_fvu_of_known_vectors() -> None:
     [
         *("ae", "ae:", "ae:0", "ae:-4", "ae:4.5", "ae:4x", "ae:4x0", "ae:x8", "ae:4x8x2"),
         *("pca", "pca:-1", "pca:0", "pca:4x8", "mean:2", "identity:", "foo:3", "none", ":", ""),
+        *("int", "int:0", "int:9", "int:2.5", "int:4g", "int:4g0", "int:4c8", "int:4g8c", "int(mean,mean)"),
     ],
 )
 def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:
     with pytest.raises(UserError) as refused:
         parse_spec(text)
     assert repr(text) in str(refused.value)
-    assert all(family.grammar in str(refused.value) for family in FAMILIES.values())
+    written = str(refused.value).partition("; write ")[2]
+    named = FAMILIES.get(text.split(":")[0].split("(")[0])
+    assert written == named.grammar if named else all(family.grammar in written for family in FAMILIES.values())
+
+
+@pytest.mark.parametrize("text", ["int:2g5", "int:2g48"])
+def test_groups_that_do_not_divide_the_width_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"do(es)? not divide the width 24"):
+        parse_spec(text).check_width(WIDTH)
 
 
 def test_specs_may_have_spaces_around_them() -> None:

@@ -3,6 +3,7 @@
 from leankv.codecs.autoencoder import Autoencoder
 from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_variance_unexplained
 from leankv.codecs.identity import Identity
+from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
 from leankv.codecs.pca import PCA
 from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
@@ -15,6 +16,7 @@ __all__ = [
     "Codec",
     "CodecSpec",
     "Identity",
+    "Integers",
     "Mean",
     "TrainingSettings",
     "codec_from_tensors",

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -30,7 +30,9 @@ class Codec(torch.nn.Module, ABC):
 
     family: ClassVar[str]
     grammar: ClassVar[str]
-    """How its spec is written, for error messages, e.g. `ae:D` or `ae:DxH`."""
+    """How its spec is written, with the ranges of its numbers, for error messages."""
+    nested: ClassVar[bool] = False
+    """Whether its arguments are specs, written `family(A,B)`, rather than what stands behind a colon."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,7 +60,7 @@ class Codec(torch.nn.Module, ABC):
     @abstractmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -78,20 +80,24 @@ class Codec(torch.nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         """An unfitted codec with tensors of the right shapes, to load a state dict into."""
 
     @classmethod
     @abstractmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
-        """Read what stands behind the colon of a spec; `ValueError` if it does not parse."""
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
+        """Read what stands behind the colon of a spec, or give the texts of the specs between its parentheses.
+
+        Raises:
+            ValueError: it does not parse.
+        """
 
     @classmethod
-    def check_width(cls, arguments: Sequence[int], width: int) -> None:
+    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
         """`ValueError` when the arguments do not suit the width."""
 
     @classmethod
-    def working_bytes(cls, arguments: Sequence[int], width: int, settings: TrainingSettings) -> int:
+    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
         """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
         return 0
 
@@ -123,6 +129,13 @@ def mean_of(x: torch.Tensor) -> torch.Tensor:
     """Mean of vectors `[..., N, W]` over N, float32, summed in float64."""
     total = torch.stack([rows.sum(dim=-2, dtype=torch.float64) for rows in x.split(ROWS, dim=-2)]).sum(dim=0)
     return (total / x.shape[-2]).float()
+
+
+def sampled(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` rows of vectors `[N, W]`, or all where there are no more; drawn from anywhere in them."""
+    if len(x) <= count:
+        return x
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)]
 
 
 def sum_of_squares(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
