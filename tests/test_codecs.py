@@ -16,17 +16,20 @@ from leankv.codecs import (
     Codec,
     Integers,
     Mean,
+    NonUniform,
     TrainingSettings,
     codec_from_tensors,
     fraction_of_variance_unexplained,
     parse_spec,
 )
+from leankv.codecs.levels import gaussian_levels, lloyd_levels, nearest_level
 from leankv.codecs.packing import pack, packed_bytes, unpack
 from leankv.errors import UserError
 
 SPECS = (
     *("identity", "mean", "pca:1", "pca:4", "ae:2x8", "ae:4"),
     *("int:1", "int:3g8", "int:8g12", "int:4c"),
+    *("nuq:1", "nuq:3", "nuq:2+1", "nuq:4+12.5", "nuq:1+100"),
 )
 WIDTH = 24
 SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
@@ -353,6 +356,69 @@ def test_fixed_ranges_clip_what_lies_outside() -> None:
     assert (through(codec, far)[1] >= x[0].amin(dim=0) - 1e-3).all()
 
 
+@pytest.mark.parametrize(("bits", "least"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)])
+def test_gaussian_levels_leave_the_known_error(bits: int, least: float) -> None:
+    """Max, Quantizing for minimum distortion, 1960, table I."""
+    levels = gaussian_levels(bits)
+    numbers = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000).float()
+    error = (numbers - levels[nearest_level(numbers, levels).int()]).square().mean().item()
+    assert error == pytest.approx(least, rel=5e-3)
+
+
+@a_few_times
+@hypothesis.given(st.integers(1, 200), st.integers(1, 4), st.integers(0, 2**31))
+def test_each_level_is_the_weighted_mean_of_what_is_nearest_to_it(count: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values, weights = torch.randn(count, generator=generator), torch.rand(count, generator=generator) + 0.01
+    levels = lloyd_levels(values, weights, 2**bits)
+    index = nearest_level(values, levels).long()
+    assert torch.equal((values - levels[index]).abs(), (values[:, None] - levels).abs().amin(dim=1))
+    for level in index.unique():
+        own = index == level
+        expected = (weights[own] * values[own]).sum() / weights[own].sum()
+        assert levels[level].item() == pytest.approx(expected.item(), abs=1e-2)
+
+
+def test_levels_lie_where_errors_weigh_most() -> None:
+    x = vectors(1, 1024, 8)
+    heavy = torch.ones(8)
+    heavy[2] = 1e4
+    parsed = parse_spec("nuq:2")
+    errors = []
+    for metric in (None, heavy.diag()[None]):
+        (codec,) = parsed.family.fit(parsed.arguments, x, x, metric, SETTINGS, lambda epoch, error: None)
+        errors.append((through(codec, x[0]) - x[0]).square().sum(dim=0))
+    assert errors[1][2] < errors[0][2]
+
+
+@a_few_times
+@hypothesis.given(**shapes, percent=st.sampled_from([1, 10, 50]))
+def test_outliers_in_their_slots_are_exact_and_do_not_move_the_others(
+    tokens: int, width: int, rank: int, seed: int, percent: float
+) -> None:
+    codec = fit(f"nuq:2+{percent}", vectors(1, tokens, width, rank, seed))[0]
+    assert isinstance(codec, NonUniform)
+    x = vectors(1, tokens, width, rank, seed)[0]
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.rand(tokens, width, generator=generator).topk(codec.slots, dim=1).indices
+    far = codec.mean + 1e3 * codec.deviation
+    dirty = x.scatter(1, where, far.expand_as(x).gather(1, where))
+    decoded = through(codec, dirty)
+    missed = (decoded - dirty).gather(1, where).abs()
+    assert (missed <= 2**-11 * (dirty - codec.mean).gather(1, where).abs() + 1e-4).all()
+    dense = through(NonUniform(codec.levels, codec.mean, codec.deviation, None), x)
+    assert torch.equal(decoded.scatter(1, where, 0), dense.scatter(1, where, 0))
+
+
+def test_indices_of_wide_vectors_take_two_bytes_and_reach_every_channel() -> None:
+    for width in (256, 257, 40_000):
+        codec = NonUniform(torch.tensor([0.0, 0.0]), torch.zeros(width), torch.ones(width), 1e-3)
+        x = torch.zeros(2, width)
+        x[0, -1], x[1, 0] = 7.0, -3.0
+        assert torch.equal(through(codec, x), x)
+        assert codec.bits_per_token == 8 * math.ceil(width / 8) + 16 + (8 if width == 256 else 16)
+
+
 def test_leanllama_arithmetic() -> None:
     """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
     codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
@@ -385,6 +451,7 @@ def test_fvu_of_known_vectors() -> None:
         *("ae", "ae:", "ae:0", "ae:-4", "ae:4.5", "ae:4x", "ae:4x0", "ae:x8", "ae:4x8x2"),
         *("pca", "pca:-1", "pca:0", "pca:4x8", "mean:2", "identity:", "foo:3", "none", ":", ""),
         *("int", "int:0", "int:9", "int:2.5", "int:4g", "int:4g0", "int:4c8", "int:4g8c", "int(mean,mean)"),
+        *("nuq", "nuq:0", "nuq:9", "nuq:3+", "nuq:3+0", "nuq:3+101", "nuq:3+1e1", "nuq:3-1", "nuq:3+1.2345"),
     ],
 )
 def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:

@@ -5,6 +5,7 @@ from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_varian
 from leankv.codecs.identity import Identity
 from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
+from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.pca import PCA
 from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
 
@@ -18,6 +19,7 @@ __all__ = [
     "Identity",
     "Integers",
     "Mean",
+    "NonUniform",
     "TrainingSettings",
     "codec_from_tensors",
     "fraction_of_variance_unexplained",

@@ -12,10 +12,13 @@ from leankv.codecs.base import Codec
 from leankv.codecs.identity import Identity
 from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
+from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.pca import PCA
 from leankv.errors import UserError
 
-FAMILIES: dict[str, type[Codec]] = {family.family: family for family in (Autoencoder, PCA, Integers, Mean, Identity)}
+FAMILIES: dict[str, type[Codec]] = {
+    family.family: family for family in (Autoencoder, PCA, Integers, NonUniform, Mean, Identity)
+}
 
 
 @dataclass(frozen=True)
