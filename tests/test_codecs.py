@@ -17,6 +17,7 @@ from leankv.codecs import (
     Integers,
     Mean,
     NonUniform,
+    ProductQuantizer,
     Rotated,
     TrainingSettings,
     codec_from_tensors,
@@ -32,6 +33,7 @@ SPECS = (
     *("int:1", "int:3g8", "int:8g12", "int:4c"),
     *("nuq:1", "nuq:3", "nuq:2+1", "nuq:4+12.5", "nuq:1+100"),
     *("rot:1", "rot:4", "rot:2+qjl"),
+    *("pq:1x6", "pq:6x3", "pq:24x4"),
 )
 WIDTH = 24
 SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
@@ -458,6 +460,52 @@ def test_a_sketch_makes_inner_products_right_on_average() -> None:
     assert abs(shrunk) > 10 * uncertainty[0], "the case shows nothing if levels alone are as right"
 
 
+def product_quantizer(spec: str, x: torch.Tensor, metric: torch.Tensor | None = None) -> ProductQuantizer:
+    parsed = parse_spec(spec)
+    metric = None if metric is None else metric[None]
+    (codec,) = parsed.family.fit(parsed.arguments, x[None], x[None], metric, SETTINGS, lambda epoch, error: None)
+    assert isinstance(codec, ProductQuantizer)
+    return codec
+
+
+@a_few_times
+@hypothesis.given(seed=st.integers(0, 2**31), stretches=st.sampled_from([1, 2, 4, 12]), weighted=st.booleans())
+def test_a_stretch_becomes_its_nearest_centroid_under_the_metric(seed: int, stretches: int, weighted: bool) -> None:
+    x = vectors(1, 100, 12, 3, seed)[0]
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(12, 12, generator=generator)
+    metric = factor @ factor.T + 0.1 * torch.eye(12)
+    codec = product_quantizer(f"pq:{stretches}x4", x, metric if weighted else None)
+    d = 12 // stretches
+    decoded = through(codec, x)
+    for m in range(stretches):
+        own = slice(m * d, m * d + d)
+        block = metric[own, own] if weighted else torch.eye(d)
+        errors = x[:, None, own] - (codec.mean[own] + codec.codebook[m])
+        distances = torch.einsum("nki,ij,nkj->nk", errors, block, errors)
+        missed = decoded[:, own] - x[:, own]
+        got = torch.einsum("ni,ij,nj->n", missed, block, missed)
+        torch.testing.assert_close(got, distances.amin(dim=1), rtol=1e-3, atol=1e-4 * distances.max().item())
+
+
+def test_as_many_centroids_as_different_vectors_lose_nothing() -> None:
+    """Among many equal vectors most centroids start on the same spot; those nearest to nothing must move."""
+    kinds = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([kinds[:1].expand(500, -1), kinds])
+    torch.testing.assert_close(through(product_quantizer("pq:2x4", x), x), x, rtol=1e-4, atol=1e-4)
+
+
+def test_more_bits_and_more_stretches_lose_less() -> None:
+    x = vectors(1, 1024)[0]
+    for coarse, fine in (("pq:4x2", "pq:4x4"), ("pq:4x4", "pq:4x6"), ("pq:2x4", "pq:12x4")):
+        assert fvu(product_quantizer(fine, x), x) < fvu(product_quantizer(coarse, x), x)
+
+
+def test_product_quantizers_need_a_vector_for_each_centroid() -> None:
+    with pytest.raises(UserError, match=r"needs at least 64 calibration vectors .* there are 63"):
+        fit("pq:4x6", vectors(1, 63))
+
+
 def test_leanllama_arithmetic() -> None:
     """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
     codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
@@ -492,6 +540,7 @@ def test_fvu_of_known_vectors() -> None:
         *("int", "int:0", "int:9", "int:2.5", "int:4g", "int:4g0", "int:4c8", "int:4g8c", "int(mean,mean)"),
         *("nuq", "nuq:0", "nuq:9", "nuq:3+", "nuq:3+0", "nuq:3+101", "nuq:3+1e1", "nuq:3-1", "nuq:3+1.2345"),
         *("rot", "rot:0", "rot:9", "rot:2+", "rot:2+q", "rot:2qjl"),
+        *("pq", "pq:4", "pq:4x", "pq:4x0", "pq:4x9", "pq:0x4", "pq:x4", "pq:4x4x4"),
     ],
 )
 def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:
@@ -503,8 +552,8 @@ def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -
     assert written == named.grammar if named else all(family.grammar in written for family in FAMILIES.values())
 
 
-@pytest.mark.parametrize("text", ["int:2g5", "int:2g48"])
-def test_groups_that_do_not_divide_the_width_are_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["int:2g5", "int:2g48", "pq:5x4", "pq:48x1"])
+def test_groups_and_stretches_that_do_not_divide_the_width_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"do(es)? not divide the width 24"):
         parse_spec(text).check_width(WIDTH)
 

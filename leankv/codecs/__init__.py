@@ -7,6 +7,7 @@ from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
 from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.pca import PCA
+from leankv.codecs.product import ProductQuantizer
 from leankv.codecs.rotated import Rotated
 from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
 
@@ -21,6 +22,7 @@ __all__ = [
     "Integers",
     "Mean",
     "NonUniform",
+    "ProductQuantizer",
     "Rotated",
     "TrainingSettings",
     "codec_from_tensors",

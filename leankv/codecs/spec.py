@@ -14,11 +14,13 @@ from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
 from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.pca import PCA
+from leankv.codecs.product import ProductQuantizer
 from leankv.codecs.rotated import Rotated
 from leankv.errors import UserError
 
 FAMILIES: dict[str, type[Codec]] = {
-    family.family: family for family in (Autoencoder, PCA, Integers, NonUniform, Rotated, Mean, Identity)
+    family.family: family
+    for family in (Autoencoder, PCA, Integers, NonUniform, Rotated, ProductQuantizer, Mean, Identity)
 }
 
 
