@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import hypothesis
 import pytest
@@ -17,6 +18,7 @@ from leankv.codecs import (
     Integers,
     Mean,
     NonUniform,
+    Orthogonal,
     ProductQuantizer,
     Rotated,
     TrainingSettings,
@@ -34,6 +36,8 @@ SPECS = (
     *("nuq:1", "nuq:3", "nuq:2+1", "nuq:4+12.5", "nuq:1+100"),
     *("rot:1", "rot:4", "rot:2+qjl"),
     *("pq:1x6", "pq:6x3", "pq:24x4"),
+    *("sparse:1", "sparse:50", "sparse:100"),
+    *("ortho:1", "ortho:4"),
 )
 WIDTH = 24
 SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
@@ -400,12 +404,13 @@ def test_levels_lie_where_errors_weigh_most() -> None:
 def test_outliers_in_their_slots_are_exact_and_do_not_move_the_others(
     tokens: int, width: int, rank: int, seed: int, percent: float
 ) -> None:
-    codec = fit(f"nuq:2+{percent}", vectors(1, tokens, width, rank, seed))[0]
+    many = vectors(1, 256, width, rank, seed)
+    codec = fit(f"nuq:2+{percent}", many)[0]
     assert isinstance(codec, NonUniform)
-    x = vectors(1, tokens, width, rank, seed)[0]
+    x = many[0, :tokens]
     generator = torch.Generator().manual_seed(seed)
     where = torch.rand(tokens, width, generator=generator).topk(codec.slots, dim=1).indices
-    far = codec.mean + 1e3 * codec.deviation
+    far = codec.mean + 10 * codec.deviation * ((x - codec.mean) / codec.deviation).abs().max()
     dirty = x.scatter(1, where, far.expand_as(x).gather(1, where))
     decoded = through(codec, dirty)
     missed = (decoded - dirty).gather(1, where).abs()
@@ -506,6 +511,88 @@ def test_product_quantizers_need_a_vector_for_each_centroid() -> None:
         fit("pq:4x6", vectors(1, 63))
 
 
+@a_few_times
+@hypothesis.given(**shapes, percent=st.integers(1, 100))
+def test_what_is_kept_is_exact_and_no_other_choice_of_as_many_is_better(
+    tokens: int, width: int, rank: int, seed: int, percent: int
+) -> None:
+    x = vectors(1, tokens, width, rank, seed)
+    codec = fit(f"sparse:{percent}", x)[0]
+    kept = max(1, round(percent / 100 * width))
+    assert codec.bits_per_token == 8 * math.ceil(width / 8) + 16 * kept
+    deviation = x[0] - x[0].mean(dim=0)
+    least = deviation.square().sort(dim=1).values[:, : width - kept].sum(dim=1)
+    lost = (through(codec, x[0]) - x[0]).square().sum(dim=1)
+    rounding = 2**-22 * deviation.square().sum(dim=1) + 1e-6
+    assert ((lost - least).abs() <= rounding + 1e-4 * least).all()
+
+
+def test_under_a_metric_the_numbers_kept_are_those_that_count() -> None:
+    parsed, x = parse_spec("sparse:25"), vectors(1)
+    metric = torch.ones(WIDTH)
+    metric[:6] = 1e6
+    (codec,) = parsed.family.fit(parsed.arguments, x, x, metric.diag()[None], SETTINGS, lambda epoch, error: None)
+    torch.testing.assert_close(through(codec, x[0])[:, :6], x[0, :, :6], rtol=1e-3, atol=1e-3)
+
+
+def orthogonal(
+    dimensions: int, x: torch.Tensor, heldout: torch.Tensor, metric: torch.Tensor | None, epochs: int
+) -> tuple[Orthogonal, int]:
+    """A codec, and how many epochs were reported."""
+    reports: list[torch.Tensor] = []
+    settings = replace(SETTINGS, epochs=epochs)
+    metric = None if metric is None else metric[None]
+    (codec,) = Orthogonal.fit(
+        (dimensions,), x[None], heldout[None], metric, settings, lambda epoch, error: reports.append(error)
+    )
+    return codec, len(reports)
+
+
+def nested_error(codec: Orthogonal, x: torch.Tensor, metric: torch.Tensor) -> float:
+    """Error under the metric, summed over all prefixes."""
+    prefixes = range(1, codec.basis.shape[1] + 1)
+    errors = torch.stack([through(codec.truncated(d), x) - x for d in prefixes])
+    return torch.einsum("dni,ij,dnj->", errors, metric, errors).item()
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31), dimensions=st.integers(1, 6), weighted=st.booleans())
+def test_a_trained_projection_is_orthogonal_and_its_prefixes_are_codecs(
+    seed: int, dimensions: int, weighted: bool
+) -> None:
+    x = vectors(1, 128, 12, 5, seed)[0]
+    metric = torch.linspace(0.1, 10, 12).diag() if weighted else None
+    codec, reports = orthogonal(dimensions, x, x, metric, epochs=2)
+    assert reports == 2
+    torch.testing.assert_close(codec.basis.T @ codec.basis, torch.eye(dimensions), rtol=0, atol=1e-5)
+    code = codec.encode(x)
+    for d in range(1, dimensions + 1):
+        zeroed = code["z"].clone()
+        zeroed[:, d:] = 0
+        first = codec.truncated(d)
+        assert first.bits_per_token == 16 * d
+        torch.testing.assert_close(first.encode(x)["z"], code["z"][:, :d], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(first.decode({"z": code["z"][:, :d]}), codec.decode({"z": zeroed}))
+
+
+def test_an_untrained_projection_is_that_of_principal_components() -> None:
+    x = vectors(1)[0]
+    codec, reports = orthogonal(4, x, x, None, epochs=0)
+    assert reports == 0
+    for d in range(1, 5):
+        assert fvu(codec.truncated(d), x) == pytest.approx(fvu(pca(d, x), x), rel=1e-3)
+
+
+def test_training_a_projection_under_a_metric_lessens_the_error_over_its_prefixes() -> None:
+    x = vectors(1, 1024, rank=12)[0]
+    factor = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
+    metric = factor @ factor.T / WIDTH + 0.01 * torch.eye(WIDTH)
+    train, unseen = x[:768], x[768:]
+    start, _ = orthogonal(6, train, unseen, metric, epochs=0)
+    trained, _ = orthogonal(6, train, unseen, metric, epochs=10)
+    assert nested_error(trained, unseen, metric) < 0.98 * nested_error(start, unseen, metric)
+
+
 def test_leanllama_arithmetic() -> None:
     """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
     codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
@@ -541,6 +628,8 @@ def test_fvu_of_known_vectors() -> None:
         *("nuq", "nuq:0", "nuq:9", "nuq:3+", "nuq:3+0", "nuq:3+101", "nuq:3+1e1", "nuq:3-1", "nuq:3+1.2345"),
         *("rot", "rot:0", "rot:9", "rot:2+", "rot:2+q", "rot:2qjl"),
         *("pq", "pq:4", "pq:4x", "pq:4x0", "pq:4x9", "pq:0x4", "pq:x4", "pq:4x4x4"),
+        *("sparse", "sparse:0", "sparse:101", "sparse:1.5", "sparse:-5"),
+        *("ortho", "ortho:0", "ortho:-1", "ortho:4x8"),
     ],
 )
 def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:
@@ -566,12 +655,12 @@ def test_the_hidden_layer_has_128_units_unless_said() -> None:
     assert parse_spec("ae:4").arguments == parse_spec("ae:4x128").arguments
 
 
-@pytest.mark.parametrize("text", ["ae:25", "ae:25x8", "pca:25"])
+@pytest.mark.parametrize("text", ["ae:25", "ae:25x8", "pca:25", "ortho:25"])
 def test_more_dimensions_than_the_width_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"25 is more than the width 24"):
         parse_spec(text).check_width(WIDTH)
 
 
-@pytest.mark.parametrize("text", [*SPECS, "ae:24", "pca:24", "ae:4x4096"])
+@pytest.mark.parametrize("text", [*SPECS, "ae:24", "pca:24", "ortho:24", "ae:4x4096"])
 def test_specs_that_suit_the_width_are_let_through(text: str) -> None:
     parse_spec(text).check_width(WIDTH)

@@ -6,9 +6,11 @@ from leankv.codecs.identity import Identity
 from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
 from leankv.codecs.nonuniform import NonUniform
+from leankv.codecs.orthogonal import Orthogonal
 from leankv.codecs.pca import PCA
 from leankv.codecs.product import ProductQuantizer
 from leankv.codecs.rotated import Rotated
+from leankv.codecs.sparse import Sparse
 from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "Integers",
     "Mean",
     "NonUniform",
+    "Orthogonal",
     "ProductQuantizer",
     "Rotated",
+    "Sparse",
     "TrainingSettings",
     "codec_from_tensors",
     "fraction_of_variance_unexplained",

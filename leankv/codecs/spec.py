@@ -13,14 +13,27 @@ from leankv.codecs.identity import Identity
 from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
 from leankv.codecs.nonuniform import NonUniform
+from leankv.codecs.orthogonal import Orthogonal
 from leankv.codecs.pca import PCA
 from leankv.codecs.product import ProductQuantizer
 from leankv.codecs.rotated import Rotated
+from leankv.codecs.sparse import Sparse
 from leankv.errors import UserError
 
 FAMILIES: dict[str, type[Codec]] = {
     family.family: family
-    for family in (Autoencoder, PCA, Integers, NonUniform, Rotated, ProductQuantizer, Mean, Identity)
+    for family in (
+        Autoencoder,
+        PCA,
+        Orthogonal,
+        Integers,
+        NonUniform,
+        Rotated,
+        ProductQuantizer,
+        Sparse,
+        Mean,
+        Identity,
+    )
 }
 
 
