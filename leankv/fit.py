@@ -125,7 +125,8 @@ def _group_size(
     itemsize = getattr(torch, manifest["dtype"]).itemsize
     vectors = tokens * width * itemsize
     working = spec.family.working_bytes(spec.arguments, width, training)
-    per_problem = vectors + (tokens - fitted) * width * 4 + working
+    copies = 1 + spec.family.data_copies(spec.arguments)
+    per_problem = copies * vectors + (tokens - fitted) * width * 4 + working
     shared = vectors + 4 * ROWS * width * 4 + 3 * width * width * 8  # one file as it is read; pieces; a covariance
     if memory_bytes < shared + per_problem:
         raise UserError(

@@ -38,6 +38,7 @@ SPECS = (
     *("pq:1x6", "pq:6x3", "pq:24x4"),
     *("sparse:1", "sparse:50", "sparse:100"),
     *("ortho:1", "ortho:4"),
+    *("resid(pca:2,int:2g8)", "resid(mean,nuq:2+5)", "resid(rot:1,resid(ortho:1,pq:6x2))", "resid(pca:1,identity)"),
 )
 WIDTH = 24
 SETTINGS = TrainingSettings(epochs=3, batch_tokens=64, learning_rate=1e-2, seed=0)
@@ -593,6 +594,37 @@ def test_training_a_projection_under_a_metric_lessens_the_error_over_its_prefixe
     assert nested_error(trained, unseen, metric) < 0.98 * nested_error(start, unseen, metric)
 
 
+@a_few_times
+@hypothesis.given(**shapes, specs=st.sampled_from(["mean,int:3", "pca:1,int:2", "rot:2,sparse:20", "int:4,pca:1"]))
+def test_the_second_codec_has_what_the_first_leaves(tokens: int, width: int, rank: int, seed: int, specs: str) -> None:
+    x = vectors(1, tokens, width, rank, seed)
+    first, second = specs.split(",")
+    codec = fit(f"resid({specs})", x)[0]
+    a = fit(first, x)[0]
+    left = x[0] - through(a, x[0])
+    b = fit(second, left[None])[0]
+    torch.testing.assert_close(through(codec, x[0]), through(a, x[0]) + through(b, left))
+    assert codec.bits_per_token == a.bits_per_token + b.bits_per_token
+
+
+def test_errors_of_a_trained_second_codec_are_reported_as_those_of_the_vectors() -> None:
+    x = vectors(1, 512).abs()  # so that an autoencoder has something to bend to
+    reports: list[torch.Tensor] = []
+    parsed = parse_spec("resid(pca:1,ae:2x8)")
+    settings = replace(SETTINGS, epochs=5)
+    (codec,) = parsed.family.fit(
+        parsed.arguments, x[:, :384], x[:, 384:], None, settings, lambda epoch, error: reports.append(error)
+    )
+    assert len(reports) == 5
+    assert torch.stack(reports).min().item() == pytest.approx(fvu(codec, x[0, 384:]), rel=1e-3)
+
+
+def test_a_chain_of_residuals_holds_a_copy_of_the_vectors_for_each() -> None:
+    for text, copies in (("pca:4", 0), ("resid(pca:4,mean)", 1), ("resid(mean,resid(mean,resid(mean,mean)))", 3)):
+        parsed = parse_spec(text)
+        assert parsed.family.data_copies(parsed.arguments) == copies
+
+
 def test_leanllama_arithmetic() -> None:
     """4 of 1,024 numbers: 136,836 parameters, 256 times smaller, and 21.9 MB for K and V of 20 layers in float32."""
     codec = Autoencoder.empty(parse_spec("ae:4").arguments, 1024)
@@ -630,6 +662,8 @@ def test_fvu_of_known_vectors() -> None:
         *("pq", "pq:4", "pq:4x", "pq:4x0", "pq:4x9", "pq:0x4", "pq:x4", "pq:4x4x4"),
         *("sparse", "sparse:0", "sparse:101", "sparse:1.5", "sparse:-5"),
         *("ortho", "ortho:0", "ortho:-1", "ortho:4x8"),
+        *("resid", "resid:4", "resid()", "resid(mean)", "resid(mean,)", "resid(,mean)", "resid(mean,mean,mean)"),
+        *("resid(mean,mean", "resid(mean,resid(mean,mean)", "resid(mean),mean", "resid(mean,mean))"),
     ],
 )
 def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -> None:
@@ -645,6 +679,13 @@ def test_a_spec_that_is_not_understood_is_answered_with_the_grammar(text: str) -
 def test_groups_and_stretches_that_do_not_divide_the_width_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"do(es)? not divide the width 24"):
         parse_spec(text).check_width(WIDTH)
+
+
+def test_a_codec_within_a_codec_is_refused_by_its_own_name() -> None:
+    with pytest.raises(UserError, match=r"codec 'int:9' is not understood; write int:B"):
+        parse_spec("resid(pca:4,resid(mean,int:9))")
+    with pytest.raises(UserError, match=r"resid.* does not suit this model: D = 25 is more than the width 24"):
+        parse_spec("resid(mean,pca:25)").check_width(WIDTH)
 
 
 def test_specs_may_have_spaces_around_them() -> None:

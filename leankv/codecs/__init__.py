@@ -9,6 +9,7 @@ from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.orthogonal import Orthogonal
 from leankv.codecs.pca import PCA
 from leankv.codecs.product import ProductQuantizer
+from leankv.codecs.residual import Residual
 from leankv.codecs.rotated import Rotated
 from leankv.codecs.sparse import Sparse
 from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
@@ -26,6 +27,7 @@ __all__ = [
     "NonUniform",
     "Orthogonal",
     "ProductQuantizer",
+    "Residual",
     "Rotated",
     "Sparse",
     "TrainingSettings",

@@ -101,6 +101,11 @@ class Codec(torch.nn.Module, ABC):
         """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
         return 0
 
+    @classmethod
+    def data_copies(cls, arguments: Sequence[Any]) -> int:
+        """Copies of all its vectors that fitting holds beside them."""
+        return 0
+
     @property
     def n_parameters(self) -> int:
         """Trained numbers; statistics (buffers) are not counted."""

@@ -16,6 +16,7 @@ from leankv.codecs.nonuniform import NonUniform
 from leankv.codecs.orthogonal import Orthogonal
 from leankv.codecs.pca import PCA
 from leankv.codecs.product import ProductQuantizer
+from leankv.codecs.residual import Residual
 from leankv.codecs.rotated import Rotated
 from leankv.codecs.sparse import Sparse
 from leankv.errors import UserError
@@ -31,6 +32,7 @@ FAMILIES: dict[str, type[Codec]] = {
         Rotated,
         ProductQuantizer,
         Sparse,
+        Residual,
         Mean,
         Identity,
     )
