@@ -222,7 +222,8 @@ def _group_size(spec: CodecSpec, width: int, fitting: Fitting, manifest: dict[st
     itemsize = getattr(torch, manifest["dtype"]).itemsize
     vectors = tokens * width * itemsize
     working = spec.family.working_bytes(spec.arguments, width, fitting.training)
-    per_problem = vectors + (tokens - fitting.first_heldout(manifest)) * width * 4 + working
+    copies = 1 + spec.family.data_copies(spec.arguments)
+    per_problem = copies * vectors + (tokens - fitting.first_heldout(manifest)) * width * 4 + working
     # One file as it is read, twice where sinks are cut out of it; pieces; a covariance.
     shared = vectors * (1 + (fitting.sinks > 0)) + 4 * ROWS * width * 4 + 3 * width * width * 8
     if fitting.memory_bytes < shared + per_problem:

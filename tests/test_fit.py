@@ -27,6 +27,7 @@ from tests import tiny
 BLOCKS, BLOCK_LENGTH = 10, 32
 PROBLEMS = [(layer, part) for layer in range(4) for part in ("k", "v")]
 MEMORY = 1 << 30
+CLOSED_FORM = ("pca:4", "mean", "int:2c", "nuq:2+5", "rot:2", "pq:8x4", "sparse:20", "resid(pca:2,int:2g8)")
 SETTINGS = FitConfig(epochs=3, batch_tokens=48, learning_rate=3e-3, heldout_fraction=0.2)
 
 
@@ -194,7 +195,7 @@ def test_the_start_is_a_regression_on_principal_components(captured: Activations
             assert residual.square().sum() <= (u - u @ basis @ basis.T).square().sum() * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
+@pytest.mark.parametrize("spec", [*CLOSED_FORM, "ae:4x16", "ortho:4", "resid(ae:2x8,nuq:2+5)"])
 def test_heldout_blocks_change_no_parameter(captured: Activations, tmp_path: Path, spec: str) -> None:
     """Where there is no epoch to choose, nothing of the held-out blocks may show."""
     settings = replace(SETTINGS, epochs=0)
@@ -221,7 +222,14 @@ def test_there_is_one_error_an_epoch_for_trained_codecs_and_none_for_others(capt
     for epochs in (0, 1, 4):
         settings = replace(SETTINGS, epochs=epochs)
         assert {len(f.fvu_by_epoch) for f in fit(captured, settings=settings).values()} == {epochs}
-    assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, spec="pca:4").values()} == {0}
+        for spec, reports in (
+            ("ortho:2", epochs),
+            ("resid(ae:2x8,pca:1)", epochs),
+            ("resid(ae:2x8,ae:2x8)", 2 * epochs),
+        ):
+            assert {len(f.fvu_by_epoch) for f in fit(captured, [(0, "k")], spec, settings).values()} == {reports}
+    for spec in CLOSED_FORM:
+        assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, [(0, "k")], spec).values()} == {0}
 
 
 def test_the_error_is_that_of_the_heldout_blocks_through_the_finished_codec(captured: Activations) -> None:
@@ -249,7 +257,7 @@ def least_memory(activations: Activations, spec: str) -> int:
     return round(float(str(refusal.value).split()[-1]) * 1e9)
 
 
-@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "mean"])
+@pytest.mark.parametrize("spec", [*CLOSED_FORM, "ae:4x16", "ortho:4", "resid(ae:2x8,nuq:2+5)"])
 def test_fitting_in_groups_changes_nothing(captured: Activations, spec: str) -> None:
     together, apart = Stages(), Stages()
     whole = fit(captured, spec=spec, progress=together)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch.nn.functional import gelu, linear
@@ -44,7 +44,7 @@ class Autoencoder(Codec):
     """
 
     family = "ae"
-    grammar = "ae:D or ae:DxH"
+    grammar = "ae:D or ae:DxH (D from 1 to the width, H from 1)"
 
     def __init__(self, stack: Stack):
         """
@@ -90,7 +90,7 @@ class Autoencoder(Codec):
     @classmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -107,7 +107,7 @@ class Autoencoder(Codec):
         return [cls({name: tensor[p].clone() for name, tensor in stack.items()}) for p in range(len(train))]
 
     @classmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         dimensions, hidden = arguments
         stack = {"mean": torch.zeros(width), "scale": torch.ones(1)}
         for name, inputs, outputs in (
@@ -119,7 +119,7 @@ class Autoencoder(Codec):
         return cls(stack)
 
     @classmethod
-    def working_bytes(cls, arguments: Sequence[int], width: int, settings: TrainingSettings) -> int:
+    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
         dimensions, hidden = arguments
         parameters = width * dimensions + dimensions * hidden + hidden * width
         # Weights, gradients, Adam's two moments, the best so far; and one step's vectors and their gradients, or the
@@ -128,7 +128,7 @@ class Autoencoder(Codec):
         return 4 * (6 * parameters + vectors)
 
     @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
         dimensions, times, hidden = text.partition("x")
         arguments = (int(dimensions), int(hidden) if times else DEFAULT_HIDDEN)
         if min(arguments) < 1:
@@ -136,12 +136,12 @@ class Autoencoder(Codec):
         return arguments
 
     @classmethod
-    def check_width(cls, arguments: Sequence[int], width: int) -> None:
+    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
         if arguments[0] > width:
             raise ValueError(f"D = {arguments[0]} is more than the width {width}")
 
 
-def _start(arguments: Sequence[int], train: torch.Tensor, seed: int) -> Stack:
+def _start(arguments: Sequence[Any], train: torch.Tensor, seed: int) -> Stack:
     """Closed-form starts for `train` `[P, N, W]`: principal components in, least squares out.
 
     The encoder is the first D principal components, scaled to unit variance. Of the hidden units the first 2 D are

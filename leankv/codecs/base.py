@@ -33,7 +33,9 @@ class Codec(torch.nn.Module, ABC):
 
     family: ClassVar[str]
     grammar: ClassVar[str]
-    """How its spec is written, for error messages, e.g. `ae:D` or `ae:DxH`."""
+    """How its spec is written, with the ranges of its numbers, for error messages."""
+    nested: ClassVar[bool] = False
+    """Whether its arguments are specs, written `family(A,B)`, rather than what stands behind a colon."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -74,8 +76,27 @@ class Codec(torch.nn.Module, ABC):
         return self.decode(code)
 
     def park(self, code: Code) -> bytes:
-        """The code of some tokens as it is stored when it is not in use: losslessly, as few bytes as may be."""
-        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors_in(code))
+        """The code of some tokens as it is stored when it is not in use: losslessly, in as few bytes as may be."""
+        return b"".join(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors_in(code))
+
+    def unpark(self, data: bytes, tokens: int) -> Code:
+        """The code of `tokens` tokens from what `park` made of it, on the CPU."""
+        code: Code = {}
+        offset = 0
+
+        def take(count: int, dtype: torch.dtype) -> torch.Tensor:
+            nonlocal offset
+            piece = data[offset : offset + count * dtype.itemsize]
+            offset += len(piece)
+            return torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+
+        for name, like in self.encode(torch.zeros(1, self.width)).items():
+            if isinstance(like, Ragged):
+                counts = take(tokens, torch.uint8)
+                code[name] = Ragged(take(int(counts.long().sum()) * like.item, torch.uint8), counts, like.item)
+            else:
+                code[name] = take(tokens * like[0].numel(), like.dtype).reshape(tokens, *like.shape[1:])
+        return code
 
     @classmethod
     @abstractmethod
@@ -126,7 +147,11 @@ class Codec(torch.nn.Module, ABC):
     @classmethod
     @abstractmethod
     def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        """Read what stands behind the colon of a spec; `ValueError` if it does not parse."""
+        """Read what stands behind the colon of a spec, or give the texts of the specs between its parentheses.
+
+        Raises:
+            ValueError: it does not parse.
+        """
 
     @classmethod
     def check_width(cls, arguments: Sequence[Any], width: int) -> None:
@@ -135,6 +160,11 @@ class Codec(torch.nn.Module, ABC):
     @classmethod
     def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
         """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
+        return 0
+
+    @classmethod
+    def data_copies(cls, arguments: Sequence[Any]) -> int:
+        """Copies of all its vectors that fitting holds beside them."""
         return 0
 
     @property
@@ -170,6 +200,13 @@ def mean_of(x: torch.Tensor) -> torch.Tensor:
     """Mean of vectors `[..., N, W]` over N, float32, summed in float64."""
     total = torch.stack([rows.sum(dim=-2, dtype=torch.float64) for rows in x.split(ROWS, dim=-2)]).sum(dim=0)
     return (total / x.shape[-2]).float()
+
+
+def sampled(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` rows of vectors `[N, W]`, or all where there are no more; drawn from anywhere in them."""
+    if len(x) <= count:
+        return x
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)]
 
 
 def sum_of_squares(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`identity`: stores every vector as it is."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -40,7 +40,7 @@ class Identity(Codec):
     @classmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -50,11 +50,11 @@ class Identity(Codec):
         return [cls(train.shape[-1], train.dtype) for _ in train]
 
     @classmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         return cls(width)
 
     @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
         if text:
             raise ValueError
         return ()

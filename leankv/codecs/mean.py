@@ -1,7 +1,7 @@
 """`mean`: stores nothing."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -39,7 +39,7 @@ class Mean(Codec):
     @classmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -49,11 +49,11 @@ class Mean(Codec):
         return [cls(mean_of(x)) for x in train]
 
     @classmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         return cls(torch.zeros(width))
 
     @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
         if text:
             raise ValueError
         return ()

@@ -1,7 +1,7 @@
 """`pca:D`: the first D principal components."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -19,7 +19,7 @@ class PCA(Codec):
     """
 
     family = "pca"
-    grammar = "pca:D"
+    grammar = "pca:D (D from 1 to the width)"
 
     def __init__(self, analysis: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):
         """
@@ -56,7 +56,7 @@ class PCA(Codec):
     @classmethod
     def fit(
         cls,
-        arguments: Sequence[int],
+        arguments: Sequence[Any],
         train: torch.Tensor,
         heldout: torch.Tensor,
         metric: torch.Tensor | None,
@@ -75,19 +75,19 @@ class PCA(Codec):
         return codecs
 
     @classmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
+    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         (dimensions,) = arguments
         shape = width, dimensions
         return cls(torch.zeros(shape), torch.zeros(shape[::-1]), torch.zeros(width), torch.ones(dimensions))
 
     @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
+    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
         dimensions = int(text)
         if dimensions < 1:
             raise ValueError
         return (dimensions,)
 
     @classmethod
-    def check_width(cls, arguments: Sequence[int], width: int) -> None:
+    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
         if arguments[0] > width:
             raise ValueError(f"D = {arguments[0]} is more than the width {width}")

@@ -72,4 +72,4 @@ class Ragged:
         return Ragged(self.data.to(device), self.counts.to(device), self.item)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.data, self.counts]
+        return [self.counts, self.data]

@@ -1,7 +1,8 @@
-"""Reading codec specs: `FAMILY` or `FAMILY:ARGUMENTS`, e.g. `mean`, `pca:8`, `ae:4x128`."""
+"""Reading codec specs: `FAMILY`, `FAMILY:ARGUMENTS` or `FAMILY(SPEC,SPEC)`, e.g. `pca:8`, `resid(pca:8,int:2)`."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,20 +10,45 @@ import torch
 from leankv.codecs.autoencoder import Autoencoder
 from leankv.codecs.base import Codec
 from leankv.codecs.identity import Identity
+from leankv.codecs.integers import Integers
 from leankv.codecs.mean import Mean
+from leankv.codecs.nonuniform import NonUniform
+from leankv.codecs.orthogonal import Orthogonal
 from leankv.codecs.pca import PCA
+from leankv.codecs.product import ProductQuantizer
+from leankv.codecs.residual import Residual
+from leankv.codecs.rotated import Rotated
+from leankv.codecs.sparse import Sparse
+from leankv.codecs.transform import Transform
 from leankv.errors import UserError
 
-FAMILIES: dict[str, type[Codec]] = {family.family: family for family in (Autoencoder, PCA, Mean, Identity)}
+FAMILIES: dict[str, type[Codec]] = {
+    family.family: family
+    for family in (
+        Autoencoder,
+        PCA,
+        Orthogonal,
+        Transform,
+        Integers,
+        NonUniform,
+        Rotated,
+        ProductQuantizer,
+        Sparse,
+        Residual,
+        Mean,
+        Identity,
+    )
+}
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A parsed spec: a family and its arguments."""
+    """A parsed spec: a family and its arguments, by which specs are compared; `ae:4` and `ae:4x128` are one."""
 
-    text: str
+    text: str = field(compare=False)
     family: type[Codec]
     arguments: tuple[Any, ...]
+    """As the family's `parse_arguments` gives them; of a nested family, the specs in it as `CodecSpec`."""
 
     def check_width(self, width: int) -> None:
         """Refuse arguments that do not suit vectors of `width` numbers.
@@ -40,17 +66,21 @@ def parse_spec(text: str) -> CodecSpec:
     """Read a spec.
 
     Raises:
-        UserError: unknown family or malformed arguments; the sentence shows the grammar.
+        UserError: unknown family or malformed arguments; the sentence shows the family's grammar, or all.
     """
-    name, colon, arguments = text.strip().partition(":")
+    name = re.split(r"[:(]", text.strip())[0]
     family = FAMILIES.get(name)
     try:
-        if family is None or (colon and not arguments):
+        if family is None:
             raise ValueError
-        return CodecSpec(text.strip(), family, family.parse_arguments(arguments))
+        match = re.fullmatch(r"\((.+)\)" if family.nested else r"(?::(.+))?", text.strip().removeprefix(name))
+        if match is None:
+            raise ValueError
+        arguments = family.parse_arguments(match[1] or "")
     except ValueError as error:
-        grammar = ", ".join(known.grammar for known in FAMILIES.values())
-        raise UserError(f"codec {text!r} is not understood; write {grammar}, or none (numbers from 1)") from error
+        grammar = family.grammar if family else "; ".join(known.grammar for known in FAMILIES.values()) + "; or none"
+        raise UserError(f"codec {text!r} is not understood; write {grammar}") from error
+    return CodecSpec(text.strip(), family, tuple(map(parse_spec, arguments)) if family.nested else arguments)
 
 
 def codec_from_tensors(spec: str, width: int, tensors: Mapping[str, torch.Tensor]) -> Codec:
