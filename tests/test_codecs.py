@@ -166,6 +166,17 @@ def test_each_token_is_encoded_on_its_own(spec: str) -> None:
 
 
 @every_spec
+def test_codes_may_be_joined_and_put_in_another_order(spec: str) -> None:
+    """As caches do when tokens come in, are cropped, or beams change places."""
+    codec = fit(spec, vectors())[0]
+    x = vectors(seed=1)[0]
+    pieces = [codec.encode(rows) for rows in x.split(100)]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:50]
+    joined = {name: torch.cat([piece[name] for piece in pieces]).index_select(0, order) for name in pieces[0]}
+    torch.testing.assert_close(codec.decode(joined), through(codec, x)[order])
+
+
+@every_spec
 def test_bfloat16_activations_lose_no_more_than_bfloat16_does(spec: str) -> None:
     train = vectors()
     codec, from_bfloat16 = fit(spec, train)[0], fit(spec, train.bfloat16())[0]
