@@ -90,7 +90,7 @@ def test_fitting_three_problems_gives_three_codecs(spec: str) -> None:
 
 
 @every_spec
-@pytest.mark.parametrize("tokens", [1, 7, 256])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 256])
 def test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(spec: str, tokens: int) -> None:
     codec = fit(spec, vectors())[0]
     x = vectors(seed=1)[0, :tokens]
