@@ -90,7 +90,7 @@ def test_fitting_three_problems_gives_three_codecs(spec: str) -> None:
 
 
 @every_spec
-@pytest.mark.parametrize("tokens", [1, 7, 256])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 256])
 def test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(spec: str, tokens: int) -> None:
     codec = fit(spec, vectors())[0]
     x = vectors(seed=1)[0, :tokens]
@@ -163,6 +163,17 @@ def test_each_token_is_encoded_on_its_own(spec: str) -> None:
     for name, whole in codec.encode(x).items():
         torch.testing.assert_close(codec.encode(x[order])[name], whole[order])
         torch.testing.assert_close(codec.encode(x[:5])[name], whole[:5])
+
+
+@every_spec
+def test_codes_may_be_joined_and_put_in_another_order(spec: str) -> None:
+    """As caches do when tokens come in, are cropped, or beams change places."""
+    codec = fit(spec, vectors())[0]
+    x = vectors(seed=1)[0]
+    pieces = [codec.encode(rows) for rows in x.split(100)]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:50]
+    joined = {name: torch.cat([piece[name] for piece in pieces]).index_select(0, order) for name in pieces[0]}
+    torch.testing.assert_close(codec.decode(joined), through(codec, x)[order])
 
 
 @every_spec

@@ -133,5 +133,7 @@ class Rotated(Codec):
 
 def _hartley(x: torch.Tensor) -> torch.Tensor:
     """The Hartley transform of the rows of `[N, W]`: orthogonal, symmetric and so its own inverse, at any W."""
+    if not len(x):
+        return x  # MKL's transform refuses no rows
     spectrum = torch.fft.fft(x, norm="ortho")
     return spectrum.real - spectrum.imag
