@@ -18,6 +18,7 @@ from leankv.codecs.pca import PCA
 from leankv.codecs.product import ProductQuantizer
 from leankv.codecs.residual import Residual
 from leankv.codecs.rotated import Rotated
+from leankv.codecs.share import Share
 from leankv.codecs.sparse import Sparse
 from leankv.codecs.transform import Transform
 from leankv.errors import UserError
@@ -34,6 +35,7 @@ FAMILIES: dict[str, type[Codec]] = {
         Rotated,
         ProductQuantizer,
         Sparse,
+        Share,
         Residual,
         Mean,
         Identity,
