@@ -103,7 +103,7 @@ class PartStore:
             rows = self.space.enter(rows, self._positions(first, tokens))
         vectors = _as_vectors(rows).flatten(0, 1)
         if self.codec.looks_back:
-            code = self.codec.encode_beside(vectors, self._reference(first, tokens, vectors.device))
+            code = self.codec.encode_beside(vectors, self._reference(first, tokens, batch, vectors.device))
         else:
             code = self.codec.encode(vectors)
         code = {name: _unflat(rows, batch) for name, rows in code.items()}
@@ -111,10 +111,11 @@ class PartStore:
             code = {name: _followed(self.code[name], tensor) for name, tensor in code.items()}
         self.code = code
 
-    def _reference(self, first: int, count: int, device: torch.device) -> torch.Tensor:
-        """What is known of `count` tokens from token `first` on: `[B * count, R]`."""
+    def _reference(self, first: int, count: int, batch: int, device: torch.device) -> torch.Tensor:
+        """What is known of `count` tokens from token `first` on: `[B * count, R]`; nothing (R = 0) in a first layer."""
         known = [store.vectors(first, count).to(device) for store in self.references]
-        return torch.cat(known, dim=2).flatten(0, 1)
+        nothing = torch.empty(batch, count, 0, device=device)
+        return torch.cat([nothing, *known], dim=2).flatten(0, 1)
 
     def vectors(self, first: int, count: int) -> torch.Tensor:
         """Tokens from `first` on as attention reads them, in the key space of codecs: `[B, count, W]`, float32."""
@@ -136,7 +137,7 @@ class PartStore:
             first = self.seen - len(self) + _length(self.sink_rows, 2)
             code = {name: _flat(tensor) for name, tensor in self.code.items()}
             if self.codec.looks_back:
-                vectors = self.codec.decode_beside(code, self._reference(first, tokens, like.device))
+                vectors = self.codec.decode_beside(code, self._reference(first, tokens, batch, like.device))
             else:
                 vectors = self.codec.decode(code)
             if self.readers:
