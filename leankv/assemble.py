@@ -14,7 +14,7 @@ from leankv.experiment import Budget, Experiment, load_experiment, parse_layers
 from leankv.model import describe
 from leankv.model_card import model_card
 from leankv.perplexity import compare
-from leankv.run import Run
+from leankv.run import Run, remove_captures
 from leankv.selection import Step, select_layers
 from leankv.store import read_json, write_json
 from leankv.sweep_table import read_sweep
@@ -71,6 +71,7 @@ def select(run: Run) -> dict[str, Any]:
         )
     else:
         shutil.rmtree(run.folder / "bundle", ignore_errors=True)  # an earlier choice's
+    remove_captures(run.folder)
     write_manifest(run)
     return summary
 

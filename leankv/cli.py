@@ -171,12 +171,13 @@ def train_layer_command(
 
     from leankv.experiment import load_experiment
     from leankv.report import sweep_table
-    from leankv.run import Run
+    from leankv.run import Run, remove_captures
     from leankv.sweep import layer_cost, layer_row
 
     run = Run(load_experiment(asked.config, asked.overrides({"layers": str(layer)})), Progress())
     run.measure("selection", [], "base perplexity, selection split")
     row = layer_row(run, layer, *layer_cost(run, layer))
+    remove_captures(run.folder)
     if json_:
         _print_json(row)
     else:

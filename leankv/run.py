@@ -4,10 +4,11 @@ Whatever is measured or fitted here is looked up first, by the hash of all it de
 known. So any command may be stopped and called again.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from leankv.replay import Replay
 from leankv.rope import KeyRotation
 from leankv.shards import Shard
 from leankv.store import Cells, hash_of, locked
-from leankv.weighting import weigh
+from leankv.weighting import Metrics, weigh
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,42 @@ class Run:
         self.shard = shard or Shard()
         self.folder = Path(experiment.output_dir)
         # What can fail cheaply fails before a model is loaded.
-        self.specs: dict[str, CodecSpec] = {
-            part: parse_spec(text) for part in PARTS if (text := getattr(experiment.codec, part)) != "none"
-        }
+        self.specs = _specs_of(experiment)
         check_folder(experiment)
         self._source = TextSource(experiment.data)
         progress.say(f"loading {experiment.model.name}")
         self.loaded: LoadedModel = load_model(experiment.model)
-        for layer in self.loaded.geometry.layers:
-            for spec in self.specs.values():
-                spec.check_width(layer.width)
+        self._check_specs()
         self.layers = parse_layers(experiment.layers, len(self.loaded.geometry.layers))
         self._blocks: dict[str, Blocks] = {}
         self._stored: dict[Problem, StoredCodec] = {}
+        self._weighed: dict[tuple[int, ...], Metrics] = {}
         self.cells = Cells(self.folder / "cells")
         claim_folder(experiment)  # now only: a model that is mistyped must not stand in the way of the right one
+
+    def with_codecs(self, k: str, v: str) -> "Run":
+        """The same run with other codecs: model, text, captures, metrics and recorded hidden states are shared.
+
+        Raises:
+            UserError: a spec is not understood, or does not suit the model.
+        """
+        other = copy.copy(self)
+        other.experiment = replace(self.experiment, codec=replace(self.experiment.codec, k=k, v=v))
+        other.specs = _specs_of(other.experiment)
+        other._stored = {}
+        other._check_specs()
+        return other
+
+    def _check_specs(self) -> None:
+        for layer in self.loaded.geometry.layers:
+            for spec in self.specs.values():
+                spec.check_width(layer.width)
+        if self.looks_back and len({layer.width for layer in self.loaded.geometry.layers}) > 1:
+            raise UserError("share predicts between layers of one width, and this model's differ; use other codecs")
+        if self.looks_back >= len(self.loaded.geometry.layers):
+            raise UserError(
+                f"share:-{self.looks_back} looks outside of a model of {len(self.loaded.geometry.layers)} layers"
+            )
 
     def begin(self) -> None:
         """Results are about to change: without its manifest the folder does not pass for a finished run."""
@@ -205,11 +227,13 @@ class Run:
         if self.looks_back:
             self._fit_chain(max(layers), fitting, store)
             return
-        for group in groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder):
+        groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
+        for group in groups:
             activations = self.captured(group)
             wanted = {problem: spec for problem, spec in problems.items() if problem[0] in group}
             fit_codecs(activations, wanted, fitting, self._metrics(group), store, self.progress)
-            activations.delete()
+            if len(groups) > 1:  # else it stays for other codecs, until the command's end
+                activations.delete()
 
     @property
     def looks_back(self) -> int:
@@ -223,15 +247,16 @@ class Run:
         layers = list(earlier)
         activations = self.captured(layers)
         fit_chain(activations, self.specs, earlier, fitting, self._metrics(layers), store, self.progress)
-        activations.delete()
 
-    def _metrics(self, layers: list[int]) -> dict[Problem, torch.Tensor]:
+    def _metrics(self, layers: list[int]) -> Metrics:
         """What the errors of these layers' vectors count by; nothing where they all count alike."""
         kind = self.experiment.fit.weighting
         if kind == "none":
             return {}
-        sinks = self.experiment.protocol.sinks
-        return weigh(kind, self.loaded, self.blocks("calibration"), layers, self.rotation, sinks, self.progress)
+        if tuple(layers) not in self._weighed:
+            blocks, sinks = self.blocks("calibration"), self.experiment.protocol.sinks
+            self._weighed[tuple(layers)] = weigh(kind, self.loaded, blocks, layers, self.rotation, sinks, self.progress)
+        return self._weighed[tuple(layers)]
 
     def captured(self, layers: list[int]) -> Activations:
         """The calibration activations of these layers; a stopped run's are used if they cover them."""
@@ -312,6 +337,12 @@ class Run:
         for (layer, part), stored in self.fitted(layers).items():
             plan.setdefault(layer, {})[part] = stored.codec
         return plan
+
+
+def _specs_of(experiment: Experiment) -> dict[str, CodecSpec]:
+    """part -> spec, of the parts that are compressed."""
+    texts = {part: getattr(experiment.codec, part) for part in PARTS}
+    return {part: parse_spec(text) for part, text in texts.items() if text != "none"}
 
 
 def read_codec(path: Path) -> StoredCodec:
