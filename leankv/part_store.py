@@ -216,7 +216,7 @@ class PartStore:
             batch, tokens = next(iter(self.code.values())).shape[:2]
             numbers = torch.arange(batch * tokens).reshape(batch, tokens)
             for own in numbers:
-                streams.append(self.codec.park({name: _rows(_flat(t), own) for name, t in self.code.items()}))
+                streams.append(self.codec.park({name: _flat(t)[own] for name, t in self.code.items()}))
         return streams
 
 
@@ -235,14 +235,10 @@ def _unflat(rows: torch.Tensor | Ragged, batch: int) -> torch.Tensor | Ragged:
     return rows.unflatten((batch, -1)) if isinstance(rows, Ragged) else rows.unflatten(0, (batch, -1))
 
 
-def _rows(rows: torch.Tensor | Ragged, numbers: torch.Tensor) -> torch.Tensor | Ragged:
-    return rows.rows(numbers) if isinstance(rows, Ragged) else rows[numbers]
-
-
 def _columns(rows: torch.Tensor | Ragged, first: int, last: int) -> torch.Tensor | Ragged:
     """Tokens `first` to `last` of each row of the batch."""
     if isinstance(rows, Ragged):
-        return rows.rows(torch.arange(rows.counts.numel()).reshape(rows.shape)[:, first:last])
+        return rows[torch.arange(rows.counts.numel()).reshape(rows.shape)[:, first:last]]
     return rows[:, first:last].clone()
 
 
@@ -259,7 +255,7 @@ def _applied(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tenso
         return function(rows)
     # What a function on the batch dimension does, or where it moves tensors to, shows on the rows' numbers.
     numbers = function(torch.arange(rows.counts.numel(), device=rows.data.device).reshape(rows.shape))
-    return rows.to(numbers.device).rows(numbers)
+    return rows.to(numbers.device)[numbers]
 
 
 def _length(tensor: torch.Tensor | None, dim: int) -> int:

@@ -129,6 +129,40 @@ class SlowCache(DynamicCache):
         return self.parts[layer_idx, "k"].update(k), self.parts[layer_idx, "v"].update(v)
 
 
+class SlowChain(DynamicCache):
+    """The oracle of codecs that predict from earlier layers: all rows are kept, and coded anew at every update."""
+
+    def __init__(self, config: Any, plan: dict[int, dict[str, Codec]], sinks: int, window: int, rotation: Any = None):
+        super().__init__(config=config)
+        self.plan, self.sinks, self.window, self.rotation = plan, sinks, window, rotation
+        self.known: dict[tuple[int, str], torch.Tensor] = {}
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        read = []
+        # The windows of the tiny models' sliding layers are wider than the texts these are tried on.
+        windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
+        alike = [layer for layer in range(layer_idx) if windows[layer] == windows[layer_idx]][::-1]
+        for part, rows in zip(("k", "v"), super().update(k, v, layer_idx), strict=True):
+            batch, heads, length, head_dim = rows.shape
+            positions = torch.arange(length)[None]
+            turned = part == "k" and self.rotation is not None
+            x = self.rotation.remove(layer_idx, rows, positions) if turned else rows
+            x = x.transpose(1, 2).reshape(batch * length, heads * head_dim).float()
+            codec = self.plan.get(layer_idx, {}).get(part)
+            decoded = x
+            if codec is not None:
+                reference = [self.known[layer, each] for layer in alike[: codec.looks_back] for each in ("k", "v")]
+                reference += [self.known[layer_idx, "k"]] if part == "v" and codec.looks_back else []
+                r = torch.cat([x[:, :0], *reference], dim=1)
+                decoded = codec.decode_beside(codec.encode_beside(x, r), r)
+            self.known[layer_idx, part] = decoded
+            back = decoded.reshape(batch, length, heads, head_dim).transpose(1, 2)
+            back = (self.rotation.restore(layer_idx, back, positions) if turned else back).to(rows.dtype)
+            coded = (positions >= self.sinks) & (positions < length - self.window)
+            read.append(torch.where(coded[:, None, :, None], back, rows) if codec is not None else rows)
+        return tuple(read)
+
+
 def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[int, dict[str, Codec]]:
     """A plan with `make(width)` for the given parts of every layer."""
     layers = find_geometry(model).layers

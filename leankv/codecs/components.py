@@ -41,13 +41,15 @@ def principal_components(x: torch.Tensor, metric: torch.Tensor | None) -> Compon
     if metric is None:
         variances, vectors = torch.linalg.eigh(covariance)  # ascending order
         vectors = vectors.flip(1)
-        return Components(mean, vectors.float(), vectors.T.float().contiguous(), variances.flip(0).clamp_min(0))
+        analysis = vectors.float().contiguous()
+        return Components(mean, analysis, analysis.T.contiguous(), variances.flip(0).clamp_min(0))
     sizes, axes = torch.linalg.eigh(metric.double())
     roots = sizes.clamp_min(sizes[-1] * 1e-12).sqrt()
     root, inverse = (axes * roots) @ axes.T, (axes / roots) @ axes.T
     variances, vectors = torch.linalg.eigh(root @ covariance @ root)
     vectors = vectors.flip(1)
-    return Components(mean, (root @ vectors).float(), (vectors.T @ inverse).float(), variances.flip(0).clamp_min(0))
+    analysis, synthesis = (root @ vectors).float().contiguous(), (vectors.T @ inverse).float().contiguous()
+    return Components(mean, analysis, synthesis, variances.flip(0).clamp_min(0))
 
 
 def covariance_of(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class Ragged:
         """The same rows, `[N]`."""
         return self.unflatten((-1,))
 
-    def rows(self, numbers: torch.Tensor) -> "Ragged":
+    def __getitem__(self, numbers: torch.Tensor) -> "Ragged":
         """Copies of rows, by their numbers over all leading dimensions; they take the shape of `numbers`."""
         flat = self.counts.flatten().long()
         lengths = flat[numbers.flatten()] * self.item
@@ -66,7 +66,7 @@ class Ragged:
             return both.unflatten((1, -1))
         first = torch.arange(self.counts.numel(), device=self.data.device).reshape(self.counts.shape)
         second = torch.arange(other.counts.numel(), device=self.data.device).reshape(other.counts.shape)
-        return both.rows(torch.cat([first, second + first.numel()], dim=1))
+        return both[torch.cat([first, second + first.numel()], dim=1)]
 
     def to(self, device: torch.device) -> "Ragged":
         return Ragged(self.data.to(device), self.counts.to(device), self.item)

@@ -69,6 +69,11 @@ class Transform(Codec):
         self._packing: tuple[torch.Tensor, ...] | None = None
 
     @property
+    def _in_use(self) -> int:
+        """J."""
+        return int(self.used)
+
+    @property
     def spec(self) -> str:
         return f"transform:{self.text}"
 
@@ -86,7 +91,7 @@ class Transform(Codec):
 
     def integers(self, x: torch.Tensor) -> torch.Tensor:
         """`q` of vectors `[N, W]`: `[N, J]`, float32, of a size that an escape can hold."""
-        y = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis[:, : self.used]
+        y = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis[:, : self._in_use]
         q = (y.float() / self.step).round()
         size = q.abs()
         # What an escape says of a large value is coarse.
@@ -99,7 +104,7 @@ class Transform(Codec):
 
     def _packed(self, q: torch.Tensor) -> Code:
         column, divisor, bytes_ = self._digits()
-        low, levels = self.low[: self.used], self.levels[: self.used]
+        low, levels = self.low[: self._in_use], self.levels[: self._in_use]
         outside = (q < low) | (q >= low + levels)
         digits = torch.where(outside, 0.0, q - low)
         matrix = torch.zeros(len(column), bytes_, device=q.device)
@@ -121,7 +126,7 @@ class Transform(Codec):
     def _unpacked(self, code: Code) -> torch.Tensor:
         """The integers `[N, J]` of a code, float32."""
         column, divisor, _ = self._digits()
-        low, levels = self.low[: self.used], self.levels[: self.used]
+        low, levels = self.low[: self._in_use], self.levels[: self._in_use]
         escapes = code["escapes"]
         assert isinstance(escapes, Ragged)
         held = torch.as_tensor(code["q"]).float()
@@ -139,7 +144,7 @@ class Transform(Codec):
 
     def decode(self, code: Code) -> torch.Tensor:
         y = (self._unpacked(code) * self.step).to(self.synthesis.dtype)
-        return (y @ self.synthesis[: self.used]).float() + self.mean
+        return (y @ self.synthesis[: self._in_use]).float() + self.mean
 
     def _digits(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Where each coordinate's digit is: which byte, over which divisor, and how many bytes there are.
@@ -148,7 +153,7 @@ class Transform(Codec):
         at most 256. A coordinate with one level takes no room.
         """
         if self._packing is None or self._packing[0].device != self.levels.device:
-            levels = [int(n) for n in self.levels[: self.used].tolist()]
+            levels = [int(n) for n in self.levels[: self._in_use].tolist()]
             room: list[int] = []
             column, divisor = [0] * len(levels), [1] * len(levels)
             for j in sorted((j for j, n in enumerate(levels) if n > 1), key=lambda j: (-levels[j], j)):
@@ -168,10 +173,10 @@ class Transform(Codec):
     # -- stored -------------------------------------------------------------------------------------------------------
 
     def park(self, code: Code) -> bytes:
-        return encode_columns(self._unpacked(code).to(torch.int64).cpu(), self.frequencies[: self.used].cpu())
+        return encode_columns(self._unpacked(code).to(torch.int64).cpu(), self.frequencies[: self._in_use].cpu())
 
     def unpark(self, data: bytes, tokens: int) -> Code:
-        q = decode_columns(data, tokens, self.frequencies[: self.used].cpu())
+        q = decode_columns(data, tokens, self.frequencies[: self._in_use].cpu())
         return self._packed(q.float().to(self.mean.device))
 
     # -- fitting ------------------------------------------------------------------------------------------------------
@@ -209,8 +214,8 @@ class Transform(Codec):
                 "analysis": found.analysis,
                 "synthesis": found.synthesis,
                 "mean": found.mean,
-                "step": torch.tensor(step, dtype=torch.float32, device=y.device),
-                "used": torch.tensor(used, device=y.device),
+                "step": torch.tensor([step], dtype=torch.float32, device=y.device),
+                "used": torch.tensor([used], device=y.device),
                 "low": low.contiguous(),
                 "levels": levels.contiguous(),
                 "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
@@ -230,8 +235,8 @@ class Transform(Codec):
             "analysis": square,
             "synthesis": square.clone(),
             "mean": torch.zeros(width),
-            "step": torch.ones(()),
-            "used": torch.tensor(0),
+            "step": torch.ones(1),
+            "used": torch.tensor([0]),
             "low": torch.zeros(width),
             "levels": torch.ones(width),
             "frequencies": torch.zeros(width, 2 * LARGEST_TABLE + 2),

@@ -1,0 +1,142 @@
+"""Codecs that predict from earlier layers: fitted in a chain, and read in a cache, against slow twins."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leankv.cache import LeanCache, earlier_layers
+from leankv.capture import Activations, capture
+from leankv.codecs import Codec, parse_spec
+from leankv.data import Blocks
+from leankv.experiment import FitConfig, ProtocolConfig
+from leankv.fit import FittedCodec, Fitting, Problem, fit_chain
+from leankv.model import LoadedModel, find_geometry
+from leankv.perplexity import measure_nats
+from leankv.progress import Silent
+from leankv.replay import Replay
+from leankv.rope import KeyRotation
+from tests import tiny
+from tests.oracles import SlowChain
+
+SPEC = "resid(share:-2,transform:s0.3)"
+BLOCKS = Blocks(tiny.tokens(3, 40, seed=3), "selection", "random")
+
+
+def loaded(model: Any) -> LoadedModel:
+    return LoadedModel(model, tiny.tokenizer(), "tiny", find_geometry(model), "", {})
+
+
+def rotation_of(name: str, model: Any) -> KeyRotation | None:
+    return None if name == "gpt2" else KeyRotation(model)
+
+
+def captured(model: Any, folder: Path, rotation: KeyRotation | None) -> Activations:
+    blocks = Blocks(tiny.tokens(8, 40, seed=1), "calibration", "random")
+    return capture(loaded(model), blocks, folder, range(4), 2, {}, Silent(), rotation)
+
+
+def fitted(
+    model: Any, activations: Activations, specs: dict[str, str], last: int = 3, sinks: int = 0
+) -> dict[Problem, FittedCodec]:
+    windows = [layer.window for layer in find_geometry(model).layers]
+    found: dict[Problem, FittedCodec] = {}
+    fit_chain(
+        activations,
+        {part: parse_spec(text) for part, text in specs.items()},
+        {layer: earlier_layers(windows, layer, 2) for layer in range(last + 1)},
+        Fitting(FitConfig(), torch.float32, 0, sinks, torch.device("cpu"), 1 << 30),
+        {},
+        found.__setitem__,
+        Silent(),
+    )
+    return found
+
+
+def plan_of(found: dict[Problem, FittedCodec], layers: tuple[int, ...] = (0, 1, 2, 3)) -> dict[int, dict[str, Codec]]:
+    plan: dict[int, dict[str, Codec]] = {}
+    for (layer, part), own in found.items():
+        if layer in layers:
+            plan.setdefault(layer, {})[part] = own.codec
+    return plan
+
+
+@torch.no_grad()
+def logits(model: Any, cache: Any, tokens: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in tokens.split(chunks, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("sinks", "window", "chunks"),
+    [(0, 0, [11]), (2, 3, [5, 4, 1, 1]), (1, 0, [4, 7])],
+    ids=["strict", "stream", "sink"],
+)
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (3,)], ids=["all", "one"])
+def test_a_chain_of_codecs_reads_as_its_oracle_does(
+    name: str, tmp_path: Path, sinks: int, window: int, chunks: list[int], layers: tuple[int, ...]
+) -> None:
+    """Uncompressed layers that are looked at included; a batch of two; what is shown to readers is gone afterwards."""
+    model = tiny.build(name)
+    rotation = rotation_of(name, model)
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}), layers)
+    tokens = tiny.tokens(2, 11, seed=7)
+    cache = LeanCache(model.config, plan, sinks, window, rotation=rotation)
+    slow = SlowChain(model.config, plan, sinks, window, rotation)
+    expected = logits(model, slow, tokens, chunks)
+    torch.testing.assert_close(logits(model, cache, tokens, chunks), expected, rtol=1e-4, atol=1e-4)
+    held = cache.nbytes()
+    cache.reset()
+    again = logits(model, cache, tokens, chunks)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+    assert cache.nbytes() == held
+    codes = [t for layer in plan for part in cache.layers[layer].parts.values() for t in part.tensors()]
+    assert all(t.dtype in (torch.uint8, model.dtype) for t in codes)
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (2,), (1, 3)])
+def test_replay_runs_the_layers_that_are_looked_at(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    model = tiny.build("llama")
+    rotation = KeyRotation(model)
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}), layers)
+    protocol = ProtocolConfig("stream", 2, 4, 16)
+    cache = LeanCache(model.config, plan, 2, 4, rotation=rotation)
+    replay = Replay(model, BLOCKS, protocol, 1 << 30, tmp_path, rotation)
+    assert replay.measure(plan).nats == measure_nats(model, BLOCKS, protocol, cache.fresh).nats
+
+
+def test_codecs_are_fitted_beside_what_the_layers_before_give(tmp_path: Path) -> None:
+    """The regression of each layer on decoded vectors, by the library; and a part without a codec is read exact."""
+    model = tiny.build("llama")
+    activations = captured(model, tmp_path / "a", None)
+    found = fitted(model, activations, {"v": "resid(share:-1,int:3)"})
+    rows = 7 * 40  # the last of the eight blocks is held out
+    for layer in (1, 3):
+        codec: Any = found[layer, "v"].codec
+        before: Any = found[layer - 1, "v"].codec
+        assert (layer, "k") not in found
+        decoded = activations.read(layer - 1, "v")
+        if layer == 1:  # the only layer whose predecessor looks at nothing but its own keys
+            own = activations.read(0, "k")
+            decoded = before.decode_beside(before.encode_beside(decoded, own), own)
+            reference = torch.cat([activations.read(0, "k"), decoded, activations.read(1, "k")], dim=1)[:rows]
+            x = activations.read(1, "v")[:rows]
+            centred = (reference - reference.mean(dim=0)).double()
+            expected = torch.linalg.lstsq(centred, (x - x.mean(dim=0)).double()).solution
+            predicted = codec.first.decode_beside(codec.first.encode(x), reference)
+            torch.testing.assert_close(predicted, (centred @ expected).float() + x.mean(dim=0), rtol=0.02, atol=0.02)
+
+
+def test_a_chain_up_to_a_layer_does_not_depend_on_those_behind_it(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    activations = captured(model, tmp_path / "a", None)
+    short, whole = (fitted(model, activations, {"k": SPEC, "v": SPEC}, last) for last in (1, 3))
+    for problem, own in short.items():
+        for name, tensor in own.codec.state_dict().items():
+            assert torch.equal(whole[problem].codec.state_dict()[name], tensor)
+
+
+def test_layers_with_another_window_are_passed_over() -> None:
+    windows = [12, 12, None, 12, None]
+    assert [earlier_layers(windows, layer, 2) for layer in range(5)] == [[], [0], [], [1, 0], [2]]
