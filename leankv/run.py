@@ -254,8 +254,10 @@ class Run:
         if kind == "none":
             return {}
         if tuple(layers) not in self._weighed:
-            blocks, sinks = self.blocks("calibration"), self.experiment.protocol.sinks
-            self._weighed[tuple(layers)] = weigh(kind, self.loaded, blocks, layers, self.rotation, sinks, self.progress)
+            blocks, sinks, seed = self.blocks("calibration"), self.experiment.protocol.sinks, self.experiment.seed
+            self._weighed[tuple(layers)] = weigh(
+                kind, self.loaded, blocks, layers, self.rotation, sinks, seed, self.progress
+            )
         return self._weighed[tuple(layers)]
 
     def captured(self, layers: list[int]) -> Activations:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
+from leankv.attention_moments import attention_moments
 from leankv.cache import GradientCache
 from leankv.data import Blocks
 from leankv.errors import UserError
@@ -41,6 +42,7 @@ def weigh(
     layers: Sequence[int],
     rotation: KeyRotation | None,
     sinks: int,
+    seed: int,
     progress: Progress,
 ) -> Metrics:
     """The metrics of these layers' keys and values, from calibration text.
@@ -52,12 +54,17 @@ def weigh(
         layers: which.
         rotation: given, keys are counted un-rotated.
         sinks: first tokens of each block, which are held exact and not counted.
+        seed: of what is drawn.
         progress: shows the passes.
 
     Raises:
-        UserError: no gradients come back through the weights.
+        UserError: no gradients come back through the weights, or the attention has an unusual form.
     """
-    metrics = _gradient_moments(loaded, blocks, layers, rotation, sinks, progress)
+    some = blocks.take(range(min(BLOCKS, len(blocks))))
+    if kind == "gradient":
+        metrics = _gradient_moments(loaded, some, layers, rotation, sinks, progress)
+    else:
+        metrics = attention_moments(loaded, some, layers, rotation, sinks, seed, progress)
     return {problem: shrunk(metric) for problem, metric in metrics.items()}
 
 
@@ -80,10 +87,9 @@ def _gradient_moments(
     """`E[g g^T]` of each layer and part."""
     model = loaded.model
     metrics: Metrics = {}
-    some = blocks.tokens[:BLOCKS]
-    positions = torch.arange(some.shape[1])[None]
-    with progress.stage("gradients of the loss", len(some)) as step:
-        for tokens in some:
+    positions = torch.arange(blocks.tokens.shape[1])[None]
+    with progress.stage("gradients of the loss", len(blocks)) as step:
+        for tokens in blocks.tokens:
             tokens = tokens[None].to(model.device)
             cache = GradientCache(model.config)
             with torch.enable_grad():
@@ -100,7 +106,7 @@ def _gradient_moments(
                     if part == "k" and rotation is not None:
                         gradient = rotation.remove_from_gradient(layer, gradient, positions)
                     g = gradient.transpose(1, 2).flatten(2)[0, sinks:].float()
-                    moment = (g.T @ g / (len(g) * len(some))).cpu()
+                    moment = (g.T @ g / (len(g) * len(blocks))).cpu()
                     metrics[layer, part] = metrics[layer, part] + moment if (layer, part) in metrics else moment
             step()
     return metrics
