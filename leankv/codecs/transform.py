@@ -207,7 +207,8 @@ class Transform(Codec):
         often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
         used = int(often.nonzero().max()) + 1 if often.any() else 0
         escape_bits = ESCAPE_BITS + 8 * (used > 256)
-        ranges = [_range(column, escape_bits) for column in q[:, :used].T] + [(0, 1)] * (width - used)
+        seen = frequencies_of(q[:, :used].to(torch.int64), LARGEST_SYMBOL).double() / len(q)
+        ranges = [_range(shares, escape_bits) for shares in seen.tolist()] + [(0, 1)] * (width - used)
         low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T
         codec = cls(
             {
@@ -254,28 +255,31 @@ class Transform(Codec):
         return (text, 0.0, number) if by_step else (text, number, 0.0)
 
 
-def _range(q: torch.Tensor, escape_bits: int) -> tuple[float, float]:
-    """The range of usual values of a coordinate `[N]`: its lowest, and how many; no more than a byte holds.
+def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
+    """The range of usual values of a coordinate: its lowest, and how many; no more than a byte holds.
 
     The one with the least `log2(levels) + escape_bits * P(outside)`, among those grown from zero towards the more
     frequent side.
+
+    Args:
+        shares: of the values -255 to 255, as `leankv.codecs.entropy.frequencies_of` counts them.
+        escape_bits: what a value outside takes.
     """
-    values, counts = torch.unique(q, return_counts=True)
-    share = dict(zip(values.tolist(), (counts / len(q)).tolist(), strict=True))
-    low = high = 0.0
-    inside = share.get(0.0, 0.0)
-    best = escape_bits * (1 - inside), low, 1.0
-    while high - low < 255 and (low > values[0] or high < values[-1]):
-        below, above = share.get(low - 1, 0.0), share.get(high + 1, 0.0)
-        if below > above or high >= values[-1]:
-            low, inside = low - 1, inside + below
+    zero = LARGEST_SYMBOL
+    low = high = zero
+    inside = shares[zero]
+    best, chosen = escape_bits * (1 - inside), (0, 1)
+    while high - low < 255:
+        if shares[low - 1] > shares[high + 1]:
+            low -= 1
+            inside += shares[low]
         else:
-            high, inside = high + 1, inside + above
-        levels = high - low + 1
-        cost = math.log2(levels) + escape_bits * (1 - inside)
-        if cost < best[0]:
-            best = cost, low, levels
-    return best[1], best[2]
+            high += 1
+            inside += shares[high]
+        cost = math.log2(high - low + 1) + escape_bits * (1 - inside)
+        if cost < best:
+            best, chosen = cost, (low - zero, high - low + 1)
+    return chosen
 
 
 def _step_of_rate(y: torch.Tensor, rate: float) -> float:
