@@ -29,6 +29,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fit_80x1024.py
 	$(BIN)/python benchmarks/screening.py $(WIKITEXT)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/decode.py $(WIKITEXT)
 	$(BIN)/python benchmarks/gpu_70b_shape.py
 
 clean:

@@ -20,7 +20,7 @@ def frequencies_of(q: torch.Tensor, largest: int) -> torch.Tensor:
     symbols = torch.where(inside, q + largest, 2 * largest + 1)
     flat = symbols + torch.arange(q.shape[1], device=q.device) * (2 * largest + 2)
     counts = torch.bincount(flat.flatten(), minlength=q.shape[1] * (2 * largest + 2))
-    return counts.reshape(q.shape[1], -1).float()
+    return counts.reshape(q.shape[1], 2 * largest + 2).float()
 
 
 def entropy_of(frequencies: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings
 from leankv.codecs.components import Components, principal_components
+from leankv.codecs.digits import Digits
 from leankv.codecs.entropy import decode_columns, encode_columns, entropy_of, frequencies_of
 from leankv.codecs.ragged import Ragged
 
@@ -66,7 +67,8 @@ class Transform(Codec):
         self.frequencies: torch.Tensor
         self.bits: torch.Tensor
         self.used: torch.Tensor
-        self._packing: tuple[torch.Tensor, ...] | None = None
+        self._digits: Digits | None = None  # this and the next follow from the tensors above
+        self._decoding: torch.Tensor | None = None
 
     @property
     def _in_use(self) -> int:
@@ -103,77 +105,50 @@ class Transform(Codec):
         return self._packed(self.integers(x))
 
     def _packed(self, q: torch.Tensor) -> Code:
-        column, divisor, bytes_ = self._digits()
-        low, levels = self.low[: self._in_use], self.levels[: self._in_use]
-        outside = (q < low) | (q >= low + levels)
-        digits = torch.where(outside, 0.0, q - low)
-        matrix = torch.zeros(len(column), bytes_, device=q.device)
-        if bytes_:
-            matrix[torch.arange(len(column), device=q.device), column] = divisor * (levels > 1)
-        packed = (digits @ matrix).to(torch.uint8)
+        digits = self._layout()
+        outside = (q < digits.low) | (q >= digits.low + digits.levels)
         counts = outside.sum(dim=1)
         if counts.numel() and int(counts.max()) > 255:  # more than a byte counts: the largest ones stay
             order = torch.where(outside, q.abs(), -1.0).argsort(dim=1, descending=True)[:, :255]
-            kept = torch.zeros_like(outside).scatter_(1, order, value=True)
-            outside &= kept
+            outside &= torch.zeros_like(outside).scatter_(1, order, value=True)
             counts = outside.sum(dim=1)
         _, which = outside.nonzero(as_tuple=True)
-        value = _escape_byte(q[outside])
-        index = [which % 256, which // 256] if len(column) > 256 else [which]
-        items = torch.stack([*(i.to(torch.uint8) for i in index), value], dim=1)
-        return {"q": packed, "escapes": Ragged.of(items, counts)}
+        index = [which % 256, which // 256] if q.shape[1] > 256 else [which]
+        items = torch.stack([*(i.to(torch.uint8) for i in index), _escape_byte(q[outside])], dim=1)
+        return {"q": digits.pack(q), "escapes": Ragged.of(items, counts)}
 
-    def _unpacked(self, code: Code) -> torch.Tensor:
-        """The integers `[N, J]` of a code, float32."""
-        column, divisor, _ = self._digits()
-        low, levels = self.low[: self._in_use], self.levels[: self._in_use]
-        escapes = code["escapes"]
+    def _values(self, code: Code, dtype: torch.dtype) -> torch.Tensor:
+        """The integers `[N, J]` of a code, in the order of the layout's `place`."""
+        place, escapes = self._layout().place, code["escapes"]
         assert isinstance(escapes, Ragged)
-        held = torch.as_tensor(code["q"]).float()
-        if held.shape[1]:
-            held = held[:, column]
-            # Halves keep floating division on the right side of whole numbers; all are below 256.
-            above = torch.floor((held + 0.5) / divisor)
-            q = above - levels * torch.floor((above + 0.5) / levels) + low
-        else:
-            q = low.expand(len(held), -1).clone()
+        q = self._layout().values(code["q"], dtype)
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
-        q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
+        q[escapes.row_numbers(), place[which]] = _escape_value(items[:, -1]).to(dtype)
         return q
 
     def decode(self, code: Code) -> torch.Tensor:
-        y = (self._unpacked(code) * self.step).to(self.synthesis.dtype)
-        return (y @ self.synthesis[: self._in_use]).float() + self.mean
+        synthesis = self.synthesis
+        if (
+            self._decoding is None
+            or self._decoding.dtype != synthesis.dtype
+            or self._decoding.device != self.mean.device
+        ):
+            placed = torch.empty_like(synthesis[: self._in_use])
+            placed[self._layout().place] = synthesis[: self._in_use]
+            self._decoding = (placed.float() * self.step).to(synthesis.dtype)
+        return (self._values(code, synthesis.dtype) @ self._decoding).float() + self.mean
 
-    def _digits(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Where each coordinate's digit is: which byte, over which divisor, and how many bytes there are.
-
-        Digits are put into the first byte with room (first-fit decreasing), so that the product of a byte's levels is
-        at most 256. A coordinate with one level takes no room.
-        """
-        if self._packing is None or self._packing[0].device != self.levels.device:
-            levels = [int(n) for n in self.levels[: self._in_use].tolist()]
-            room: list[int] = []
-            column, divisor = [0] * len(levels), [1] * len(levels)
-            for j in sorted((j for j, n in enumerate(levels) if n > 1), key=lambda j: (-levels[j], j)):
-                byte = next((b for b, used in enumerate(room) if used * levels[j] <= 256), len(room))
-                if byte == len(room):
-                    room.append(1)
-                column[j], divisor[j] = byte, room[byte]
-                room[byte] *= levels[j]
-            device = self.levels.device
-            self._packing = (
-                torch.tensor(column, device=device),
-                torch.tensor(divisor, device=device, dtype=torch.float32),
-                torch.tensor(len(room)),
-            )
-        return self._packing[0], self._packing[1], int(self._packing[2])
+    def _layout(self) -> Digits:
+        if self._digits is None or self._digits.low.device != self.low.device:
+            self._digits = Digits(self.low[: self._in_use], self.levels[: self._in_use])
+        return self._digits
 
     # -- stored -------------------------------------------------------------------------------------------------------
 
     def park(self, code: Code) -> bytes:
-        return encode_columns(self._unpacked(code).to(torch.int64).cpu(), self.frequencies[: self._in_use].cpu())
+        q = self._values(code, torch.float32)[:, self._layout().place].to(torch.int64)
+        return encode_columns(q.cpu(), self.frequencies[: self._in_use].cpu())
 
     def unpark(self, data: bytes, tokens: int) -> Code:
         q = decode_columns(data, tokens, self.frequencies[: self._in_use].cpu())
@@ -225,7 +200,7 @@ class Transform(Codec):
             text,
         )
         outside = (q < codec.low) | (q >= codec.low + codec.levels)
-        live = 8 * (codec._digits()[2] + 1) + escape_bits * outside[:, :used].sum() / len(q)
+        live = 8 * (codec._layout().n_bytes + 1) + escape_bits * outside[:, :used].sum() / len(q)
         codec.bits.copy_(torch.stack([live.double(), entropy_of(codec.frequencies[:used]).sum()]))
         return codec
 

@@ -1,0 +1,93 @@
+"""Tokens a second of `generate` through compressed caches, against the stock `DynamicCache`, after 1,024 and 4,096.
+
+Give a folder with WikiText-2. The context is prefilled in chunks and not timed; then some tokens are generated. Bytes
+are those that the caches hold at the end.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import RESULTS, machine, report, say, side_by_side, timed
+from smollm2 import prepared
+from transformers import DynamicCache
+
+from leankv.cache import LeanCache
+
+CONTEXTS, GENERATED, CHUNK = (1024, 4096), 8, 512
+SEVEN_PERCENT = "resid(share:-2,transform:s0.06)"
+SPECS = ("identity", "ae:4", "int:4", "nuq:3+1", "rot:3", "transform:s0.025", SEVEN_PERCENT)
+SETTINGS: dict[str, Any] = {
+    "data__calibration_blocks": 8,
+    "data__block_length": 1024,
+    "codec__key_space": "pre-rope",
+    "codec__dtype": "bfloat16",
+    "fit__weighting": "gradient",
+    "fit__epochs": 1,
+    "protocol__kind": "stream",
+    "protocol__sinks": 4,
+    "protocol__window": 128,
+}
+
+
+def held(cache: Any) -> int:
+    """Bytes that a cache holds."""
+    if isinstance(cache, LeanCache):
+        return cache.nbytes()
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def main() -> None:
+    table: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepared(Path(folder), **SETTINGS)
+        model = run.loaded.model
+        text = run.blocks("calibration").tokens.flatten()
+        for spec in SPECS:
+            own = run.with_codecs(spec, spec)
+            plan = own.plan(own.layers)
+            for context in CONTEXTS:
+                tokens = text[None, :context]
+                bytes_: dict[str, int] = {}
+
+                def seconds(name: str, cache: Any, tokens: torch.Tensor = tokens, bytes_: Any = bytes_) -> float:
+                    for piece in tokens[:, :-1].split(CHUNK, dim=1):
+                        model.base_model(input_ids=piece, past_key_values=cache)
+                    took, _ = timed(
+                        lambda: model.generate(
+                            input_ids=tokens,
+                            attention_mask=torch.ones_like(tokens),
+                            past_key_values=cache,
+                            min_new_tokens=GENERATED,
+                            max_new_tokens=GENERATED,
+                            do_sample=False,
+                        )
+                    )
+                    bytes_[name] = held(cache)
+                    return took
+
+                def ours(plan: Any = plan, seconds: Any = seconds) -> float:
+                    return float(seconds("ours", LeanCache(model.config, plan, 4, 128, rotation=run.rotation)))
+
+                def stock(seconds: Any = seconds) -> float:
+                    return float(seconds("stock", DynamicCache(config=model.config)))
+
+                what = f"tokens a second of generate after {context} tokens, {spec}"
+                ratio = side_by_side(what, "the stock DynamicCache", ours, stock, 0.5, repeats=3)
+                own_bytes = {"bytes": bytes_["ours"], "bytes_stock": bytes_["stock"]}
+                ratio.notes.update(own_bytes, tokens_per_second=GENERATED / ratio.seconds, **SETTINGS)
+                table.append({"codec": spec, "context": context, "ratio": ratio.ratio, **own_bytes})
+                say(f"{spec} at {context}: {ratio.ratio:.2f} of the stock speed, {own_bytes}")
+                if (spec, context) == (SEVEN_PERCENT, 4096):
+                    report("decode", ratio)
+    (RESULTS / "decode_all.json").write_text(json.dumps({"rows": table, "machine": machine()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit("name the folder with WikiText-2")
+    main()
