@@ -124,15 +124,13 @@ class Replay:
     def _first_change(self, recorded: Plan, plan: Plan) -> int:
         """The first layer that has to run when `plan` differs from what was recorded; the number of layers if none."""
         assert self.layers is not None
-        changed = min((n for n in {*recorded, *plan} if recorded.get(n) != plan.get(n)), default=len(self.layers))
-        # Codecs behind the change that predict from layers before it need those layers to run.
-        looked_at = [
-            source
-            for layer, codecs in plan.items()
-            if layer >= changed
-            for source in earlier_layers(self.windows, layer, max(c.looks_back for c in codecs.values()))
-        ]
-        return min([changed, *looked_at])
+        first = min((n for n in {*recorded, *plan} if recorded.get(n) != plan.get(n)), default=len(self.layers))
+        # Codecs that predict from layers before theirs need those to run, and what those predict from in turn.
+        for layer in sorted(plan, reverse=True):
+            if layer >= first:
+                looks_back = max(codec.looks_back for codec in plan[layer].values())
+                first = min([first, *earlier_layers(self.windows, layer, looks_back)])
+        return first
 
     def _cache(self, plan: Plan, first: int) -> LeanCache:
         sinks, window = self.protocol.sinks, self.protocol.window

@@ -103,7 +103,11 @@ def test_replay_runs_the_layers_that_are_looked_at(tmp_path: Path, layers: tuple
     protocol = ProtocolConfig("stream", 2, 4, 16)
     cache = LeanCache(model.config, plan, 2, 4, rotation=rotation)
     replay = Replay(model, BLOCKS, protocol, 1 << 30, tmp_path, rotation)
-    assert replay.measure(plan).nats == measure_nats(model, BLOCKS, protocol, cache.fresh).nats
+    expected = measure_nats(model, BLOCKS, protocol, cache.fresh).nats
+    assert replay.measure(plan).nats == expected
+    without_the_last = {layer: plan[layer] for layer in layers[:-1]}
+    replay.measure(without_the_last, may_grow=True)
+    assert replay.measure(plan).nats == expected
 
 
 def test_codecs_are_fitted_beside_what_the_layers_before_give(tmp_path: Path) -> None:

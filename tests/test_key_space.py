@@ -1,0 +1,183 @@
+"""Keys encoded un-rotated: the rotation and its way back, in caches, in a run and in a bundle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from leankv.assemble import select
+from leankv.bundle import read_bundle_config
+from leankv.cache import LeanCache
+from leankv.errors import UserError
+from leankv.experiment import load_experiment
+from leankv.perplexity import measure_nats
+from leankv.progress import Silent
+from leankv.rope import KeyRotation
+from leankv.run import Run
+from leankv.sweep import sweep
+from tests import tiny
+from tests.oracles import identity_plan, plan_of, recorded
+
+ROTARY = [name for name in tiny.ARCHITECTURES if name != "gpt2"]
+SCALED: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "rope_theta": 1e4,
+    },
+}
+
+
+def turned(vectors: torch.Tensor, heads: int = 2) -> torch.Tensor:
+    """`[T, W]` -> `[1, heads, T, head_dim]`."""
+    return vectors.unflatten(1, (heads, -1)).transpose(0, 1)[None]
+
+
+def built(name: str) -> Any:
+    return tiny.build("llama", rope_parameters=SCALED[name]) if name in SCALED else tiny.build(name)
+
+
+@pytest.mark.parametrize("name", [*ROTARY, *SCALED])
+def test_what_is_taken_off_keys_is_put_back(name: str) -> None:
+    model = built(name)
+    rotation = KeyRotation(model)
+    tokens = tiny.tokens(1, 60)
+    positions = torch.arange(60)[None]
+    for (layer, part), vectors in recorded(model, tokens).items():
+        if part == "k":
+            keys = turned(vectors)
+            back = rotation.restore(layer, rotation.remove(layer, keys, positions), positions)
+            torch.testing.assert_close(back, keys, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ROTARY, *SCALED])
+def test_unrotated_keys_of_the_first_layer_know_nothing_of_their_place(name: str) -> None:
+    """The same token everywhere has one un-rotated key, and as many cached ones as places."""
+    model = built(name)
+    keys = turned(recorded(model, torch.full((1, 30), 7))[0, "k"])
+    plain = KeyRotation(model).remove(0, keys, torch.arange(30)[None])
+    assert (plain - plain[:, :, :1]).norm() < 1e-4 * plain.norm()
+    assert (keys - keys[:, :, :1]).norm() > 0.1 * keys.norm()
+
+
+def test_gradients_turn_as_the_chain_rule_says() -> None:
+    """Also under yarn, where the tables are no pure rotation."""
+    model = built("yarn")
+    rotation, positions = KeyRotation(model), torch.arange(9)[None]
+    plain = torch.randn(1, 2, 9, 16, requires_grad=True)
+    weights = torch.randn(1, 2, 9, 16)
+    (rotation.restore(1, plain, positions) * weights).sum().backward()
+    torch.testing.assert_close(rotation.remove_from_gradient(1, weights, positions), plain.grad)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"]
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_lossless_codecs_generate_as_the_stock_cache(name: str, options: dict[str, Any], padded: bool) -> None:
+    """Rows with and without left padding, whose keys stand at other positions than places."""
+    model = tiny.build(name)
+    tokens, mask = tiny.tokens(2, 11), torch.ones(2, 11, dtype=torch.int64)
+    if padded:
+        tokens[0, :4], mask[0, :4] = 0, 0
+    lean = LeanCache(model.config, identity_plan(model), 1, 2, mask, rotation=KeyRotation(model))
+    settings = {"attention_mask": mask, "max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, **options}
+    expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
+    assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
+
+
+def test_a_padded_row_is_read_as_it_is_alone() -> None:
+    """A lossy codec meets the same un-rotated keys whatever padding stands before them."""
+    from tests.oracles import Rounding
+
+    model = tiny.build("llama")
+    plan, rotation = plan_of(model, Rounding), KeyRotation(model)
+    tokens, padding = tiny.tokens(1, 12), 5
+    padded = torch.cat([torch.zeros(1, padding, dtype=torch.int64), tokens], dim=1)
+    mask = (torch.arange(padding + 12) >= padding).long()[None]
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    with torch.no_grad():
+        cache = LeanCache(model.config, plan, 2, attention_mask=mask, rotation=rotation)
+        got = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, padding:]
+        expected = model(tokens, past_key_values=LeanCache(model.config, plan, 2, rotation=rotation)).logits
+    assert (got - expected).abs().median() < 1e-4
+
+
+def test_a_rotation_that_changes_with_the_text_is_refused() -> None:
+    model = tiny.build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(UserError, match=r"dynamic.*--key-space post-rope"):
+        KeyRotation(model)
+
+
+def test_an_unknown_convention_is_refused_by_layer() -> None:
+    with pytest.raises(UserError, match=r"layers 0, 1, 2, 3 of this model was not found.*--key-space post-rope"):
+        KeyRotation(tiny.build("gpt2"))
+
+
+class Told(Silent):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_auto_stays_post_rope_where_it_must_and_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["model.name"] = str(tiny.save(tmp_path / "gpt2", tiny.build("gpt2")))
+    told = Told()
+    run = Run(load_experiment(None, {**settings, "codec.key_space": "auto"}), told)
+    assert run.key_space == "post-rope"
+    assert any("post-rope" in line for line in told.lines)
+    demanded = Run(
+        load_experiment(None, {**settings, "codec.key_space": "pre-rope", "output_dir": str(tmp_path / "b")}), Silent()
+    )
+    with pytest.raises(UserError, match="not found"):
+        _ = demanded.rotation
+
+
+def test_a_run_in_pre_rope_space_ends_in_a_bundle_that_reads_the_same(settings: dict[str, Any]) -> None:
+    changes = {"codec.k": "resid(share:-1,transform:s0.2)", "codec.v": "resid(share:-1,transform:s0.2)"}
+    changes |= {"codec.key_space": "auto", "protocol.kind": "stream", "protocol.sinks": 2, "protocol.window": 8}
+    run = Run(load_experiment(None, {**settings, **changes, "protocol.chunk": 16}), Silent())
+    table = sweep(run)
+    assert set(table["key_space"]) == {"pre-rope"}
+    summary = select(run)
+    assert (summary["key_space"], summary["selected_layers"]) == ("pre-rope", summary["selected_layers"])
+    assert summary["selected_layers"]
+    assert read_bundle_config(run.folder / "bundle")["key_space"] == "pre-rope"
+    model = run.loaded.model
+    cache = LeanCache.from_pretrained(run.folder / "bundle", model)
+    measured = measure_nats(model, run.blocks("report"), run.experiment.protocol, cache.fresh)
+    assert measured.nats == run.measure("report", summary["selected_layers"]).nats
+    assert not list(run.folder.glob("activations-*"))
+
+
+def test_a_partly_rotary_model_is_rotated_in_part() -> None:
+    config = transformers.GPTNeoXConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        rotary_pct=0.25,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    keys = turned(recorded(model, torch.full((1, 20), 7))[0, "k"])
+    plain = KeyRotation(model).remove(0, keys, torch.arange(20)[None])
+    assert (plain - plain[:, :, :1]).norm() < 1e-4 * plain.norm()
