@@ -1,46 +1,29 @@
 """Reading codec specs: `FAMILY`, `FAMILY:ARGUMENTS` or `FAMILY(SPEC,SPEC)`, e.g. `pca:8`, `resid(pca:8,int:2)`."""
 
+import importlib
+import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from leankv.codecs.autoencoder import Autoencoder
 from leankv.codecs.base import Codec
-from leankv.codecs.identity import Identity
-from leankv.codecs.integers import Integers
-from leankv.codecs.mean import Mean
-from leankv.codecs.nonuniform import NonUniform
-from leankv.codecs.orthogonal import Orthogonal
-from leankv.codecs.pca import PCA
-from leankv.codecs.product import ProductQuantizer
-from leankv.codecs.residual import Residual
-from leankv.codecs.rotated import Rotated
-from leankv.codecs.share import Share
-from leankv.codecs.sparse import Sparse
-from leankv.codecs.transform import Transform
 from leankv.errors import UserError
 
-FAMILIES: dict[str, type[Codec]] = {
-    family.family: family
-    for family in (
-        Autoencoder,
-        PCA,
-        Orthogonal,
-        Transform,
-        Integers,
-        NonUniform,
-        Rotated,
-        ProductQuantizer,
-        Sparse,
-        Share,
-        Residual,
-        Mean,
-        Identity,
-    )
-}
+
+def _families() -> Iterator[type[Codec]]:
+    """Every codec that a file beside this one defines."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "spec":
+            for thing in vars(importlib.import_module(f"leankv.codecs.{module.name}")).values():
+                if isinstance(thing, type) and issubclass(thing, Codec) and hasattr(thing, "family"):
+                    yield thing
+
+
+FAMILIES: dict[str, type[Codec]] = {family.family: family for family in sorted(_families(), key=lambda f: f.family)}
 
 
 @dataclass(frozen=True)
