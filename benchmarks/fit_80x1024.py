@@ -16,7 +16,7 @@ from whole_sweep import train_alone
 from leankv.capture import Activations
 from leankv.codecs import fraction_of_variance_unexplained, parse_spec
 from leankv.experiment import PARTS, FitConfig
-from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
 from leankv.progress import Silent
 from leankv.store import write_json
 
@@ -65,12 +65,8 @@ def main() -> None:
             return timed(train)[0] * len(problems) / len(sampled)
 
         def batched() -> float:
-            cpu = torch.device("cpu")
-            return timed(
-                lambda: fit_codecs(
-                    activations, problems, OURS, {}, torch.float32, 0, cpu, 4 << 30, fitted.__setitem__, Silent()
-                )
-            )[0]
+            fitting = Fitting(OURS, torch.float32, 0, 0, torch.device("cpu"), 4 << 30)
+            return timed(lambda: fit_codecs(activations, problems, fitting, {}, fitted.__setitem__, Silent()))[0]
 
         ratio = side_by_side(
             "fitting 160 autoencoders (80 layers of width 1024), to no worse a held-out error in any compared layer",

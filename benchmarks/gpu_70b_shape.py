@@ -19,7 +19,7 @@ from leankv.capture import capture
 from leankv.codecs import Codec, parse_spec
 from leankv.data import Blocks
 from leankv.experiment import PARTS, FitConfig, ProtocolConfig
-from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
 from leankv.model import LoadedModel, find_geometry, numerics
 from leankv.progress import Progress
 from leankv.replay import Replay
@@ -95,12 +95,11 @@ def main() -> None:
         stage("warm-up", bare)
         stage("bare forward", bare)
         path, every = Path(folder) / "activations", list(range(layers))
+        fitting = Fitting(FitConfig(), torch.float32, 0, 0, device, memory_bytes)
         activations = stage("capture", lambda: capture(loaded, blocks, path, every, 1, {}, Progress()))
         stage(
             "fit",
-            lambda: fit_codecs(
-                activations, problems, FitConfig(), {}, torch.float32, 0, device, memory_bytes, keep, Progress()
-            ),
+            lambda: fit_codecs(activations, problems, fitting, {}, keep, Progress()),
         )
         replay = Replay(model, blocks, ProtocolConfig(), memory_bytes, Path(folder))
         stage("base", lambda: replay.measure({}))

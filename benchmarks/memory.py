@@ -17,7 +17,7 @@ from leankv.capture import capture
 from leankv.codecs import parse_spec
 from leankv.data import Blocks
 from leankv.experiment import PARTS, FitConfig
-from leankv.fit import fit_codecs
+from leankv.fit import Fitting, fit_codecs
 from leankv.model import LoadedModel, find_geometry
 from leankv.progress import Progress
 
@@ -50,18 +50,8 @@ def main() -> None:
         path, layers = Path(folder) / "activations", list(range(LAYERS))
         activations = capture(loaded, Blocks(tokens, "calibration", "random"), path, layers, 1, {}, Progress())
         after_capture = peak()
-        fit_codecs(
-            activations,
-            problems,
-            FitConfig(epochs=1),
-            {},
-            torch.float32,
-            0,
-            torch.device("cpu"),
-            round(BUDGET * 1e9),
-            lambda problem, fitted: None,
-            Progress(),
-        )
+        fitting = Fitting(FitConfig(epochs=1), torch.float32, 0, 0, torch.device("cpu"), round(BUDGET * 1e9))
+        fit_codecs(activations, problems, fitting, {}, lambda problem, fitted: None, Progress())
     limit = with_model + BUDGET + ALLOWANCE
     say(
         f"with the model {with_model:.2f} GB, after capturing {after_capture:.2f} GB, after fitting {peak():.2f} GB; "

@@ -18,7 +18,7 @@ from leankv.codecs import Autoencoder, fraction_of_variance_unexplained, parse_s
 from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import FitConfig
-from leankv.fit import FittedCodec, Problem, fit_codecs
+from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
 from leankv.model import LoadedModel, find_geometry
 from leankv.progress import Silent, Stage
 from leankv.store import write_json
@@ -64,6 +64,16 @@ def changed(activations: Activations, folder: Path, change: Any) -> Activations:
     return Activations(folder)
 
 
+def fitting(
+    settings: FitConfig = SETTINGS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 5,
+    sinks: int = 0,
+    memory_bytes: int = MEMORY,
+) -> Fitting:
+    return Fitting(settings, dtype, seed, sinks, torch.device("cpu"), memory_bytes)
+
+
 def fit(
     activations: Activations,
     problems: list[Problem] = PROBLEMS,
@@ -77,14 +87,10 @@ def fit(
     fit_codecs(
         activations,
         {problem: parse_spec(spec) for problem in problems},
-        settings,
+        fitting(settings, dtype, memory_bytes=memory_bytes),
         {},
-        dtype,
-        seed=5,
-        device=torch.device("cpu"),
-        memory_bytes=memory_bytes,
-        on_fitted=fitted.__setitem__,
-        progress=progress or Silent(),
+        fitted.__setitem__,
+        progress or Silent(),
     )
     return fitted
 
@@ -280,9 +286,7 @@ def test_a_budget_that_holds_no_layer_is_refused_with_the_least_that_does(captur
 def test_each_part_may_have_a_codec_of_its_own(captured: Activations) -> None:
     fitted: dict[Problem, FittedCodec] = {}
     problems = {(2, "k"): parse_spec("pca:3"), (2, "v"): parse_spec("ae:2x8"), (0, "k"): parse_spec("mean")}
-    fit_codecs(
-        captured, problems, SETTINGS, {}, torch.float32, 0, torch.device("cpu"), MEMORY, fitted.__setitem__, Silent()
-    )
+    fit_codecs(captured, problems, fitting(), {}, fitted.__setitem__, Silent())
     assert {problem: f.codec.spec for problem, f in fitted.items()} == {
         (2, "k"): "pca:3",
         (2, "v"): "ae:2x8",
@@ -294,17 +298,16 @@ def test_the_seed_decides_the_weights(captured: Activations) -> None:
     problem = {(0, "k"): parse_spec("ae:4x16")}
     codecs: list[Any] = []
     for seed in (1, 1, 2):
-        fit_codecs(
-            captured,
-            problem,
-            SETTINGS,
-            {},
-            torch.float32,
-            seed,
-            torch.device("cpu"),
-            MEMORY,
-            lambda _, fitted: codecs.append(fitted.codec),
-            Silent(),
-        )
+        fit_codecs(captured, problem, fitting(seed=seed), {}, lambda _, own: codecs.append(own.codec), Silent())
     assert torch.equal(codecs[0].encoder_weight, codecs[1].encoder_weight)
     assert not torch.equal(codecs[0].encoder_weight, codecs[2].encoder_weight)
+
+
+@pytest.mark.parametrize("sinks", [3, BLOCK_LENGTH])
+def test_tokens_that_are_kept_exact_are_not_fitted_to(captured: Activations, sinks: int) -> None:
+    """Unless that leaves none."""
+    fitted: dict[Problem, FittedCodec] = {}
+    fit_codecs(captured, {(1, "k"): parse_spec("mean")}, fitting(sinks=sinks), {}, fitted.__setitem__, Silent())
+    x = captured.read(1, "k")[: first_heldout(SETTINGS)].unflatten(0, (-1, BLOCK_LENGTH))
+    expected = x[:, sinks % BLOCK_LENGTH :].flatten(0, 1).mean(dim=0)
+    torch.testing.assert_close(fitted[1, "k"].codec.state_dict()["mean"], expected)
