@@ -4,10 +4,13 @@ A codec in layer i changes nothing that happens before layer i. So the hidden st
 in one pass, and a plan that differs from the recorded one at layer i first is measured by running layers i to L only.
 The layers before it are replaced, for the time of the pass, by stand-ins, the last of which gives what was recorded;
 masks, positions, the final norm and the head remain the model's own.
+
+Where neither memory nor disk hold the states of all layers, those of every k-th are kept.
 """
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 
 from leankv.cache import LeanCache, Plan, attention_windows, earlier_layers
+from leankv.capture import DISK_SHARE
 from leankv.data import Blocks
 from leankv.experiment import ProtocolConfig
 from leankv.perplexity import BlockNats, measure_nats
@@ -62,6 +66,7 @@ class Replay:
         self.folder = folder
         self.layers = find_decoder_layers(model)
         self.windows = attention_windows(model.config) or []
+        self.every = self._recorded_every()
         self._recordings: list[_Recording] = []
         self._waiting: list[torch.Tensor] = []  # numbers of the blocks to come, a batch each
         self._batch: list[int] = []  # those of the batch under way
@@ -98,6 +103,7 @@ class Replay:
         new = _Recording(plan) if only is None and (may_grow or not plan) else None
         if best is not None:
             first = min(self._first_change(best.plan, plan), len(self.layers) - 1)  # the head is always run
+            first -= first % self.every
             if new is not None:
                 new.states = {key: states for key, states in best.states.items() if key[0] <= first}
         numbers = torch.arange(len(self.blocks)) if only is None else torch.tensor(only)
@@ -113,6 +119,16 @@ class Replay:
         if new is not None and (best is None or best.plan != plan):
             self._recordings.append(new)
         return nats
+
+    def _recorded_every(self) -> int:
+        """1 where memory and disk hold the states entering every layer; else the step between layers that are recorded.
+
+        A pass then begins at the last recorded layer before the one that it needs.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        state = self.blocks.tokens.numel() * config.hidden_size * self.model.dtype.itemsize
+        room = self.memory_bytes + DISK_SHARE * shutil.disk_usage(self.folder).free
+        return max(1, math.ceil(len(self.layers or []) * state / room))
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, into: _Recording) -> torch.Tensor:
         """An empty tensor: in memory while all that is recorded fits the limit, else in a mapped file."""
@@ -166,6 +182,7 @@ class Replay:
             hooks = [
                 self.layers[layer].register_forward_pre_hook(recorder(into, layer), with_kwargs=True)
                 for layer in range(first + 1, len(self.layers))
+                if layer % self.every == 0
             ]
         try:
             yield

@@ -1,5 +1,6 @@
 """Suffix replay gives the numbers of a full pass, bit for bit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 
 from leankv.cache import LeanCache, Plan
+from leankv.capture import DISK_SHARE
 from leankv.data import Blocks
-from leankv.experiment import ProtocolConfig
+from leankv.experiment import ModelConfig, ProtocolConfig
+from leankv.model import load_model
 from leankv.perplexity import measure_nats
 from leankv.replay import Replay
 from tests import tiny
@@ -94,3 +97,30 @@ def test_some_blocks_in_any_order_match_a_full_pass(protocol: ProtocolConfig, tm
     whole = full_pass(model, plan, replace(protocol, batch_size=1))
     assert replay.measure(plan, only=[2, 0]).nats == (whole[2], whole[0])
     assert replay.measure(plan).nats == whole
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_where_the_disk_is_too_small_some_layers_are_kept(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    config = model.config.get_text_config(decoder=True)
+    of_all = len(model_layers := list(range(4))) * BLOCKS.tokens.numel() * config.hidden_size * 4
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(of_all / (every - 0.5) / DISK_SHARE))
+    monkeypatch.setattr("leankv.replay.shutil.disk_usage", lambda folder: usage)
+    replay = Replay(model, BLOCKS, PROTOCOLS[1], 0, tmp_path)
+    assert replay.every == every
+    codecs = lossy_plan(model, tuple(model_layers))
+    for chosen in [(3,), (2,), (1,), (1, 3), (1, 2, 3)]:
+        plan = {layer: codecs[layer] for layer in chosen}
+        assert replay.measure(plan, may_grow=bool(chosen[1:])).nats == full_pass(model, plan, PROTOCOLS[1]), chosen
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
+def test_a_quantized_model_replays_bit_for_bit(protocol: ProtocolConfig, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "wide", tiny.build("llama", hidden_size=64))  # NF4 on the CPU wants multiples of 64
+    model = load_model(ModelConfig(str(folder), device="cpu", dtype="bfloat16", load_in_4bit=True)).model
+    replay = Replay(model, BLOCKS, protocol, MEMORY, tmp_path)
+    codecs = lossy_plan(model, (0, 2, 3))
+    for chosen in [(3,), (0,), (2,), (2, 3)]:
+        plan = {layer: codecs[layer] for layer in chosen}
+        assert replay.measure(plan, may_grow=bool(chosen[1:])).nats == full_pass(model, plan, protocol), chosen
