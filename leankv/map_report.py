@@ -21,9 +21,9 @@ NOTES = """\
   spectrum allows at the same bits (reverse water-filling, Cover and Thomas, 10.3.3). 6.02 dB are one bit for every
   component in use; rounding with perfect entropy coding stays 1.53 dB away at high rates. The spectrum is that of the
   held-out vectors, a sample's, which puts the bound too low by about 2.2 dB times width over vectors.
-- A distance may be negative: keys and values are not Gaussian, the bound takes each vector alone, and codecs that
-  predict from other layers (`share`) know more than the vector. Such a codec without bits of its own is compared with
-  storing nothing, which says little."""
+- A distance may be negative: keys and values are not Gaussian (values of layer 0, and its keys before rotation, are a
+  function of the token alone), the bound takes each vector alone, and codecs that predict from other layers (`share`)
+  know more than it. Such a codec without bits of its own is compared with storing nothing, which says little."""
 WEIGHTED = """\
 - The codecs were fitted with weighting `{weighting}`. They lessen another error than the plain squared one that FVU and
   the distance from the bound tell of, so they are further from this bound than they would be from their own."""
@@ -73,8 +73,10 @@ def map_markdown(table: pd.DataFrame) -> str:
 
 
 def map_summary(table: pd.DataFrame) -> Table:
-    """The codecs' summary, for a terminal."""
-    return plain_table(map_title(table), *codec_rows(table))
+    """The codecs' summary at live bits, which a terminal has room for."""
+    header, rows = codec_rows(table)
+    kept = [index for index, name in enumerate(header) if not name.startswith("stored")]
+    return plain_table(map_title(table), [header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def codec_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
