@@ -55,10 +55,10 @@ def draw_heat(table: pd.DataFrame, path: Path) -> None:
     measured = table[table["measured"] == "perplexity"]
     scales = [
         ("cost_percent", measured, "YlOrBr", ""),
-        ("fvu_percent", table.drop(measured.index), "Greens", "; cost not measured"),
+        ("fvu_percent", table.drop(measured.index), "Greens", "\n(cost not measured)"),
     ]
     wide = max(3.0, 0.46 * len(codecs))
-    size = (2 * wide + 2.2, max(3.4, 0.21 * len(layers) + 2.1))
+    size = (2 * wide + 2.2, max(4.8, 0.21 * len(layers) + 2.1))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
     for values, rows, colours, remark in scales:
@@ -73,7 +73,9 @@ def draw_heat(table: pd.DataFrame, path: Path) -> None:
             image = axes.imshow(grid.clip(lower=low).to_numpy(float), norm=norm, cmap=colours, aspect="auto")
             if len(codecs) <= NUMBERED_COLUMNS:
                 _write_numbers(axes, grid.to_numpy(float), norm)
-        figure.colorbar(image, ax=both, label=label + remark, fraction=0.03, pad=0.015, extend="both", format="%g")
+        bar = figure.colorbar(image, ax=both, fraction=0.03, pad=0.015, extend="both", format="%g")
+        bar.set_label(label + remark, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     rates = table.groupby("codec")["rate"].mean()
     unmeasured = set(layers) - set(measured["layer"])
     for axes, part in zip(both, PARTS, strict=True):
@@ -127,7 +129,9 @@ def draw_curves(table: pd.DataFrame, values: str, path: Path) -> None:
     layers = sorted(table["layer"].unique())
     columns = min(PANEL_COLUMNS, len(layers))
     lines = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(1.75 * columns + 1.2, 1.5 * lines + 1.1), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(max(6.4, 1.75 * columns + 1.2), max(3.4, 1.5 * lines + 1.1)), dpi=150, layout="constrained"
+    )
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for number, axes in enumerate(panels.flat):
         if number >= len(layers):
@@ -159,8 +163,8 @@ def draw_curves(table: pd.DataFrame, values: str, path: Path) -> None:
         Line2D([], [], color="grey", linestyle="", marker="o", markersize=4, alpha=0.5, label="other codecs")
     )
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.supxlabel("live bits a value", fontsize=9)
-    figure.supylabel(f"{label} (beyond {low:g} to {high:g}: at the edge)", fontsize=9)
+    figure.supxlabel(f"live bits a value (marks at the edge: beyond {low:g} to {high:g} %)", fontsize=9)
+    figure.supylabel(label, fontsize=9)
     figure.savefig(path, format="png")
 
 
