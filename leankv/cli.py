@@ -13,7 +13,8 @@ from rich.console import Console
 
 from leankv import __version__
 from leankv.errors import UserError
-from leankv.options import FITTING, PROTOCOL, WORKERS, Asked, settings
+from leankv.experiment import MAP_SPECS
+from leankv.options import FITTING, MEASURE, PROTOCOL, WORKERS, Asked, settings
 from leankv.progress import Progress
 
 EXIT_USER_ERROR = 2
@@ -229,6 +230,48 @@ def sweep_command(
         OUT.print(f"shard {shard} is done; other shards have yet to do layers {missing}", highlight=False)
     else:
         OUT.print(f"written to {swept.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
+
+
+@command("map", "layers", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+def map_command(
+    asked: Asked,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Codecs, each for K and for V; with parentheses in quotes: 'resid(pca:8,int:2)'. "
+            f"Unless given: {' '.join(MAP_SPECS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="Layers whose cost in perplexity is measured: all, none or 0,4,40-63. Of the rest the error is told.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "all",
+    blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of selection text to measure on.", rich_help_panel=MEASURE, show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What each layer's keys or values alone cost under several codecs, and how far each is from the bound."""
+    from leankv.experiment import load_experiment
+    from leankv.map_report import map_summary
+    from leankv.rate_map import check_measure, check_specs, map_rates
+    from leankv.run import Run
+
+    wanted = check_specs(specs or MAP_SPECS)
+    check_measure(measure)
+    extra = {} if blocks is None else {"data.selection_blocks": blocks}
+    run = Run(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    table = map_rates(run, wanted, measure)
+    if json_:
+        _print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        return
+    OUT.print(map_summary(table))
+    OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
 
 
 @command("select", "layers", "budget")

@@ -22,6 +22,8 @@ PROTOCOLS = ("strict", "stream", "decode")
 KEY_SPACES = ("post-rope", "pre-rope", "auto")
 WEIGHTINGS = ("none", "gradient", "attention")
 SPLITS = ("calibration", "selection", "report")
+MAP_SPECS = ("transform:0.5", "transform:1", "transform:2", "int:2", "int:4", "pca:8", "ae:4", "rot:2")
+"""What `leankv map` goes through unless it is told."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,13 @@ class Budget:
         return f"{self.amount:g}%" if self.percent else f"{self.amount:g}"
 
 
-def parse_layers(text: str, n_layers: int | None = None) -> tuple[int, ...]:
+def parse_layers(text: str, n_layers: int | None = None, option: str = "--layers") -> tuple[int, ...]:
     """Read `all`, or numbers and ranges such as `0,4,40-63`, into sorted layer numbers.
+
+    Args:
+        text: what was given.
+        n_layers: of the model; without it only the form is checked.
+        option: where it was given, for the sentence.
 
     Raises:
         UserError: it does not parse, a range runs backwards, or (where `n_layers` is given) a layer does not exist.
@@ -246,12 +253,12 @@ def parse_layers(text: str, n_layers: int | None = None) -> tuple[int, ...]:
     for piece in text.split(","):
         first, dash, last = (end.strip() for end in piece.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"--layers {text!r} is not a list of layers; write all, 12, 40-63 or 0,4,40-63")
+            raise UserError(f"{option} {text!r} is not a list of layers; write all, 12, 40-63 or 0,4,40-63")
         if dash and int(last) < int(first):
-            raise UserError(f"--layers {text!r} runs backwards at {piece.strip()!r}; write {last}-{first}")
+            raise UserError(f"{option} {text!r} runs backwards at {piece.strip()!r}; write {last}-{first}")
         layers.update(range(int(first), int(last or first) + 1))
     if n_layers is not None and max(layers) >= n_layers:
-        raise UserError(f"--layers {text!r} goes past the model's last layer, which is {n_layers - 1}")
+        raise UserError(f"{option} {text!r} goes past the model's last layer, which is {n_layers - 1}")
     return tuple(sorted(layers))
 
 

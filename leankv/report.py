@@ -85,7 +85,7 @@ def sweep_title(sweep: pd.DataFrame) -> str:
 
 def sweep_table(sweep: pd.DataFrame) -> Table:
     """The sweep by layer, for a terminal."""
-    return _table(sweep_title(sweep), *sweep_rows(sweep))
+    return plain_table(sweep_title(sweep), *sweep_rows(sweep))
 
 
 def sweep_markdown(sweep: pd.DataFrame) -> str:
@@ -144,7 +144,7 @@ def selection_title(selection: dict[str, Any]) -> str:
 
 def selection_table(selection: dict[str, Any]) -> Table:
     """The selection's steps, for a terminal."""
-    return _table(selection_title(selection), *selection_rows(selection))
+    return plain_table(selection_title(selection), *selection_rows(selection))
 
 
 def selection_markdown(selection: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -241,7 +241,7 @@ def protocol_text(summary: dict[str, Any]) -> str:
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in header:
         table.add_column(name, justify="right")

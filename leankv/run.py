@@ -7,7 +7,8 @@ known. So any command may be stopped and called again.
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +90,8 @@ class Run:
             UserError: a spec is not understood, or does not suit the model.
         """
         other = copy.copy(self)
+        # Made now, so that what one of the two records serves both.
+        other._selection_replay = self._selection_replay
         other.experiment = replace(self.experiment, codec=replace(self.experiment.codec, k=k, v=v))
         other.specs = _specs_of(other.experiment)
         other._stored = {}
@@ -153,17 +156,21 @@ class Run:
 
     def fitted(self, layers: Iterable[int]) -> dict[Problem, StoredCodec]:
         """The codecs of these layers, fitted now where they are not yet."""
-        layers = sorted(layers)
+        wanted = layers = sorted(layers)
         if self.looks_back and layers:
             layers = list(range(max(layers) + 1))  # codecs of the layers before are what theirs are fitted beside
         problems = {(layer, part): spec for layer in layers for part, spec in self.specs.items()}
         if any(not self._load_codec(problem) for problem in problems):
-            with locked(self.cells.folder, _fit_lock(self.shard.file_name)):
+            with self.fit_lock():
                 # Another worker with the same shard may have fitted some while this one waited.
                 missing = {problem: spec for problem, spec in problems.items() if not self._load_codec(problem)}
                 if missing:
                     self._fit(missing)
-        return {problem: self._stored[problem] for problem in problems}
+        return {(layer, part): self._stored[layer, part] for layer in wanted for part in self.specs}
+
+    def fit_lock(self) -> AbstractContextManager[bool]:
+        """Held while this worker's layers are captured, and while the capture is read; not reentrant."""
+        return locked(self.cells.folder, _fit_lock(self.shard.file_name))
 
     @cached_property
     def _codecs_depend_on(self) -> dict[str, Any]:
@@ -215,7 +222,18 @@ class Run:
                 save_codec(self.codec_path(problem), fitted.codec, about)
                 self._load_codec(problem)
 
-        fitting = Fitting(
+        layers = sorted({layer for layer, _ in problems})
+        if self.looks_back:
+            self._fit_chain(max(layers), self.fitting, store)
+            return
+        for group, activations in self.captures(layers):
+            wanted = {problem: spec for problem, spec in problems.items() if problem[0] in group}
+            fit_codecs(activations, wanted, self.fitting, self._metrics(group), store, self.progress)
+
+    @property
+    def fitting(self) -> Fitting:
+        """How this run fits its codecs."""
+        return Fitting(
             self.experiment.fit,
             getattr(torch, self.experiment.codec.dtype),
             self.experiment.seed,
@@ -223,17 +241,6 @@ class Run:
             self.loaded.model.device,
             round(self.experiment.memory_budget * 1e9),
         )
-        layers = sorted({layer for layer, _ in problems})
-        if self.looks_back:
-            self._fit_chain(max(layers), fitting, store)
-            return
-        groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
-        for group in groups:
-            activations = self.captured(group)
-            wanted = {problem: spec for problem, spec in problems.items() if problem[0] in group}
-            fit_codecs(activations, wanted, fitting, self._metrics(group), store, self.progress)
-            if len(groups) > 1:  # else it stays for other codecs, until the command's end
-                activations.delete()
 
     @property
     def looks_back(self) -> int:
@@ -260,6 +267,15 @@ class Run:
             )
         return self._weighed[tuple(layers)]
 
+    def captures(self, layers: Sequence[int]) -> Iterator[tuple[list[int], Activations]]:
+        """The calibration activations of these layers, in groups where the disk does not hold those of all at once."""
+        groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
+        for group in groups:
+            activations = self.captured(group)
+            yield group, activations
+            if len(groups) > 1:  # else it stays for other codecs, until the command's end
+                activations.delete()
+
     def captured(self, layers: list[int]) -> Activations:
         """The calibration activations of these layers; a stopped run's are used if they cover them."""
         blocks = self.blocks("calibration")
@@ -285,6 +301,7 @@ class Run:
         title: str = "",
         only: Sequence[int] | None = None,
         may_grow: bool = False,
+        parts: Sequence[str] = PARTS,
     ) -> BlockNats:
         """Nats of a split's blocks with these layers compressed; with none, of the base model.
 
@@ -294,6 +311,7 @@ class Run:
             title: shows a progress bar of that name when something has to be measured.
             only: numbers of the blocks to measure, in this order; all of them unless given.
             may_grow: sets that add to this one will be measured too; see `leankv.replay`.
+            parts: of these layers, what holds codes; the other part is left as it is.
         """
         layers = sorted(layers)
         self.fitted(layers)
@@ -301,7 +319,7 @@ class Run:
         protocol = self.experiment.protocol
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
-            plan = self.plan(layers)
+            plan = self.plan(layers, parts)
             if split == "selection":
                 return self._selection_replay.measure(plan, on_block, only, may_grow)
             model = self.loaded.model
@@ -314,14 +332,14 @@ class Run:
             with self.progress.stage(title, len(blocks)) as step:
                 return asdict(measured(step))
 
-        result = self.cells.get_or_compute(f"nats-{split}", self._nats_depend_on(blocks, layers), compute)
+        result = self.cells.get_or_compute(f"nats-{split}", self._nats_depend_on(blocks, layers, parts), compute)
         return nats_of(result)
 
     def nats_path(self, split: str, layers: Iterable[int]) -> Path:
         """The cell of `measure(split, layers)`, whether it is there or not."""
         return self.cells.path(f"nats-{split}", self._nats_depend_on(self.blocks(split), sorted(layers)))
 
-    def _nats_depend_on(self, blocks: Blocks, layers: list[int]) -> dict[str, Any]:
+    def _nats_depend_on(self, blocks: Blocks, layers: list[int], parts: Sequence[str] = PARTS) -> dict[str, Any]:
         protocol = self.experiment.protocol
         asked = asdict(protocol)
         if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
@@ -330,14 +348,20 @@ class Run:
             "model": self.model_key,
             "blocks": blocks.hash,
             "protocol": asked,
-            "codecs": {f"{layer}.{part}": self._codec_key((layer, part)) for layer in layers for part in self.specs},
+            "codecs": {
+                f"{layer}.{part}": self._codec_key((layer, part))
+                for layer in layers
+                for part in self.specs
+                if part in parts
+            },
         }
 
-    def plan(self, layers: Iterable[int]) -> dict[int, dict[str, Codec]]:
-        """layer -> part -> codec for these layers, as `LeanCache` takes it."""
+    def plan(self, layers: Iterable[int], parts: Sequence[str] = PARTS) -> dict[int, dict[str, Codec]]:
+        """layer -> part -> codec for these layers and parts, as `LeanCache` takes it."""
         plan: dict[int, dict[str, Codec]] = {}
         for (layer, part), stored in self.fitted(layers).items():
-            plan.setdefault(layer, {})[part] = stored.codec
+            if part in parts:
+                plan.setdefault(layer, {})[part] = stored.codec
         return plan
 
 

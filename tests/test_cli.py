@@ -18,7 +18,7 @@ from leankv import __version__
 from leankv.cli import app
 from tests import tiny
 
-COMMANDS = ["run", "capture", "train-layer", "sweep", "select", "eval-ppl", "generate", "info"]
+COMMANDS = ["run", "capture", "train-layer", "sweep", "map", "select", "eval-ppl", "generate", "info"]
 LEANKV = str(Path(sys.executable).with_name("leankv"))
 BLOCKS = 3  # of every split
 

@@ -1,0 +1,50 @@
+"""`map.csv`: the table that `leankv map` leaves behind."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from leankv.errors import UserError
+
+COLUMNS = (
+    "layer",
+    "part",
+    "codec",
+    "key_space",
+    "weighting",
+    "protocol",
+    "width",
+    "bits_per_token",
+    "stored_bits_per_token",
+    "fvu",
+    "error_db_over_bound",
+    "stored_error_db_over_bound",
+    "measured",
+    "delta_ppl",
+    "delta_ppl_low",
+    "delta_ppl_high",
+    "base_ppl",
+    "tokens",
+)
+"""One row a layer, part and codec. Bits of one token's vector of `width` numbers; `fvu` and the decibels from the
+Gaussian bound (at live and at stored bits) on held-out calibration text. `measured` says what is known of the cost:
+`perplexity`, with that layer and part alone compressed (points), or `error`, and then the perplexity columns are empty.
+"""
+
+
+def read_map(folder: Path) -> pd.DataFrame:
+    """The finished map in a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / "map.csv"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished map; run: leankv map --output-dir {folder}")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def by_bits(table: pd.DataFrame) -> list[str]:
+    """The codecs in order of their mean live bits a value."""
+    bits = (table["bits_per_token"] / table["width"]).groupby(table["codec"]).mean()
+    return [str(codec) for codec in bits.sort_values(kind="stable").index]

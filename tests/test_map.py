@@ -1,0 +1,287 @@
+"""`leankv map`: costs against full passes, distances from the bound, what is written, and going on where it was."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from leankv.cache import LeanCache
+from leankv.cli import app
+from leankv.codecs import parse_spec
+from leankv.errors import UserError
+from leankv.experiment import MAP_SPECS, load_experiment
+from leankv.map_report import best_rows, codec_rows, map_markdown
+from leankv.map_table import COLUMNS, by_bits, read_map
+from leankv.perplexity import measure_nats
+from leankv.progress import Silent
+from leankv.rate_map import check_measure, check_specs, map_rates
+from leankv.run import Run
+from leankv.spectra import spectra, variances_of
+
+SPECS = ["transform:1", "int:2"]
+PNG = b"\x89PNG"
+
+
+def make_run(settings: dict[str, Any], folder: Path, **changes: Any) -> Run:
+    return Run(load_experiment(None, {**settings, "output_dir": str(folder), **changes}), Silent())
+
+
+@pytest.fixture(scope="module")
+def map_settings(llama_folder: Path, text_file: Path) -> dict[str, Any]:
+    """More held-out vectors than numbers in one, so that spectra mean something."""
+    return {
+        "model.name": str(llama_folder),
+        "model.device": "cpu",
+        "data.dataset": str(text_file),
+        "data.block_length": 64,
+        "data.calibration_blocks": 12,
+        "data.selection_blocks": 2,
+        "fit.heldout_fraction": 0.25,
+        "fit.epochs": 1,
+        "protocol.sinks": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(map_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose map is done: two codecs, every layer measured."""
+    run = make_run(map_settings, tmp_path_factory.mktemp("map"))
+    map_rates(run, SPECS, "all")
+    return run
+
+
+@pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the report and its figures out, which take longest."""
+    monkeypatch.setattr("leankv.rate_map.write_map_report", lambda folder: None)
+
+
+def row_of(table: pd.DataFrame, layer: int, part: str, codec: str) -> Any:
+    (row,) = table[(table["layer"] == layer) & (table["part"] == part) & (table["codec"] == codec)].itertuples()
+    return row
+
+
+def full_pass(run: Run, plan: Any) -> float:
+    """The slow twin: perplexity of one pass through all layers."""
+    model, protocol = run.loaded.model, run.experiment.protocol
+    blocks = run.blocks("selection")
+    return measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, protocol.sinks, 0)).perplexity
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_layer_part_and_codec(finished: Run) -> None:
+    table = read_map(finished.folder)
+    assert list(table.columns) == list(COLUMNS)
+    rows = list(table[["layer", "part", "codec"]].itertuples(index=False, name=None))
+    assert rows == [(layer, part, codec) for layer in range(4) for part in "kv" for codec in SPECS]
+    assert set(table["measured"]) == {"perplexity"}
+    assert set(table["width"]) == {32}
+    assert set(table["tokens"]) == {2 * 63}
+    assert (table["delta_ppl_low"] <= table["delta_ppl"]).all()
+    assert (table["stored_bits_per_token"] <= table["bits_per_token"]).all()
+
+
+@pytest.mark.parametrize(("layer", "part"), [(0, "v"), (2, "k"), (3, "v")])
+@pytest.mark.parametrize("spec", SPECS)
+def test_costs_are_those_of_a_full_pass(finished: Run, layer: int, part: str, spec: str) -> None:
+    codec = finished.with_codecs(spec, spec).fitted([layer])[layer, part].codec
+    row = row_of(read_map(finished.folder), layer, part, spec)
+    base = full_pass(finished, {})
+    assert row.base_ppl == pytest.approx(base, rel=1e-9)
+    assert row.delta_ppl == pytest.approx(full_pass(finished, {layer: {part: codec}}) - base, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_parts_of_codecs_that_look_back_are_measured_alone(map_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Their layer alone holds codes, although all layers before it were fitted."""
+    spec = "resid(share:-1,int:2)"
+    run = make_run(map_settings, tmp_path, **{"layers": "2"})
+    table = map_rates(run, [spec], "all")
+    base = full_pass(run, {})
+    for part in ("k", "v"):
+        codec = run.with_codecs(spec, spec).fitted([2])[2, part].codec
+        cost = full_pass(run, {2: {part: codec}}) - base
+        assert row_of(table, 2, part, spec).delta_ppl == pytest.approx(cost, rel=1e-6, abs=1e-9)
+    assert list(table["layer"]) == [2, 2]
+
+
+def test_distances_are_those_of_the_errors_of_the_codecs(finished: Run) -> None:
+    """From the vectors themselves, by bisection; no codec that sees its vector only comes below the bound here."""
+    run = finished.with_codecs("transform:1", "transform:1")
+    activations = run.captured(list(run.layers))
+    row = row_of(read_map(run.folder), 1, "v", "transform:1")
+    x = activations.read(1, "v").reshape(12, 64, -1)[9:, 2:].flatten(0, 1)  # three blocks held out, without sinks
+    activations.delete()
+    codec = run.fitted([1])[1, "v"].codec
+    error = (x - codec.decode(codec.encode(x))).square().sum(dim=1).mean().item()
+    variances = torch.linalg.eigvalsh(torch.cov(x.double().T, correction=0)).tolist()
+    low, high = -60.0, math.log2(max(variances))
+    for _ in range(100):
+        level = (low + high) / 2
+        bits = sum(max(0.0, math.log2(variance) - level) / 2 for variance in variances)
+        low, high = (level, high) if bits > codec.bits_per_token else (low, level)
+    least = sum(min(2**low, variance) for variance in variances)
+    assert row.error_db_over_bound == pytest.approx(10 * math.log10(error / least), abs=1e-3)
+
+
+def test_transform_is_above_the_bound_and_nearer_when_stored(finished: Run) -> None:
+    """But for layer 0, whose values are a function of the token alone: as far from Gaussian as can be."""
+    table = read_map(finished.folder)
+    transform = table[(table["codec"] == "transform:1") & (table["layer"] > 0)]
+    assert (transform["error_db_over_bound"] > 0).all()
+    assert (transform["stored_error_db_over_bound"] > 0).all()
+    assert (transform["stored_error_db_over_bound"] < transform["error_db_over_bound"]).all()
+
+
+@pytest.mark.usefixtures("unreported")
+def test_identity_costs_nothing_and_has_no_distance(map_settings: dict[str, Any], tmp_path: Path) -> None:
+    table = map_rates(make_run(map_settings, tmp_path, **{"layers": "1"}), ["identity"], "all")
+    assert list(table["delta_ppl"]) == [0.0, 0.0]
+    assert list(table["fvu"]) == [0.0, 0.0]
+    assert table["error_db_over_bound"].isna().all()
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_measured_leaves_perplexity_empty(
+    finished: Run, map_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "measure", None)
+    run = make_run(map_settings, tmp_path)
+    stale = run.folder / "figures/map_curves.png"
+    stale.parent.mkdir()
+    stale.touch()
+    map_rates(run, SPECS, "none")
+    table = read_map(run.folder)
+    assert set(table["measured"]) == {"error"}
+    assert table[["delta_ppl", "delta_ppl_low", "delta_ppl_high", "base_ppl", "tokens"]].isna().all(axis=None)
+    whole = read_map(finished.folder)
+    pd.testing.assert_frame_equal(table[["fvu", "error_db_over_bound"]], whole[["fvu", "error_db_over_bound"]])
+    assert not stale.exists()
+    assert (run.folder / "figures/map_error_curves.png").read_bytes().startswith(PNG)
+
+
+def test_some_layers_measured(finished: Run, map_settings: dict[str, Any], tmp_path: Path) -> None:
+    run = make_run(map_settings, tmp_path, **{"layers": "1-3"})
+    table = map_rates(run, ["int:2"], "0-1")
+    assert list(table["measured"]) == ["perplexity"] * 2 + ["error"] * 4
+    assert row_of(table, 1, "k", "int:2").delta_ppl == row_of(read_map(finished.folder), 1, "k", "int:2").delta_ppl
+    text = (run.folder / "map.md").read_text()
+    assert "of 2 layers reconstruction errors only" in text
+    assert "| 2 | K | - | - | - | int:2 (FVU" in text
+    for name in ("map_heat", "map_curves", "map_error_curves", "map_bound"):
+        assert (run.folder / f"figures/{name}.png").read_bytes().startswith(PNG)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_resumed_map_computes_nothing_and_says_the_same(
+    finished: Run, map_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished.folder / "map.csv").read_bytes()
+    files = {
+        path: path.stat().st_mtime_ns for kind in ("cells", "codecs") for path in (finished.folder / kind).iterdir()
+    }
+    (finished.folder / "map.csv").unlink()
+    monkeypatch.setattr(Run, "captured", None)
+    map_rates(make_run(map_settings, finished.folder), SPECS, "all")
+    assert (finished.folder / "map.csv").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert not list(finished.folder.glob("activations-*"))
+
+
+@pytest.mark.usefixtures("unreported")
+def test_an_interrupted_map_goes_on(
+    finished: Run, map_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, left = Run.measure, [7]
+
+    def stop_after_some(self: Run, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return measure(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "measure", stop_after_some)
+    with pytest.raises(KeyboardInterrupt):
+        map_rates(make_run(map_settings, tmp_path), SPECS, "all")
+    map_rates(make_run(map_settings, tmp_path), SPECS, "all")
+    assert (tmp_path / "map.csv").read_bytes() == (finished.folder / "map.csv").read_bytes()
+
+
+# -- spectra, words, refusals ------------------------------------------------------------------------------------------
+
+
+def test_a_spectrum_sums_to_the_variance_and_falls() -> None:
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17) + 5
+    variances = variances_of(x)
+    assert sum(variances) == pytest.approx(x.double().var(dim=0, correction=0).sum().item(), rel=1e-5)
+    assert variances == sorted(variances, reverse=True)
+
+
+def test_spectra_are_kept(finished: Run) -> None:
+    kept = spectra(finished, [0, 2])
+    assert list(kept) == [(0, "k"), (0, "v"), (2, "k"), (2, "v")]
+    assert not list(finished.folder.glob("activations-*")), "no new capture"
+
+
+def test_the_report_names_the_cheapest_within_the_bits(finished: Run) -> None:
+    table = read_map(finished.folder).assign(delta_ppl=0.5)
+    table.loc[table["codec"] == "int:2", "delta_ppl"] = 0.25
+    assert by_bits(table)[0] == "transform:1"
+    header, rows = best_rows(table)
+    bits = table[(table["layer"] == 0) & (table["part"] == "k")].set_index("codec")["bits_per_token"] / 32
+    rates = [float(name.split()[0]) for name in header[2:]]
+    expected = [
+        "int:2 (+0.250)" if r >= bits["int:2"] else "transform:1 (+0.500)" if r >= bits["transform:1"] else "-"
+        for r in rates
+    ]
+    assert rows[0] == ["0", "K", *expected]
+    assert [row[0] for row in codec_rows(table)[1]] == by_bits(table)
+
+
+def test_the_report_says_what_weighting_does_to_distances(finished: Run) -> None:
+    table = read_map(finished.folder)
+    assert "another error" not in map_markdown(table)
+    assert "weighting `gradient`" in map_markdown(table.assign(weighting="gradient"))
+
+
+def test_specs() -> None:
+    assert check_specs(["ae:4", "int:2", "ae:4x128"]) == ["ae:4", "int:2"], "ae:4x128 is ae:4"
+    assert check_specs(MAP_SPECS) == list(MAP_SPECS)
+    assert all(parse_spec(text) for text in MAP_SPECS)
+    with pytest.raises(UserError, match="leave it out"):
+        check_specs(["int:2", "none"])
+    with pytest.raises(UserError, match="nonsense"):
+        check_specs(["nonsense"])
+
+
+def test_which_layers_to_measure() -> None:
+    for text in ("all", "none", "0,2-3"):
+        check_measure(text)
+    with pytest.raises(UserError, match="--measure 'some'"):
+        check_measure("some")
+
+
+def test_the_command(map_settings: dict[str, Any], tmp_path: Path) -> None:
+    wanted = {key: value for key, value in map_settings.items() if key != "data.selection_blocks"}
+    sets = [piece for key, value in wanted.items() for piece in ("--set", f"{key}={value}")]
+    given = ["map", "pca:4", "mean", "--layers", "1", "--blocks", "1", "-o", str(tmp_path / "run"), *sets]
+    result = CliRunner().invoke(app, [*given, "--json"])
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(row["part"], row["codec"]) for row in rows] == [(p, c) for p in "kv" for c in ("pca:4", "mean")]
+    assert all(row["tokens"] == 63 and row["delta_ppl_low"] is None for row in rows)
+    shown = CliRunner().invoke(app, given)
+    assert "pca:4" in shown.stdout
+    assert "map.csv" in shown.stdout
