@@ -382,11 +382,13 @@ def nats_of(result: Mapping[str, Any]) -> BlockNats:
     return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])
 
 
-def remove_captures(folder: Path) -> None:
-    """Remove the captures of workers that were stopped; of one that is at work nothing is touched."""
+def remove_captures(folder: Path, only: Shard | None = None) -> None:
+    """Remove the captures in a run's folder, or only those of one shard; of a worker that is at work none."""
     for path in folder.glob("activations-*"):
-        _, _, shard = path.name.removeprefix("activations-").partition("-")
-        with locked(folder / "cells", _fit_lock(shard or Shard().file_name), wait=False) as mine:
+        name = path.name.removeprefix("activations-").partition("-")[2] or Shard().file_name
+        if only is not None and name != only.file_name:
+            continue
+        with locked(folder / "cells", _fit_lock(name), wait=False) as mine:
             if mine:
                 (path / "manifest.json").unlink(missing_ok=True)  # what is left of a stopped removal is no capture
                 shutil.rmtree(path, ignore_errors=True)

@@ -12,7 +12,7 @@ from leankv.errors import UserError
 from leankv.gathering import finished_row, layer_words, row_of, write_sweep
 from leankv.perplexity import Comparison, compare, comparison_of
 from leankv.prediction import predict_costs
-from leankv.run import Run
+from leankv.run import Run, remove_captures
 from leankv.screening import screen
 from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
@@ -49,6 +49,7 @@ def sweep(run: Run) -> pd.DataFrame:
     rows = [layer_row(run, layer, *costs[layer], predicted.get(layer)) for layer in layers]
     if run.shard.count > 1:
         if index.missing(run.experiment):
+            remove_captures(run.folder, run.shard)
             return pd.DataFrame(rows, columns=list(COLUMNS))
         rows = [finished_row(index, run.experiment, layer) for layer in run.layers]
     return write_sweep(run.folder, rows)

@@ -372,12 +372,20 @@ def test_train_layer_of_a_layer_that_is_not_there(experiment: Path, tmp_path: Pa
     assert str(layer) in refuse("train-layer", "--config", experiment, "-o", tmp_path, "--", layer)
 
 
-@pytest.mark.parametrize("codec", ["ae", "ae:", "ae:0", "ae:4x", "pca:x", "nonsense:3", "mean:2", ""])
-def test_a_codec_that_does_not_parse_is_answered_with_the_grammar(experiment: Path, tmp_path: Path, codec: str) -> None:
+@pytest.mark.parametrize("codec", ["nonsense:3", ""])
+def test_an_unknown_codec_is_answered_with_all_grammars(experiment: Path, tmp_path: Path, codec: str) -> None:
     sentence = refuse("sweep", "--config", experiment, "-o", tmp_path, "--codec", codec)
     assert repr(codec) in sentence
-    for grammar in ("ae:D", "pca:D", "mean", "identity"):
+    for grammar in ("ae:D", "pca:D", "mean", "identity", "resid(A,B)"):
         assert grammar in sentence
+
+
+@pytest.mark.parametrize("codec", ["ae", "ae:", "ae:0", "ae:4x", "pca:x", "mean:2", "resid(pca:2)", "share:0"])
+def test_a_codec_that_does_not_parse_is_answered_with_its_grammar(experiment: Path, tmp_path: Path, codec: str) -> None:
+    sentence = refuse("sweep", "--config", experiment, "-o", tmp_path, "--codec", codec)
+    assert repr(codec) in sentence
+    family = codec.partition(":")[0].partition("(")[0]
+    assert f"write {family}" in sentence
 
 
 @pytest.mark.parametrize("codec", ["ae:33", "pca:1000"])

@@ -245,8 +245,7 @@ def test_captures_of_shards_are_their_own(serial: Sweep, tmp_path: Path, monkeyp
     captures = [run.captured(list(run.shard.part(run.layers))) for run in (first, second)]
     assert captures[0].folder != captures[1].folder
     monkeypatch.setattr("leankv.run.capture", pytest.fail)
-    again = serial.run(tmp_path, "2/3")
-    again.fitted(again.shard.part(again.layers))
+    sweep(serial.run(tmp_path, "2/3"))
     assert [each.folder.exists() for each in captures] == [True, False]
 
 
