@@ -13,7 +13,7 @@ from rich.console import Console
 
 from leankv import __version__
 from leankv.errors import UserError
-from leankv.experiment import MAP_SPECS
+from leankv.experiment import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.options import FITTING, MEASURE, PROTOCOL, WORKERS, Asked, settings
 from leankv.progress import Progress
 
@@ -274,6 +274,52 @@ def map_command(
     OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
 
 
+@command("compare", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+def compare_command(
+    asked: Asked,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Codecs, each for K and V of all layers; with parentheses in quotes. "
+            f"Unless given: {' '.join(COMPARE_SPECS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A cache of others (again for more): all, hqq:4, quanto:2, turboquant:safe, module:factory.",
+            rich_help_panel=MEASURE,
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of report text to measure on.", rich_help_panel=MEASURE, show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Whole caches, ours and those of others: perplexity against the bytes that they really hold."""
+    from leankv.compare_caches import compare_caches
+    from leankv.compare_report import compare_summary
+    from leankv.experiment import load_experiment
+    from leankv.peers import find_peers
+    from leankv.rate_map import check_specs
+    from leankv.run import Run
+
+    wanted, peers = check_specs(specs or COMPARE_SPECS), find_peers(peer or [])
+    overrides = asked.overrides({} if blocks is None else {"data.report_blocks": blocks})
+    if asked.config is None:
+        overrides = {**COMPARE_SETTINGS, **overrides}
+    run = Run(load_experiment(asked.config, _without_window_if_strict(asked, overrides)), Progress())
+    table = compare_caches(run, wanted, peers)
+    if json_:
+        _print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        return
+    OUT.print(compare_summary(table))
+    OUT.print(f"written to {run.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)
+
+
 @command("select", "layers", "budget")
 def select_command(asked: Asked, json_: Json = False) -> None:
     """From a finished sweep: assemble the layers under the budget, measure them jointly, write the bundle."""
@@ -317,9 +363,14 @@ def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None
         overrides = {**flatten(asdict(load_experiment(asked.config, {}))), **overrides}
     elif bundle is not None:
         overrides = {**flatten(read_bundle_config(bundle)["experiment"]), **overrides}
+    return load_experiment(None, _without_window_if_strict(asked, overrides))
+
+
+def _without_window_if_strict(asked: Asked, overrides: dict[str, Any]) -> dict[str, Any]:
+    """A strict pass has no window, whatever a bundle was chosen under or a command starts from."""
     if asked.given("protocol") == "strict" and asked.given("window") is None:
-        overrides["protocol.window"] = 0  # a strict pass has none, whatever the bundle was chosen under
-    return load_experiment(None, overrides)
+        return {**overrides, "protocol.window": 0}
+    return overrides
 
 
 @command("eval-ppl", "block_length", *PROTOCOL)

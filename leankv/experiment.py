@@ -24,6 +24,27 @@ WEIGHTINGS = ("none", "gradient", "attention")
 SPLITS = ("calibration", "selection", "report")
 MAP_SPECS = ("transform:0.5", "transform:1", "transform:2", "int:2", "int:4", "pca:8", "ae:4", "rot:2")
 """What `leankv map` goes through unless it is told."""
+COMPARE_SPECS = (
+    "ae:4",
+    "pca:16",
+    "int:4",
+    "int:2",
+    "nuq:3+1",
+    "rot:3",
+    "transform:s0.01",
+    "transform:s0.03",
+    "resid(share:-2,transform:s0.02)",
+    "resid(share:-2,transform:s0.06)",
+)
+"""What `leankv compare` goes through unless it is told."""
+COMPARE_SETTINGS = {
+    "codec.key_space": "auto",
+    "fit.weighting": "gradient",
+    "protocol.kind": "stream",
+    "protocol.sinks": 4,
+    "protocol.window": 128,
+}
+"""What `leankv compare` starts from where no experiment is named: a cache as one would really use it."""
 
 
 @dataclass(frozen=True)

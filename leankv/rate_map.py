@@ -19,13 +19,13 @@ from leankv.store import write_text
 
 
 def check_specs(texts: Sequence[str]) -> list[str]:
-    """The specs of a map, each once.
+    """The specs of a map or a comparison, each once.
 
     Raises:
         UserError: one is not understood, or says that nothing is compressed.
     """
     if "none" in texts:
-        raise UserError("a map has no row for 'none', where nothing is compressed; leave it out, or write identity")
+        raise UserError("there is no row for 'none', where nothing is compressed; leave it out, or write identity")
     specs = [parse_spec(text) for text in texts]
     return [spec.text for index, spec in enumerate(specs) if spec not in specs[:index]]
 

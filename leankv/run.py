@@ -335,6 +335,26 @@ class Run:
         result = self.cells.get_or_compute(f"nats-{split}", self._nats_depend_on(blocks, layers, parts), compute)
         return nats_of(result)
 
+    def measure_cache(
+        self, split: str, make_cache: Callable[[], Any], made_by: Mapping[str, str], title: str
+    ) -> BlockNats:
+        """Nats of a split's blocks, read through caches that others wrote.
+
+        Args:
+            split: `selection` or `report`.
+            make_cache: a fresh cache for a batch of blocks.
+            made_by: what the cache is, and of which version.
+            title: of the progress bar.
+        """
+        blocks, protocol = self.blocks(split), self.experiment.protocol
+
+        def compute() -> dict[str, Any]:
+            with self.progress.stage(title, len(blocks)) as step:
+                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache, step))
+
+        depends_on = {**self._nats_depend_on(blocks, []), "cache": dict(made_by), "seed": self.experiment.seed}
+        return nats_of(self.cells.get_or_compute(f"nats-{split}", depends_on, compute))
+
     def nats_path(self, split: str, layers: Iterable[int]) -> Path:
         """The cell of `measure(split, layers)`, whether it is there or not."""
         return self.cells.path(f"nats-{split}", self._nats_depend_on(self.blocks(split), sorted(layers)))

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from leankv.accounting import Footprint
 from leankv.cache import LeanCache
 from leankv.codecs import Codec, TrainingSettings, parse_spec
+from leankv.held_bytes import held_bytes
 from leankv.model import Geometry, LayerGeometry, find_geometry
 from tests import tiny
 
@@ -60,7 +61,7 @@ def test_a_compressed_cache_holds_the_bytes_computed(
     for at_a_time in (tokens, 7, 1):
         cache = LeanCache(model.config, codecs, sinks, window)
         feed(model, cache, tokens, at_a_time)
-        assert cache.nbytes() == expected, f"{at_a_time} tokens at a time"
+        assert cache.nbytes() == held_bytes(cache) == expected, f"{at_a_time} tokens at a time"
 
 
 @pytest.mark.parametrize("tokens", [BELOW_WINDOW, ABOVE_WINDOW])

@@ -1,0 +1,119 @@
+"""Peers: the caches of others, which `leankv compare` measures beside ours."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leankv.errors import UserError
+from leankv.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A cache of others.
+
+    Attributes:
+        spec: as `--peer` names it.
+        method: what kind of cache it is; peers of one method differ in rate.
+        maker: package and version, or the module of `module:factory`.
+        make: a configuration -> a fresh `transformers.Cache` for one batch.
+    """
+
+    spec: str
+    method: str
+    maker: str
+    make: Callable[[Any], Any]
+
+
+def _quantized(backend: str, bits: int) -> Callable[[Any], Any]:
+    """Transformers' own quantized cache, grouped as its documentation has it: 64 numbers a scale, 128 tokens exact."""
+
+    def make(config: Any) -> Any:
+        from transformers import QuantizedCache
+
+        return QuantizedCache(backend=backend, config=config, nbits=bits)
+
+    return make
+
+
+def _turboquant(preset: str) -> Callable[[Any], Any]:
+    def make(config: Any) -> Any:
+        from tiny_turboquant import TinyKVCache
+
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        return TinyKVCache(compression=preset, num_hidden_layers=layers)
+
+    return make
+
+
+PRESETS = ("safe", "balanced", "compact", "aggressive")  # of tiny-turboquant 0.18
+_KNOWN: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    # spec: (package, module in it, make)
+    **{f"hqq:{bits}": ("hqq", "hqq", _quantized("hqq", bits)) for bits in (4, 2)},
+    **{f"quanto:{bits}": ("optimum-quanto", "optimum.quanto", _quantized("quanto", bits)) for bits in (4, 2)},
+    **{f"turboquant:{preset}": ("tiny-turboquant", "tiny_turboquant", _turboquant(preset)) for preset in PRESETS},
+}
+PEERS = tuple(_KNOWN)
+"""What `--peer all` stands for."""
+
+
+def find_peers(texts: Sequence[str]) -> list[Peer]:
+    """Peers as `--peer` names them: one of `PEERS`, `all` of them, or `module:factory` of any other.
+
+    Raises:
+        UserError: unknown, or the package of one is missing.
+    """
+    wanted = [spec for text in texts for spec in (PEERS if text == "all" else (text,))]
+    return [_known(spec) if spec in _KNOWN else _other(spec) for spec in dict.fromkeys(wanted)]
+
+
+def _known(spec: str) -> Peer:
+    package, module, make = _KNOWN[spec]
+    parent = module.partition(".")[0]
+    if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
+        raise UserError(f"the peer {spec} needs the package {package}; install it with: pip install 'leankv[peers]'")
+    return Peer(spec, spec.partition(":")[0], f"{package} {importlib.metadata.version(package)}", make)
+
+
+def _other(spec: str) -> Peer:
+    module, colon, name = spec.partition(":")
+    if not colon or not module or not name:
+        raise UserError(f"the peer {spec!r} is none of all, {', '.join(PEERS)}, nor of the form module:factory")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the peer {spec} cannot be imported: {error}; see that its module is on PYTHONPATH") from error
+    if not callable(make):
+        raise UserError(f"the peer {spec} is no function; name one that makes a cache of a model's configuration")
+    return Peer(spec, name, module, make)
+
+
+@torch.no_grad()
+def try_peer(peer: Peer, loaded: LoadedModel, tokens: torch.Tensor, chunk: int) -> None:
+    """Feed a fresh cache of `peer` two chunks: what does not run on this model or machine is known before long passes.
+
+    Args:
+        peer: the cache.
+        loaded: the model.
+        tokens: `[1, T]`.
+        chunk: tokens fed at a time.
+
+    Raises:
+        UserError: it fails, or what comes out is not finite.
+    """
+    try:
+        cache = peer.make(loaded.model.config)
+        for piece in tokens[:, : 2 * chunk].to(loaded.model.device).split(chunk, dim=1):
+            states = loaded.model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)[0]
+    except Exception as error:  # whatever code of others raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the cache of peer {peer.spec} does not run on this model: {type(error).__name__}: {reason}; leave it out"
+        ) from error
+    if not torch.isfinite(states).all():
+        raise UserError(f"the cache of peer {peer.spec} gives numbers that are not finite on this model; leave it out")

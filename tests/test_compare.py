@@ -1,0 +1,305 @@
+"""`leankv compare`: costs and bytes of whole caches, ours and those of others."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from leankv.cache import LeanCache
+from leankv.cli import app
+from leankv.compare_caches import compare_caches
+from leankv.compare_report import compare_markdown, compare_rows
+from leankv.compare_table import COLUMNS, read_compare
+from leankv.errors import UserError
+from leankv.experiment import COMPARE_SPECS, load_experiment
+from leankv.held_bytes import held_bytes
+from leankv.peers import PEERS, find_peers, try_peer
+from leankv.perplexity import measure_nats
+from leankv.progress import Silent
+from leankv.rate_map import check_specs
+from leankv.run import Run
+from tests import tiny
+
+SPECS = ["int:4g8", "transform:1"]
+STOCK = f"{__name__}:stock"
+HALVED = f"{__name__}:halved"
+BROKEN = f"{__name__}:broken"
+
+
+def stock(config: Any) -> Any:
+    """A peer that loses nothing and saves nothing."""
+    return DynamicCache(config=config)
+
+
+class _Halved(DynamicCache):
+    """Holds everything in bfloat16: half of what float32 takes, and some loss."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        k, v = super().update(keys.bfloat16(), values.bfloat16(), *args, **kwargs)
+        return k.float(), v.float()
+
+
+def halved(config: Any) -> Any:
+    return _Halved(config=config)
+
+
+def broken(config: Any) -> Any:
+    raise ValueError("no such luck\nsecond line")
+
+
+@pytest.fixture(scope="module")
+def compare_settings(llama_folder: Path, text_file: Path) -> dict[str, Any]:
+    return {
+        "model.name": str(llama_folder),
+        "model.device": "cpu",
+        "model.dtype": "float32",
+        "data.dataset": str(text_file),
+        "data.block_length": 64,
+        "data.calibration_blocks": 6,
+        "data.report_blocks": 3,
+        "fit.epochs": 1,
+        "protocol.kind": "stream",
+        "protocol.chunk": 16,
+        "protocol.sinks": 2,
+        "protocol.window": 8,
+    }
+
+
+def make_run(settings: dict[str, Any], folder: Path, **changes: Any) -> Run:
+    return Run(load_experiment(None, {**settings, "output_dir": str(folder), **changes}), Silent())
+
+
+@pytest.fixture(scope="module")
+def finished(compare_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(compare_settings, tmp_path_factory.mktemp("compare"))
+    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]))
+    return run
+
+
+@pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the report and its figure out, which take longest."""
+    monkeypatch.setattr("leankv.compare_caches.write_compare_report", lambda folder: None)
+
+
+def row_of(run: Run, spec: str) -> Any:
+    table = read_compare(run.folder)
+    (row,) = table[table["spec"] == spec].itertuples()
+    return row
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_cache(finished: Run) -> None:
+    table = read_compare(finished.folder)
+    assert list(table.columns) == list(COLUMNS)
+    assert list(table["spec"]) == [*SPECS, STOCK, HALVED, "turboquant:safe", "hqq:4"]
+    assert list(table["peer"] == "") == [True, True, False, False, False, False]
+    assert set(table["tokens"]) == {3 * 63}
+    assert table["base_ppl"].nunique() == 1
+    assert (table["low"] <= table["delta_percent"]).all()
+    assert (table["delta_percent"] <= table["high"]).all()
+
+
+def test_costs_are_those_of_all_layers_on_report_text(finished: Run) -> None:
+    own = finished.with_codecs("int:4g8", "int:4g8")
+    model, blocks, protocol = own.loaded.model, own.blocks("report"), own.experiment.protocol
+    plan = own.plan(range(4))
+    base = measure_nats(model, blocks, protocol, lambda: DynamicCache(config=model.config)).perplexity
+    ppl = measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    row = row_of(finished, "int:4g8")
+    assert row.base_ppl == pytest.approx(base, rel=1e-9)
+    assert row.ppl == pytest.approx(ppl, rel=1e-9)
+    assert row.delta_percent == pytest.approx(100 * (ppl / base - 1), rel=1e-6)
+
+
+def test_a_cache_that_changes_nothing_costs_nothing(finished: Run) -> None:
+    """Its bytes are those of float32 vectors: twice the 16-bit ones."""
+    row = row_of(finished, STOCK)
+    assert row.delta_percent == 0
+    assert row.code_ratio_live == row.code_ratio_stored == row.cache_ratio_4096 == 0.5
+
+
+def test_a_peer_in_half_the_bytes(finished: Run) -> None:
+    row = row_of(finished, HALVED)
+    assert row.code_ratio_live == row.cache_ratio_4096 == 1
+    assert row.delta_percent != 0
+
+
+def test_ratios_are_those_of_the_codes(finished: Run) -> None:
+    """4 bits a number, and a scale and a zero of 16 bits for 8 numbers."""
+    row = row_of(finished, "int:4g8")
+    plan = finished.with_codecs("int:4g8", "int:4g8").plan(range(4))
+    bits = {codec.bits_per_token for own in plan.values() for codec in own.values()}
+    assert row.code_ratio_live == pytest.approx(32 * 16 / bits.pop())
+    assert not bits
+    transform = row_of(finished, "transform:1")
+    assert transform.code_ratio_stored > transform.code_ratio_live
+    assert transform.codec_bytes == sum(
+        codec.nbytes
+        for own in finished.with_codecs("transform:1", "transform:1").plan(range(4)).values()
+        for codec in own.values()
+    )
+
+
+def test_peers_with_packages_of_their_own(finished: Run) -> None:
+    """One of them keeps its last 256 tokens or so exact, which is more than there are here."""
+    row = row_of(finished, "hqq:4")
+    assert row.code_ratio_live > 1
+    assert row.delta_percent != 0
+    row = row_of(finished, "turboquant:safe")
+    assert row.code_ratio_live == 0.5
+    assert row.delta_percent == 0
+
+
+def test_a_finished_comparison_is_only_looked_up(
+    finished: Run, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished.folder / "compare.csv").read_bytes()
+    for name in ("leankv.run.measure_nats", "leankv.run.capture", "leankv.run.fit_codecs"):
+        monkeypatch.setattr(name, pytest.fail)
+    run = make_run(compare_settings, finished.folder)
+    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]))
+    assert (finished.folder / "compare.csv").read_bytes() == before
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_strict_comparison(compare_settings: dict[str, Any], tmp_path: Path) -> None:
+    strict = {"protocol.kind": "strict", "protocol.window": 0}
+    run = make_run(compare_settings, tmp_path, **strict)
+    table = compare_caches(run, ["identity"], [])
+    assert table["delta_percent"].tolist() == [0]
+    with pytest.raises(UserError, match="--protocol stream"):
+        compare_caches(run, ["identity"], find_peers([STOCK]))
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report(finished: Run) -> None:
+    markdown = (finished.folder / "compare.md").read_text(encoding="utf-8")
+    table = read_compare(finished.folder)
+    assert markdown == compare_markdown(table)
+    for spec in table["spec"]:
+        assert f"| {spec} |" in markdown
+    costs = [float(row[1]) for row in compare_rows(table)[1]]
+    assert costs == sorted(costs)
+    assert (finished.folder / "figures" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_comparison_to_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leankv compare"):
+        read_compare(tmp_path)
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_storage_counts_once() -> None:
+    class Slotted:
+        __slots__ = ("kept", "never_set")
+
+        def __init__(self) -> None:
+            self.kept = torch.zeros(5, dtype=torch.float64)
+
+    whole = torch.zeros(10)
+    thing = {"views": [whole[:3], (whole[4:],)], "again": whole, "own": Slotted(), "words": "words"}
+    thing["itself"] = thing
+    assert held_bytes(thing) == 10 * 4 + 5 * 8
+    assert held_bytes([torch.nn.Linear(3, 3)]) == 0
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_peers_once() -> None:
+    assert [peer.spec for peer in find_peers(["all", "hqq:4", STOCK])] == [*PEERS, STOCK]
+
+
+@pytest.mark.parametrize("text", ["hqq:5", "nonsense", ":", "nowhere.to.be:found", f"{__name__}:missing", "math:pi"])
+def test_a_peer_that_there_is_not(text: str) -> None:
+    with pytest.raises(UserError, match=text.split(":")[0] or "module:factory"):
+        find_peers([text])
+
+
+def test_a_peer_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"leankv\[peers\]"):
+        find_peers(["hqq:4"])
+
+
+def test_a_peer_that_breaks_is_known_before_anything_is_measured(
+    compare_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = make_run(compare_settings, tmp_path)
+    with pytest.raises(UserError, match="no such luck") as refusal:
+        compare_caches(run, SPECS, find_peers([STOCK, BROKEN]))
+    assert BROKEN in str(refusal.value)
+    assert "second line" not in str(refusal.value)
+    assert not list((tmp_path / "cells").glob("nats-*"))
+
+
+def test_a_peer_that_knows_no_sliding_windows() -> None:
+    """Transformers' own quantized cache is for full attention only."""
+    from types import SimpleNamespace
+
+    loaded: Any = SimpleNamespace(model=tiny.build("gemma3"))
+    (peer,) = find_peers(["hqq:4"])
+    with pytest.raises(UserError, match=r"hqq:4.*sliding"):
+        try_peer(peer, loaded, tiny.tokens(1, 32), 16)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_the_command(compare_settings: dict[str, Any], tmp_path: Path) -> None:
+    """One line, with settings of its own where no experiment is named."""
+    given = ("-o", tmp_path, "-m", compare_settings["model.name"], "--dataset", compare_settings["data.dataset"])
+    sets = ("--block-length", 64, "--set", "data.calibration_blocks=6", "--blocks", 2, "--set", "protocol.chunk=16")
+    arguments = ("int:2", "--peer", STOCK, *given, *sets, "--window", 8, "--device", "cpu")
+    shown = invoke(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "compare.csv" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines()[:-1])) <= 100
+    rows = json.loads(invoke(*arguments, "--json").stdout)
+    assert [row["spec"] for row in rows] == ["int:2", STOCK]
+    assert rows[0]["key_space"] == "pre-rope"
+    assert rows[0]["weighting"] == "gradient"
+    assert math.isfinite(rows[0]["ppl"])
+    strict = invoke(
+        "int:2", "--protocol", "strict", *given, *sets, "--device", "cpu", "-o", tmp_path / "strict", "--json"
+    )
+    assert json.loads(strict.stdout)[0]["window"] == 0
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    for arguments, words in (
+        (("nonsense:3",), "nonsense:3"),
+        (("none",), "identity"),
+        (("mean", "--peer", "nobody"), "nobody"),
+        (("mean", "--blocks", "0"), "report_blocks"),
+    ):
+        shown = invoke(*arguments, "-o", tmp_path)
+        assert shown.exit_code == 2
+        assert words in shown.stderr
+
+
+def test_specs_of_the_command_parse() -> None:
+    assert check_specs(COMPARE_SPECS) == list(COMPARE_SPECS)
+
+
+def test_rows_without_interval_or_bytes() -> None:
+    row = dict.fromkeys(COLUMNS, 1.0) | {"spec": "mean", "peer": "", "low": None, "high": None, "code_ratio_live": None}
+    (cells,) = compare_rows(pd.DataFrame([row]))[1]
+    assert cells[:4] == ["mean", "+1.00", "not known", "-"]
