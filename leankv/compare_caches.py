@@ -112,14 +112,15 @@ def _figures(run: Run, base: BlockNats, measured: BlockNats, bytes_: dict[str, l
     growth = {name: (bytes_[name][1] - bytes_[name][0]) for name in ("live", "stored")}
     shorter, longer = bytes_["tokens"]
     replaced = uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter)
-    # What is beyond the longer fill grows as it did; where that is CONTEXT, nothing is.
+    # What is beyond the longer fill grows as it did; where that is CONTEXT, nothing is beyond it. A cache that is too
+    # short for its kind (all of it exact at first, then none) may shrink instead, and its ratios are not known.
     at_context = bytes_["live"][1] + growth["live"] * (CONTEXT - longer) / (longer - shorter)
     return {
         "protocol": run.experiment.protocol.kind,
         "tokens": cost.tokens,
-        "code_ratio_live": replaced / growth["live"] if growth["live"] else None,
-        "code_ratio_stored": replaced / growth["stored"] if growth["stored"] else None,
-        "cache_ratio_4096": uncompressed.base_bytes(CONTEXT) / at_context,
+        "code_ratio_live": replaced / growth["live"] if growth["live"] > 0 else None,
+        "code_ratio_stored": replaced / growth["stored"] if growth["stored"] > 0 else None,
+        "cache_ratio_4096": uncompressed.base_bytes(CONTEXT) / at_context if at_context > 0 else None,
         "base_ppl": cost.base_ppl,
         "ppl": cost.ppl,
         "delta_percent": cost.delta_percent,
