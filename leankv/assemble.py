@@ -14,10 +14,11 @@ from leankv.experiment import Budget, Experiment, load_experiment, parse_layers
 from leankv.model import describe
 from leankv.model_card import model_card
 from leankv.perplexity import compare
-from leankv.run import Run, remove_captures
+from leankv.run import Run
 from leankv.selection import Step, select_layers
 from leankv.store import read_json, write_json
 from leankv.sweep_table import read_sweep
+from leankv.workplace import remove_captures
 
 
 def select(run: Run) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from leankv.errors import UserError
 from leankv.held_bytes import held_bytes
 from leankv.peers import Peer, try_peer
 from leankv.perplexity import BlockNats, compare
-from leankv.run import Run, remove_captures
+from leankv.run import Run
 from leankv.store import write_text
+from leankv.workplace import remove_captures
 
 CONTEXT = 4096
 """Tokens at which the ratio of the whole cache is given."""

@@ -11,10 +11,11 @@ from leankv.experiment import Experiment
 from leankv.output_folder import EXPERIMENT_FILE, check_folder
 from leankv.perplexity import Comparison, compare
 from leankv.report import write_sweep_report
-from leankv.run import StoredCodec, nats_of, read_codec, remove_captures
+from leankv.run import StoredCodec, nats_of, read_codec
 from leankv.store import read_json, write_text
 from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
+from leankv.workplace import remove_captures
 
 
 def gather(experiment: Experiment) -> pd.DataFrame:

@@ -3,8 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from leankv.errors import UserError
 from leankv.model import LoadedModel
-from leankv.rope import find_conventions
+from leankv.rope import KeyRotation, find_conventions
 
 
 def inspect_cache(loaded: LoadedModel) -> dict[str, Any]:
@@ -14,8 +15,13 @@ def inspect_cache(loaded: LoadedModel) -> dict[str, Any]:
     sliding = sum(layer.window is not None for layer in layers)
     config = loaded.model.config.get_text_config(decoder=True)
     unknown = [number for number, convention in enumerate(conventions) if convention is None]
-    can = ["capture, fit, sweep, select and generate with K, V or both compressed (key space post-rope)"]
-    cannot = ["compress keys before their rotary embedding (key space pre-rope): not built yet"]
+    can = ["capture, fit, sweep, map, compare, select and generate with K, V or both compressed"]
+    cannot = []
+    try:
+        KeyRotation(loaded.model)
+        can.append("compress keys un-rotated (--key-space pre-rope)")
+    except UserError as error:
+        cannot.append(f"compress keys un-rotated (--key-space pre-rope): {error}")
     if unknown:
         cannot.append(f"say how positions enter the keys of layers {_ranges(unknown)}: no rotary convention matches")
     if sliding:

@@ -13,9 +13,10 @@ from leankv.gaussian_bound import decibels_over_bound
 from leankv.map_report import write_map_report
 from leankv.map_table import COLUMNS
 from leankv.perplexity import compare
-from leankv.run import Run, StoredCodec, remove_captures
+from leankv.run import Run, StoredCodec
 from leankv.spectra import spectra
 from leankv.store import write_text
+from leankv.workplace import remove_captures
 
 
 def check_specs(texts: Sequence[str]) -> list[str]:

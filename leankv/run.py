@@ -1,4 +1,4 @@
-"""One run: an experiment with its model, its text and its result files; fits codecs and measures plans.
+"""One run: fits an experiment's codecs and measures its plans.
 
 Whatever is measured or fitted here is looked up first, by the hash of all it depends on, and stored as soon as it is
 known. So any command may be stopped and called again.
@@ -6,9 +6,7 @@ known. So any command may be stopped and called again.
 
 import copy
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +15,20 @@ from typing import Any
 import torch
 
 from leankv.cache import LeanCache, earlier_layers
-from leankv.capture import Activations, capture, find_activations, groups_that_fit
 from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
-from leankv.data import Blocks, TextSource
+from leankv.data import Blocks
 from leankv.errors import UserError
-from leankv.experiment import PARTS, Experiment, parse_layers
+from leankv.experiment import PARTS, Experiment
 from leankv.fit import FittedCodec, Fitting, Problem, fit_chain, fit_codecs
-from leankv.model import LoadedModel, load_model
-from leankv.output_folder import check_folder, claim_folder
+from leankv.output_folder import claim_folder
 from leankv.perplexity import BlockNats, measure_nats
 from leankv.progress import Progress
 from leankv.replay import Replay
-from leankv.rope import KeyRotation
 from leankv.shards import Shard
-from leankv.store import Cells, hash_of, locked
+from leankv.store import hash_of
 from leankv.weighting import Metrics, weigh
+from leankv.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -52,35 +48,19 @@ class StoredCodec:
     seconds: float
 
 
-class Run:
-    """An experiment under way in its output folder.
-
-    Args:
-        experiment: what is asked for.
-        progress: shows what takes long.
-        shard: which part of the layers is this worker's to sweep, when several share the folder.
+class Run(Workplace):
+    """An experiment under way in its output folder: codecs are fitted, plans are measured.
 
     Raises:
-        UserError: the model, the data, the codecs or the folder are not usable; see the rooms that own them.
+        UserError: as `Workplace`; or a codec is not understood, or does not suit the model.
     """
 
     def __init__(self, experiment: Experiment, progress: Progress, shard: Shard | None = None):
-        self.experiment = experiment
-        self.progress = progress
-        self.shard = shard or Shard()
-        self.folder = Path(experiment.output_dir)
-        # What can fail cheaply fails before a model is loaded.
         self.specs = _specs_of(experiment)
-        check_folder(experiment)
-        self._source = TextSource(experiment.data)
-        progress.say(f"loading {experiment.model.name}")
-        self.loaded: LoadedModel = load_model(experiment.model)
+        super().__init__(experiment, progress, shard)
         self._check_specs()
-        self.layers = parse_layers(experiment.layers, len(self.loaded.geometry.layers))
-        self._blocks: dict[str, Blocks] = {}
         self._stored: dict[Problem, StoredCodec] = {}
         self._weighed: dict[tuple[int, ...], Metrics] = {}
-        self.cells = Cells(self.folder / "cells")
         claim_folder(experiment)  # now only: a model that is mistyped must not stand in the way of the right one
 
     def with_codecs(self, k: str, v: str) -> "Run":
@@ -109,48 +89,12 @@ class Run:
                 f"share:-{self.looks_back} looks outside of a model of {len(self.loaded.geometry.layers)} layers"
             )
 
-    def begin(self) -> None:
-        """Results are about to change: without its manifest the folder does not pass for a finished run."""
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-
-    def blocks(self, split: str) -> Blocks:
-        """The blocks of a split that this experiment uses."""
-        if split not in self._blocks:
-            data = self.experiment.data
-            wanted: int = getattr(data, f"{split}_blocks")
-            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.block_length)
-        return self._blocks[split]
-
     @cached_property
     def _selection_replay(self) -> Replay:
         """Selection blocks are measured under many plans, so each is run from its first changed layer on only."""
         blocks, protocol = self.blocks("selection"), self.experiment.protocol
         memory = round(self.experiment.memory_budget * 1e9)
         return Replay(self.loaded.model, blocks, protocol, memory, self.folder, self.rotation)
-
-    @cached_property
-    def rotation(self) -> KeyRotation | None:
-        """Takes keys to the key space of their codecs; None where that is the cache's own (post-rope)."""
-        wanted = self.experiment.codec.key_space
-        if wanted == "post-rope":
-            return None
-        try:
-            return KeyRotation(self.loaded.model)
-        except UserError as error:
-            if wanted == "pre-rope":
-                raise
-            self.progress.say(f"keys stay as the cache holds them (post-rope): {error}")
-            return None
-
-    @property
-    def key_space(self) -> str:
-        """`pre-rope` or `post-rope`."""
-        return "post-rope" if self.rotation is None else "pre-rope"
-
-    @cached_property
-    def model_key(self) -> dict[str, Any]:
-        """What every number of this run depends on."""
-        return {"fingerprint": self.loaded.fingerprint, **self.loaded.numerics}
 
     # -- codecs ---------------------------------------------------------------------------------------------------
 
@@ -167,10 +111,6 @@ class Run:
                 if missing:
                     self._fit(missing)
         return {(layer, part): self._stored[layer, part] for layer in wanted for part in self.specs}
-
-    def fit_lock(self) -> AbstractContextManager[bool]:
-        """Held while this worker's layers are captured, and while the capture is read; not reentrant."""
-        return locked(self.cells.folder, _fit_lock(self.shard.file_name))
 
     @cached_property
     def _codecs_depend_on(self) -> dict[str, Any]:
@@ -266,33 +206,6 @@ class Run:
                 kind, self.loaded, blocks, layers, self.rotation, sinks, seed, self.progress
             )
         return self._weighed[tuple(layers)]
-
-    def captures(self, layers: Sequence[int]) -> Iterator[tuple[list[int], Activations]]:
-        """The calibration activations of these layers, in groups where the disk does not hold those of all at once."""
-        groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
-        for group in groups:
-            activations = self.captured(group)
-            yield group, activations
-            if len(groups) > 1:  # else it stays for other codecs, until the command's end
-                activations.delete()
-
-    def captured(self, layers: list[int]) -> Activations:
-        """The calibration activations of these layers; a stopped run's are used if they cover them."""
-        blocks = self.blocks("calibration")
-        batch_size = self.experiment.protocol.batch_size
-        depends_on = {"model": self.model_key, "blocks": blocks.hash, "batch_size": batch_size}
-        depends_on["key_space"] = self.key_space
-        shard = "" if self.shard == Shard() else f"-{self.shard.file_name}"
-        folder = self.folder / f"activations-{hash_of(depends_on)[:16]}{shard}"
-        found = find_activations(folder)
-        if found is None or not set(layers) <= set(found.manifest["layers"]):
-            found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress, self.rotation)
-        of_these = {**depends_on, "layers": found.manifest["layers"]}
-        cost = {"seconds": found.manifest["seconds"], "tokens": blocks.tokens.numel()}
-        self.cells.get_or_compute("capture", of_these, lambda: cost)
-        return found
-
-    # -- perplexity -----------------------------------------------------------------------------------------------
 
     def measure(
         self,
@@ -400,20 +313,3 @@ def read_codec(path: Path) -> StoredCodec:
 def nats_of(result: Mapping[str, Any]) -> BlockNats:
     """Nats as a cell holds them."""
     return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])
-
-
-def remove_captures(folder: Path, only: Shard | None = None) -> None:
-    """Remove the captures in a run's folder, or only those of one shard; of a worker that is at work none."""
-    for path in folder.glob("activations-*"):
-        name = path.name.removeprefix("activations-").partition("-")[2] or Shard().file_name
-        if only is not None and name != only.file_name:
-            continue
-        with locked(folder / "cells", _fit_lock(name), wait=False) as mine:
-            if mine:
-                (path / "manifest.json").unlink(missing_ok=True)  # what is left of a stopped removal is no capture
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _fit_lock(shard_name: str) -> str:
-    """The lock under which a shard's layers are captured and fitted."""
-    return f"fit-{shard_name}"

@@ -12,10 +12,11 @@ from leankv.errors import UserError
 from leankv.gathering import finished_row, layer_words, row_of, write_sweep
 from leankv.perplexity import Comparison, compare, comparison_of
 from leankv.prediction import predict_costs
-from leankv.run import Run, remove_captures
+from leankv.run import Run
 from leankv.screening import screen
 from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
+from leankv.workplace import remove_captures
 
 
 def sweep(run: Run) -> pd.DataFrame:

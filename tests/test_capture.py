@@ -169,7 +169,7 @@ def test_a_stopped_runs_capture_is_used_again(settings: dict[str, Any], monkeypa
 
     run = Run(load_experiment(None, settings), Silent())
     first = run.captured([0, 1, 2, 3])
-    monkeypatch.setattr("leankv.run.capture", pytest.fail)
+    monkeypatch.setattr("leankv.workplace.capture", pytest.fail)
     assert Run(load_experiment(None, settings), Silent()).captured([1, 2]) == first
 
 

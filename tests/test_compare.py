@@ -161,7 +161,7 @@ def test_a_finished_comparison_is_only_looked_up(
     finished: Run, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished.folder / "compare.csv").read_bytes()
-    for name in ("leankv.run.measure_nats", "leankv.run.capture", "leankv.run.fit_codecs"):
+    for name in ("leankv.run.measure_nats", "leankv.workplace.capture", "leankv.run.fit_codecs"):
         monkeypatch.setattr(name, pytest.fail)
     run = make_run(compare_settings, finished.folder)
     compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]))

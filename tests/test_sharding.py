@@ -228,7 +228,7 @@ def test_workers_with_the_same_shard_fit_it_once(
         captures.append(arguments)
         return capture(*arguments)
 
-    monkeypatch.setattr("leankv.run.capture", counted)
+    monkeypatch.setattr("leankv.workplace.capture", counted)
     runs = [serial.run(tmp_path, "1/2") for _ in range(3)]
     threads = [Thread(target=run.fitted, args=([0, 2],)) for run in runs]
     for thread in threads:
@@ -244,7 +244,7 @@ def test_captures_of_shards_are_their_own(serial: Sweep, tmp_path: Path, monkeyp
     first, second = (serial.run(tmp_path, shard) for shard in ("1/3", "2/3"))
     captures = [run.captured(list(run.shard.part(run.layers))) for run in (first, second)]
     assert captures[0].folder != captures[1].folder
-    monkeypatch.setattr("leankv.run.capture", pytest.fail)
+    monkeypatch.setattr("leankv.workplace.capture", pytest.fail)
     sweep(serial.run(tmp_path, "2/3"))
     assert [each.folder.exists() for each in captures] == [True, False]
 

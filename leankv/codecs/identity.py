@@ -52,9 +52,3 @@ class Identity(Codec):
     @classmethod
     def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         return cls(width)
-
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        if text:
-            raise ValueError
-        return ()

@@ -51,9 +51,3 @@ class Mean(Codec):
     @classmethod
     def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         return cls(torch.zeros(width))
-
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        if text:
-            raise ValueError
-        return ()

@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     ),
     "data_dir": ("data.data_dir", "--data-dir", str, DATA, "Folder with wiki.{train,valid,test}.raw."),
     "block_length": ("data.block_length", "--block-length", int, DATA, "Tokens in a block."),
-    "codec": ("codec", "--codec", str, CODEC, "Codec of K and V, e.g. ae:4, pca:8, mean, identity."),
+    "codec": ("codec", "--codec", str, CODEC, "Codec of K and V, e.g. ae:4, int:4, transform:2, 'resid(pca:8,int:2)'."),
     "part": ("part", "--part", str, CODEC, "Parts to compress: k,v (both), k or v."),
     "layers": ("layers", "--layers", str, CODEC, "Layers: all, 12, 40-63 or 0,4,40-63."),
     "key_space": ("codec.key_space", "--key-space", str, CODEC, "Where key codecs work: post-rope, pre-rope or auto."),
@@ -141,6 +141,12 @@ class Asked:
         found.update(extra or {})
         found.update(parse_override(text) for text in self._sets)
         return found
+
+    def without_window_if_strict(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """A strict pass has no window, whatever a bundle was chosen under or a command starts from."""
+        if self.given("protocol") == "strict" and self.given("window") is None:
+            return {**overrides, "protocol.window": 0}
+        return overrides
 
     def given(self, name: str) -> Any:
         """The value of one option, or None where it was not given."""

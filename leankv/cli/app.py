@@ -1,0 +1,88 @@
+"""The command line's frame: how commands are registered, end and print. Torch is imported inside commands only."""
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from leankv import __version__
+from leankv.cli.options import settings
+from leankv.errors import UserError
+
+EXIT_USER_ERROR = 2
+PLAIN_WIDTH = 100  # columns of tables when the output is piped
+
+app = typer.Typer(
+    name="leankv",
+    help="How far can a model's KV cache be compressed, where, and at what price in perplexity?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def command(name: str, *setting_names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command with its settings; what a user can mend ends in one sentence and exit code 2."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        with_settings = settings(*setting_names)(function)
+
+        @functools.wraps(with_settings)
+        def guarded(**given: Any) -> None:
+            try:
+                with_settings(**given)
+            except UserError as error:
+                fail(f"error: {error}")
+            except KeyboardInterrupt:
+                fail("interrupted: what was finished is kept, and the same command goes on from there")
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                    raise
+                fail("error: the device ran out of memory; use shorter blocks, --device-map auto or --load-in-4bit")
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                    raise
+                fail(f"error: {error.filename or 'the disk'}: {error.strerror}; mend that and run the command again")
+
+        guarded.__signature__ = with_settings.__signature__  # type: ignore[attr-defined]
+        del guarded.__wrapped__
+        return app.command(name)(guarded)
+
+    return decorate
+
+
+def fail(sentence: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, markup=False, style="red")
+    raise typer.Exit(EXIT_USER_ERROR)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        OUT.print(f"leankv {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def print_piece(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """How far can a model's KV cache be compressed, where, and at what price in perplexity?"""

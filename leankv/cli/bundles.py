@@ -1,0 +1,88 @@
+"""Commands that use a bundle: `eval-ppl`, `generate`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leankv.cli.app import OUT, Json, command, print_json, print_piece
+from leankv.cli.options import PROTOCOL, Asked
+from leankv.errors import UserError
+from leankv.progress import Progress
+
+
+@command("eval-ppl", "block_length", *PROTOCOL)
+def eval_ppl_command(
+    asked: Asked,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to measure beside the base.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="report, selection, calibration, or all: unsplit.")] = "report",
+    blocks: Annotated[int | None, typer.Option(help="Blocks to measure on.", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """Perplexity of the base model and of a bundle, side by side, with the paired interval."""
+    from leankv.evaluate import evaluate
+    from leankv.experiment import SPLITS
+    from leankv.report import evaluation_table
+
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"--split must be one of {', '.join(SPLITS)}, all, not {split!r}")
+    if blocks is not None and blocks < 1:
+        raise UserError(f"--blocks must be at least 1, not {blocks}")
+    experiment = _with_bundle(asked, bundle)
+    n_blocks = blocks or (experiment.data.report_blocks if split == "all" else experiment.value(f"data.{split}_blocks"))
+    result = evaluate(experiment, bundle, split, n_blocks, Progress())
+    if json_:
+        print_json(result)
+    else:
+        OUT.print(evaluation_table(result))
+
+
+@command("generate")
+def generate_command(
+    asked: Asked,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; else sampled.", min=0.0)] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = False,
+    json_: Json = False,
+) -> None:
+    """Stream a completion through the compressed cache; report the bytes it held and tokens a second."""
+    from dataclasses import asdict
+
+    from leankv.bundle import read_bundle_config
+    from leankv.cache import LeanCache
+    from leankv.generate import complete, memory_words
+    from leankv.model import load_model
+
+    read_bundle_config(bundle)
+    experiment = _with_bundle(asked, bundle)
+    progress = Progress()
+    progress.say(f"loading {experiment.model.name}")
+    loaded = load_model(experiment.model)
+    if not loaded.tokenizer(prompt)["input_ids"]:
+        raise UserError("the prompt is empty; give some text to go on from")
+    if chat and loaded.tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {experiment.model.name} has no chat template; leave --chat out")
+    cache = LeanCache.from_pretrained(bundle, loaded.model)
+    show = (lambda text: None) if json_ else print_piece
+    completion = complete(loaded, cache, prompt, max_new_tokens, temperature, chat, experiment.seed, show)
+    if json_:
+        print_json(asdict(completion))
+    else:
+        OUT.print("\n" + memory_words(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+
+
+def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:
+    """The experiment that a bundle came from (or `--config`, or the defaults), with the options on top."""
+    from dataclasses import asdict
+
+    from leankv.bundle import read_bundle_config
+    from leankv.experiment import flatten, load_experiment
+
+    overrides = asked.overrides(extra)
+    if asked.config is not None:
+        overrides = {**flatten(asdict(load_experiment(asked.config, {}))), **overrides}
+    elif bundle is not None:
+        overrides = {**flatten(read_bundle_config(bundle)["experiment"]), **overrides}
+    return load_experiment(None, asked.without_window_if_strict(overrides))

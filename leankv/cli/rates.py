@@ -1,0 +1,99 @@
+"""Commands that set codecs side by side: `map`, `compare`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from leankv.cli.app import OUT, Json, command, print_json
+from leankv.cli.options import MEASURE, PROTOCOL, Asked
+from leankv.experiment import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
+from leankv.progress import Progress
+
+
+@command("map", "layers", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+def map_command(
+    asked: Asked,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Codecs, each for K and for V; with parentheses in quotes: 'resid(pca:8,int:2)'. "
+            f"Unless given: {' '.join(MAP_SPECS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="Layers whose cost in perplexity is measured: all, none or 0,4,40-63. Of the rest the error is told.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "all",
+    blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of selection text to measure on.", rich_help_panel=MEASURE, show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What each layer's keys or values alone cost under several codecs, and how far each is from the bound."""
+    from leankv.experiment import load_experiment
+    from leankv.map_report import map_summary
+    from leankv.rate_map import check_measure, check_specs, map_rates
+    from leankv.run import Run
+
+    wanted = check_specs(specs or MAP_SPECS)
+    check_measure(measure)
+    extra = {} if blocks is None else {"data.selection_blocks": blocks}
+    run = Run(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    table = map_rates(run, wanted, measure)
+    if json_:
+        print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        return
+    OUT.print(map_summary(table))
+    OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
+
+
+@command("compare", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+def compare_command(
+    asked: Asked,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Codecs, each for K and V of all layers; with parentheses in quotes. "
+            f"Unless given: {' '.join(COMPARE_SPECS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A cache of others (again for more): all, hqq:4, quanto:2, turboquant:safe, module:factory.",
+            rich_help_panel=MEASURE,
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of report text to measure on.", rich_help_panel=MEASURE, show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Whole caches, ours and those of others: perplexity against the bytes that they really hold."""
+    from leankv.compare_caches import compare_caches
+    from leankv.compare_report import compare_summary
+    from leankv.experiment import load_experiment
+    from leankv.peers import find_peers
+    from leankv.rate_map import check_specs
+    from leankv.run import Run
+
+    wanted, peers = check_specs(specs or COMPARE_SPECS), find_peers(peer or [])
+    overrides = asked.overrides({} if blocks is None else {"data.report_blocks": blocks})
+    if asked.config is None:
+        overrides = {**COMPARE_SETTINGS, **overrides}
+    run = Run(load_experiment(asked.config, asked.without_window_if_strict(overrides)), Progress())
+    table = compare_caches(run, wanted, peers)
+    if json_:
+        print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        return
+    OUT.print(compare_summary(table))
+    OUT.print(f"written to {run.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)

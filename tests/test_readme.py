@@ -1,0 +1,52 @@
+"""What the README shows does what it says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leankv.codecs import fraction_of_variance_unexplained, spec
+from leankv.codecs.base import Codec
+from tests import test_codecs
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The spec of the codec that the last section adds, known as if its file were there."""
+    section = README.rpartition("\n## ")[2]
+    assert section.startswith("Adding a codec")
+    (source,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(source.splitlines()) <= 40
+    names: dict[str, Any] = {"__name__": "leankv.codecs.added"}
+    exec(compile(source, "README.md", "exec"), names)
+    (family,) = (
+        thing for thing in names.values() if isinstance(thing, type) and issubclass(thing, Codec) and thing is not Codec
+    )
+    monkeypatch.setitem(spec.FAMILIES, family.family, family)
+    return str(family.family)
+
+
+def test_the_codec_that_the_readme_adds_passes_the_shared_matrix(added: str) -> None:
+    """All of it that takes a spec alone."""
+    test_codecs.test_fitting_three_problems_gives_three_codecs(added)
+    test_codecs.test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(added, 5)
+    test_codecs.test_bits_per_token_are_the_bits_really_stored(added, torch.float32)
+    test_codecs.test_a_parked_code_comes_back_bit_for_bit(added)
+    test_codecs.test_parked_codes_take_the_bits_they_claim(added)
+    test_codecs.test_the_spec_of_a_fitted_codec_reads_back_as_the_one_asked_for(added)
+    test_codecs.test_a_saved_codec_decodes_bit_for_bit_as_before(added, torch.float32)
+    test_codecs.test_tensors_that_do_not_fit_the_spec_are_refused_by_name(added)
+    test_codecs.test_a_codec_does_not_depend_on_which_others_are_fitted_beside_it(added)
+    test_codecs.test_each_token_is_encoded_on_its_own(added)
+    test_codecs.test_codes_may_be_joined_and_put_in_another_order(added)
+    test_codecs.test_fitting_to_text_with_outliers_stays_finite(added)
+
+
+def test_the_codec_that_the_readme_adds_beats_the_mean(added: str) -> None:
+    x = test_codecs.vectors(problems=1)
+    (codec,) = test_codecs.fit(added, x)
+    assert fraction_of_variance_unexplained(x[0], test_codecs.through(codec, x[0])) < 0.6
