@@ -294,7 +294,7 @@ def test_gathering_computes_nothing(serial: Sweep, tmp_path: Path, monkeypatch: 
     for name in ("sweep.csv", "sweep.md", "figures/cost_by_layer.png"):
         (tmp_path / name).unlink()
     before = finished_files(tmp_path)
-    monkeypatch.setattr("leankv.run.load_model", pytest.fail)
+    monkeypatch.setattr("leankv.workplace.load_model", pytest.fail)
     result = CliRunner().invoke(app, ["sweep", "--gather", "-o", str(tmp_path), "--json"])
     assert result.exit_code == 0
     assert [row["layer"] for row in json.loads(result.stdout)] == list(range(LAYERS))
@@ -320,7 +320,7 @@ def test_other_settings_are_refused(
     serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, words: str
 ) -> None:
     (tmp_path / "experiment.yaml").write_bytes((serial.config.parent / "run" / "experiment.yaml").read_bytes())
-    monkeypatch.setattr("leankv.run.load_model", pytest.fail)  # refused at once
+    monkeypatch.setattr("leankv.workplace.load_model", pytest.fail)  # refused at once
     for way in ((), ("--shard", "1/2"), ("--executor", "local"), ("--gather",)):
         sentence = refuse("--config", serial.config, "-o", tmp_path, "--set", f"{key}={value}", *way)
         assert sentence == f"error: {tmp_path} was begun with {words}; choose another --output-dir"
