@@ -40,7 +40,6 @@ def held(cache: Any) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-@torch.no_grad()
 def main() -> None:
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -54,6 +53,7 @@ def main() -> None:
                 tokens = text[None, :context]
                 bytes_: dict[str, int] = {}
 
+                @torch.no_grad()
                 def seconds(name: str, cache: Any, tokens: torch.Tensor = tokens, bytes_: Any = bytes_) -> float:
                     for piece in tokens[:, :-1].split(CHUNK, dim=1):
                         model.base_model(input_ids=piece, past_key_values=cache)

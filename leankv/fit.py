@@ -116,7 +116,7 @@ def fit_codecs(
         for group in (ordered[start : start + size] for start in range(0, len(ordered), size)):
             started = time.monotonic()
             first_heldout = fitting.first_heldout(manifest)
-            x = _stacked(activations, group, fitting)
+            x = _stacked(activations, group, width, fitting)
             train, heldout = x[:, :first_heldout], x[:, first_heldout:]
             history: list[torch.Tensor] = []
             with progress.stage(f"fitting {len(group)} codecs {spec_text}", fitting.settings.epochs) as step:
@@ -207,10 +207,11 @@ def _finite(fvu: float) -> float:
     return fvu if math.isfinite(fvu) else 0.0
 
 
-def _stacked(activations: Activations, group: Sequence[Problem], fitting: Fitting) -> torch.Tensor:
+def _stacked(activations: Activations, group: Sequence[Problem], width: int, fitting: Fitting) -> torch.Tensor:
     """The vectors of a group of problems, `[P, N, W]`, with no second copy of them all."""
-    first = fitting.read(activations, group[0])
-    x = torch.empty((len(group), *first.shape), dtype=first.dtype, device=fitting.device)
+    manifest = activations.manifest
+    tokens = manifest["blocks"] * fitting.tokens_a_block(manifest)
+    x = torch.empty((len(group), tokens, width), dtype=getattr(torch, manifest["dtype"]), device=fitting.device)
     for index, problem in enumerate(group):
         x[index] = fitting.read(activations, problem)
     return x

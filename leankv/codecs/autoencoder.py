@@ -13,7 +13,6 @@ from leankv.codecs.base import (
     Codec,
     TrainingSettings,
     as_float16,
-    fraction_of_variance_unexplained,
     mean_of,
     sum_of_squares,
     within_float16,
@@ -23,6 +22,7 @@ DEFAULT_HIDDEN = 128  # LeanLlama's
 
 OVERSAMPLED, POWER_ITERATIONS = 8, 4  # Halko et al. use 5 to 10, and 1 or 2 where the spectrum falls faster than here
 RIDGE = 1e-5  # assumption: of the mean squared feature; keeps alike random features from cancelling large weights
+SMOOTHNESS = 0.75  # deviation of the hidden units' random weights; see the log, 2026-11-24
 
 Stack = dict[str, torch.Tensor]
 """Parameters of P autoencoders, each tensor `[P, ...]`."""
@@ -160,7 +160,8 @@ def _start(arguments: Sequence[Any], train: torch.Tensor, seed: int) -> Stack:
     signs = torch.tensor([[1.0], [-1.0]])
     pairs = (signs * torch.eye(dimensions)[:, None]).flatten(0, 1)[:hidden]
     rest = hidden - len(pairs)
-    hidden_weight = torch.cat([pairs, torch.randn(rest, dimensions, generator=generator)]).to(train.device)
+    drawn_weight = SMOOTHNESS * torch.randn(rest, dimensions, generator=generator)
+    hidden_weight = torch.cat([pairs, drawn_weight]).to(train.device)
     hidden_bias = torch.cat([torch.zeros(len(pairs)), torch.randn(rest, generator=generator)]).to(train.device)
     starts = []
     for x, own_mean, own_scale in zip(train, mean, scale, strict=True):  # in turn, so none depends on the others
@@ -265,5 +266,9 @@ def train_stack(
 def _heldout_error(stack: Stack, heldout: torch.Tensor) -> torch.Tensor:
     """Fraction of variance unexplained `[P]` on `heldout` `[P, M, W]`; infinite where nothing varies."""
     mean, scale = stack["mean"][:, None], stack["scale"][:, None]
-    pieces = [torch.addcmul(mean, _reconstruct(stack, rows)[1], scale) for rows in heldout.split(ROWS, dim=1)]
-    return fraction_of_variance_unexplained(heldout, torch.cat(pieces, dim=1)).nan_to_num(math.inf)
+    errors = [
+        sum_of_squares(rows, torch.addcmul(mean, _reconstruct(stack, rows)[1], scale))
+        for rows in heldout.split(ROWS, dim=1)  # so that no whole reconstruction is held
+    ]
+    variance = sum_of_squares(heldout, mean_of(heldout)[:, None])
+    return (torch.stack(errors).sum(dim=0) / variance).nan_to_num(math.inf)

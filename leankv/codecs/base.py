@@ -1,5 +1,6 @@
 """What every codec is: an `nn.Module` that turns vectors into codes and back, and knows what its codes weigh."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,8 +201,9 @@ ROWS = 2048  # vectors held in float32 at a time where statistics are summed, to
 
 def mean_of(x: torch.Tensor) -> torch.Tensor:
     """Mean of vectors `[..., N, W]` over N, float32, summed in float64."""
-    total = torch.stack([rows.sum(dim=-2, dtype=torch.float64) for rows in x.split(ROWS, dim=-2)]).sum(dim=0)
-    return (total / x.shape[-2]).float()
+    pieces = ((rows.sum(dim=0, dtype=torch.float64) for rows in own.split(ROWS)) for own in _one_by_one(x))
+    totals = torch.stack([torch.stack(list(own)).sum(dim=0) for own in pieces])
+    return (totals / x.shape[-2]).float().reshape(*x.shape[:-2], x.shape[-1])
 
 
 def sampled(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -213,10 +215,17 @@ def sampled(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 def sum_of_squares(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """`sum |x - reference|^2` over the last two dimensions of `[..., N, W]`, float64."""
-    reference = reference.expand(x.shape)
-    pieces = zip(x.split(ROWS, dim=-2), reference.split(ROWS, dim=-2), strict=True)
-    squares = [(rows.float() - own.float()).square().sum(dim=(-2, -1), dtype=torch.float64) for rows, own in pieces]
-    return torch.stack(squares).sum(dim=0)
+    totals = []
+    for own, its_reference in zip(_one_by_one(x), _one_by_one(reference.expand(x.shape)), strict=True):
+        pieces = zip(own.split(ROWS), its_reference.split(ROWS), strict=True)
+        squares = [(rows.float() - other.float()).square().sum(dtype=torch.float64) for rows, other in pieces]
+        totals.append(torch.stack(squares).sum())
+    return torch.stack(totals).reshape(x.shape[:-2])
+
+
+def _one_by_one(x: torch.Tensor) -> list[torch.Tensor]:
+    """Views `[N, W]` of `[..., N, W]`: sums over one at a time take no memory for all, and none depends on others."""
+    return [x[index] for index in itertools.product(*map(range, x.shape[:-2]))]
 
 
 def fraction_of_variance_unexplained(x: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
