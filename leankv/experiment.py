@@ -41,7 +41,6 @@ COMPARE_SETTINGS = {
     "codec.key_space": "auto",
     "fit.weighting": "gradient",
     "protocol.kind": "stream",
-    "protocol.sinks": 4,
     "protocol.window": 128,
 }
 """What `leankv compare` starts from where no experiment is named: a cache as one would really use it."""
@@ -119,8 +118,8 @@ class ProtocolConfig:
     """How perplexity is measured; see `leankv.perplexity`."""
 
     kind: str = "strict"
-    sinks: int = 0
-    """The first tokens of a sequence, kept exact."""
+    sinks: int = 4
+    """The first tokens of a sequence, kept exact: attention leans on them whatever they say (Xiao et al., 2024)."""
     window: int = 0
     """The latest tokens, kept exact. A `strict` pass has none."""
     chunk: int = 128
