@@ -14,25 +14,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from leankv.experiment import load_experiment
 from leankv.progress import Silent
 from leankv.run import Run
-from tests import tiny
+from tests.run_folders import Files, finished_files, write_experiment
 
 LAYERS = 8
 TIME_OUT = 120  # seconds; a run takes about ten
-
-Files = dict[str, tuple[int, int]]
-"""Name -> inode and time of its last change."""
-
-
-def finished_files(folder: Path) -> Files:
-    """The measurements and codecs that are finished, temporary files left out."""
-    paths = [path for kind in ("cells", "codecs") for path in (folder / kind).glob("[!.]*")]
-    return {f"{path.parent.name}/{path.name}": (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def count(folder: Path, pattern: str) -> int:
@@ -122,23 +112,8 @@ class History:
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     root = tmp_path_factory.mktemp("resume")
-    tiny.save(root / "model", tiny.build("llama", num_hidden_layers=LAYERS))
-    (root / "text.txt").write_text(tiny.text(60_000), encoding="utf-8")
-    experiment = {
-        "model": {"name": str(root / "model"), "device": "cpu", "dtype": "float32"},
-        "data": {
-            "dataset": str(root / "text.txt"),
-            "block_length": 64,
-            "calibration_blocks": 60,
-            "selection_blocks": 24,
-            "report_blocks": 8,
-        },
-        "codec": {"k": "ae:4x16", "v": "ae:4x16"},
-        "fit": {"epochs": 3},
-        "selection": {"budget": "1000%"},
-    }
-    path = root / "experiment.yaml"
-    path.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    blocks = {"calibration": 60, "selection": 24, "report": 8}
+    path = write_experiment(root, LAYERS, 3, blocks, selection={"budget": "1000%"})
     run_to_the_end(path, root / "undisturbed")
     stops = [stop_at(point, with_signal, path, root / "disturbed") for point, with_signal in POINTS]
     run_to_the_end(path, root / "disturbed")

@@ -31,14 +31,11 @@ from leankv.progress import Progress, Silent
 from leankv.run import Run
 from leankv.shards import Shard
 from leankv.sweep import sweep
-from tests import tiny
+from tests.run_folders import finished_files, write_experiment
 
 LAYERS = 8
 TIME_OUT = 120  # seconds; a worker takes about five
 LEANKV = [sys.executable, "-m", "leankv"]
-
-Files = dict[str, tuple[int, int]]
-"""Name -> inode and time of its last change."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,7 @@ class Sweep:
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     root = tmp_path_factory.mktemp("serial")
-    tiny.save(root / "model", tiny.build("llama", num_hidden_layers=LAYERS))
-    (root / "text.txt").write_text(tiny.text(60_000), encoding="utf-8")
-    experiment = {
-        "model": {"name": str(root / "model"), "device": "cpu", "dtype": "float32"},
-        "data": {
-            "dataset": str(root / "text.txt"),
-            "block_length": 64,
-            "calibration_blocks": 20,
-            "selection_blocks": 40,
-            "report_blocks": 4,
-        },
-        "codec": {"k": "ae:4x16", "v": "ae:4x16"},
-        "fit": {"epochs": 2},
-    }
-    config = root / "experiment.yaml"
-    config.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    config = write_experiment(root, LAYERS, 2, {"calibration": 20, "selection": 40, "report": 4})
     sweep(Run(load_experiment(config, {"output_dir": str(root / "run")}), Silent()))
     return Sweep(config, table_of(root / "run"))
 
@@ -93,12 +75,6 @@ def assert_swept(folder: Path, expected: Sweep) -> None:
     assert len(list(folder.glob("cells/nats-selection-*.json"))) == 1 + LAYERS
     assert len(list(folder.glob("codecs/*.safetensors"))) == 2 * LAYERS
     assert not list(folder.glob("activations-*"))
-
-
-def finished_files(folder: Path) -> Files:
-    """The measurements and codecs that are finished."""
-    paths = [path for kind in ("cells", "codecs") for path in (folder / kind).glob("[!.]*")]
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -311,7 +287,7 @@ def test_gathering_computes_nothing(serial: Sweep, tmp_path: Path, monkeypatch: 
         ("fit.epochs", 3, "fit.epochs 2, not 3"),
         ("codec.k", "pca:2", "codec.k ae:4x16, not pca:2"),
         ("data.selection_blocks", 3, "data.selection_blocks 40, not 3"),
-        ("protocol.sinks", 1, "protocol.sinks 0, not 1"),
+        ("protocol.sinks", 1, "protocol.sinks 4, not 1"),
         ("model.revision", "main", "model.revision null, not main"),
         ("seed", 1, "seed 0, not 1"),
     ],
