@@ -17,6 +17,9 @@ from leankv.codecs import Code, Codec
 from leankv.codecs.base import tensors_in
 from leankv.codecs.ragged import Ragged
 
+PIECE = 1024
+"""Tokens decoded at a time: temporaries stay in a processor's cache, and never hold a whole layer."""
+
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Keys `[B, heads, T, head_dim]` and their positions `[B or 1, T]` -> keys in another key space."""
 
@@ -131,21 +134,28 @@ class PartStore:
 
     def read(self, like: torch.Tensor) -> torch.Tensor:
         """All tokens held, `[B, heads, tokens, head_dim]`, in the dtype of `like`."""
-        decoded = None
-        if self.code is not None and self.codec is not None:
-            batch, tokens = next(iter(self.code.values())).shape[:2]
-            first = self.seen - len(self) + _length(self.sink_rows, 2)
-            code = {name: _flat(tensor) for name, tensor in self.code.items()}
-            if self.codec.looks_back:
-                vectors = self.codec.decode_beside(code, self._reference(first, tokens, batch, like.device))
-            else:
-                vectors = self.codec.decode(code)
-            if self.readers:
-                self._vectors, self._first_vector = vectors.reshape(batch, tokens, -1), first
-            decoded = vectors.reshape(batch, tokens, like.shape[1], like.shape[3]).transpose(1, 2)
-            if self.space is not None:
-                decoded = self.space.leave(decoded, self._positions(first, tokens))
-            decoded = decoded.to(like.dtype)
+        sinks, coded, window = self._lengths()
+        decoded: list[torch.Tensor] = []
+        if window and not sinks + coded and self.window_rows is not None and self.window_rows.dtype == like.dtype:
+            whole = self.window_rows
+        else:
+            whole = like.new_empty(*like.shape[:2], sinks + coded + window, like.shape[3])
+            if self.sink_rows is not None:
+                whole[:, :, :sinks] = self.sink_rows
+            for first in range(0, coded, PIECE):
+                last = min(first + PIECE, coded)
+                vectors = self._decode(first, last, like.device)
+                if self.readers:
+                    decoded.append(vectors)
+                rows = vectors.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
+                if self.space is not None:
+                    rows = self.space.leave(rows, self._positions(self._first_coded() + first, last - first))
+                # One copy casts, brings into the order of heads and puts in place.
+                whole[:, :, sinks + first : sinks + last] = rows
+            if self.window_rows is not None:
+                whole[:, :, sinks + coded :] = self.window_rows
+        if decoded:
+            self._vectors, self._first_vector = torch.cat(decoded, dim=1).float(), self._first_coded()
         elif self.readers and self.window_rows is not None:
             # Held exact; which of these tokens are codes in the stores that look here, they know.
             first, rows = self.seen - len(self), self.window_rows
@@ -155,8 +165,22 @@ class PartStore:
         self._left = self.readers
         for store in self.references:
             store.release()
-        pieces = [piece for piece in (self.sink_rows, decoded, self.window_rows) if piece is not None]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        return whole
+
+    def _first_coded(self) -> int:
+        """Which token of the sequence the codes begin with."""
+        return self.seen - len(self) + _length(self.sink_rows, 2)
+
+    def _decode(self, first: int, last: int, device: torch.device) -> torch.Tensor:
+        """Vectors `[B, tokens, W]` of the codes from `first` to `last`, in the key space of codecs."""
+        assert self.codec is not None
+        assert self.code is not None
+        code = {name: _flat(_columns(rows, first, last)) for name, rows in self.code.items()}
+        batch = len(next(iter(self.code.values())))
+        if self.codec.looks_back:
+            reference = self._reference(self._first_coded() + first, last - first, batch, device)
+            return self.codec.decode_beside(code, reference).unflatten(0, (batch, -1))
+        return self.codec.decode(code).unflatten(0, (batch, -1))
 
     def __len__(self) -> int:
         return sum(self._lengths())
@@ -189,7 +213,8 @@ class PartStore:
             if last == first:
                 self.code = None
             elif last - first < coded:
-                self.code = {name: _columns(rows, first, last) for name, rows in self.code.items()}
+                # Views would keep all of the storage alive.
+                self.code = {name: _columns(rows, first, last).clone() for name, rows in self.code.items()}
         if self.window_rows is not None:
             self.window_rows = cut(self.window_rows, 2, sinks + coded)
 
@@ -237,9 +262,7 @@ def _unflat(rows: torch.Tensor | Ragged, batch: int) -> torch.Tensor | Ragged:
 
 def _columns(rows: torch.Tensor | Ragged, first: int, last: int) -> torch.Tensor | Ragged:
     """Tokens `first` to `last` of each row of the batch."""
-    if isinstance(rows, Ragged):
-        return rows[torch.arange(rows.counts.numel()).reshape(rows.shape)[:, first:last]]
-    return rows[:, first:last].clone()
+    return rows.columns(first, last) if isinstance(rows, Ragged) else rows[:, first:last]
 
 
 def _followed(first: torch.Tensor | Ragged, second: torch.Tensor | Ragged) -> torch.Tensor | Ragged:

@@ -17,40 +17,49 @@ from leankv.errors import UserError
 PROBE_POSITION = 7  # assumption: far enough for a wrong convention to show, inside any sliding window
 TOLERANCE = 2e-2  # relative error; bfloat16 keys differ by 4e-3 from rounding, a wrong convention by about 1
 
-Rotation = Callable[[torch.Tensor], torch.Tensor]
+Pairing = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Views of a head's dimensions as pairs that turn together: the first of each, and the second of each."""
 Table = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of some positions, each `[B, T, rotary_dim]`."""
 
 
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+    return first, second
 
 
-def _rotate_interleaved(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+def _neighbours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., ::2], x[..., 1::2]
 
 
-CONVENTIONS: dict[str, Rotation] = {"half": _rotate_half, "interleaved": _rotate_interleaved}
+CONVENTIONS: dict[str, Pairing] = {"half": _halves, "interleaved": _neighbours}
 
 
-def rotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn the first `cos.shape[-1]` dimensions of each head: `k cos + rotation(k) sin`, float32.
+def rotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Turn the first `cos.shape[-1]` dimensions of each head: `(a, b)` to `(a cos - b sin, b cos + a sin)`, float32.
+
+    A cache of thousands of tokens is turned for each one generated: hence no temporaries.
 
     Args:
         k: `[B, heads, T, head_dim]`.
         cos, sin: `[B, T, rotary_dim]`, as the model's rotary embedding gives them, doubled to the rotated dimensions.
-        rotation: the convention.
+        pairing: the convention.
     """
-    cos, sin = cos.float()[:, None], sin.float()[:, None]
-    turning, passed = k.float().split([cos.shape[-1], k.shape[-1] - cos.shape[-1]], dim=-1)
-    return torch.cat([turning * cos + rotation(turning) * sin, passed], dim=-1)
+    k = k.float()
+    turned = torch.empty_like(k)
+    rotary = cos.shape[-1]
+    turned[..., rotary:] = k[..., rotary:]
+    (first, second), (into_first, into_second) = pairing(k[..., :rotary]), pairing(turned[..., :rotary])
+    (first_cos, second_cos), (first_sin, second_sin) = pairing(cos.float()[:, None]), pairing(sin.float()[:, None])
+    torch.mul(first, first_cos, out=into_first).addcmul_(second, first_sin, value=-1)
+    torch.mul(second, second_cos, out=into_second).addcmul_(first, second_sin)
+    return turned
 
 
-def unrotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Undo `rotate`: `(k cos - rotation(k) sin) / (cos^2 + sin^2)`; the denominator is not 1 under yarn scaling."""
+def unrotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Undo `rotate`: turn back, and divide by `cos^2 + sin^2`, which is not 1 under yarn scaling."""
     size = cos.float().square() + sin.float().square()
-    return rotate(k, cos.float() / size, -sin.float() / size, rotation)
+    return rotate(k, cos.float() / size, -sin.float() / size, pairing)
 
 
 @dataclass(frozen=True)
@@ -202,13 +211,13 @@ def _rotation_of(zero: torch.Tensor, moved: torch.Tensor, call_pairs: list[tuple
     """Under which convention keys at position 0 and moved keys are the same once both are un-rotated."""
     if _agree(moved.float(), zero.float()):
         return _Found("none", None)
-    for name, rotation in CONVENTIONS.items():
+    for name, pairing in CONVENTIONS.items():
         for call_zero, call_moved in call_pairs:
             if call_moved.table[0].shape[-1] > moved.shape[-1]:
                 continue
             # Scaled embeddings (yarn) change the keys at position 0 too.
             undone = [
-                unrotate(keys, call.table[0].to(keys.device), call.table[1].to(keys.device), rotation)
+                unrotate(keys, call.table[0].to(keys.device), call.table[1].to(keys.device), pairing)
                 for keys, call in ((zero, call_zero), (moved, call_moved))
             ]
             if _agree(undone[1], undone[0]):

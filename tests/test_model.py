@@ -1,6 +1,7 @@
 """Loading models, the geometry of their caches, fingerprints, and the convention of rotary keys."""
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import transformers
 from leankv import LeanCache, ModelConfig, UserError, load_model
 from leankv.cache import RecordingCache
 from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry, fingerprint
-from leankv.rope import CONVENTIONS, find_conventions, unrotate
+from leankv.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
 
 GEOMETRIES = {
@@ -323,18 +324,30 @@ def test_a_model_keeps_answering_as_before_after_the_probe(model: Any) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("convention", list(CONVENTIONS))
-def test_unrotating_undoes_rotation(convention: str) -> None:
+def by_half(x: torch.Tensor) -> torch.Tensor:
+    """As transformers' Llama writes it."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def by_pair(x: torch.Tensor) -> torch.Tensor:
+    """As transformers' GPT-J writes it."""
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize(("convention", "rotated"), [("half", by_half), ("interleaved", by_pair)])
+def test_unrotating_undoes_rotation(convention: str, rotated: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Also of scaled tables, and of keys that are rotated in their first dimensions only."""
-    rotate, generator = CONVENTIONS[convention], torch.Generator().manual_seed(0)
+    pairing, generator = CONVENTIONS[convention], torch.Generator().manual_seed(0)
     k = torch.randn(2, 3, 5, 16, generator=generator)
     angles = torch.rand(2, 5, 4, generator=generator) * 2 * math.pi
     doubled = torch.cat([angles, angles], dim=-1) if convention == "half" else angles.repeat_interleave(2, dim=-1)
     cos, sin = 1.3 * doubled.cos(), 1.3 * doubled.sin()
     turned = k.clone()
-    turned[..., :8] = k[..., :8] * cos[:, None] + rotate(k[..., :8]) * sin[:, None]
+    turned[..., :8] = k[..., :8] * cos[:, None] + rotated(k[..., :8]) * sin[:, None]
     assert not torch.allclose(turned, k, atol=0.1)
-    torch.testing.assert_close(unrotate(turned, cos, sin, rotate), k, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate(k, cos, sin, pairing), turned)
+    torch.testing.assert_close(unrotate(turned, cos, sin, pairing), k, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ class Ragged:
         """The leading shape, as a tensor's."""
         return self.counts.shape
 
+    def __len__(self) -> int:
+        return len(self.counts)
+
     def items(self) -> torch.Tensor:
         """`[total, item]`."""
         return self.data.view(-1, self.item)
@@ -56,6 +59,19 @@ class Ragged:
         within = within - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         data = self.data[torch.repeat_interleave(starts, lengths) + within]
         return Ragged(data, self.counts.flatten()[numbers.flatten()].reshape(numbers.shape), self.item)
+
+    def columns(self, first: int, last: int) -> "Ragged":
+        """Tokens `first` to `last` of each row of `[B, T]`; views where there is one row."""
+        if len(self.counts) > 1:
+            numbers = torch.arange(self.counts.numel(), device=self.data.device).reshape(self.shape)
+            return self[numbers[:, first:last]]
+        start, length = (
+            int(counts.sum()) * self.item for counts in (self.counts[:, :first], self.counts[:, first:last])
+        )
+        return Ragged(self.data[start : start + length], self.counts[:, first:last], self.item)
+
+    def clone(self) -> "Ragged":
+        return Ragged(self.data.clone(), self.counts.clone(), self.item)
 
     def followed_by(self, other: "Ragged") -> "Ragged":
         """`[B, T]` and `[B, S]` -> `[B, T + S]`."""

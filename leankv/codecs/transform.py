@@ -137,7 +137,7 @@ class Transform(Codec):
             placed = torch.empty_like(synthesis[: self._in_use])
             placed[self._layout().place] = synthesis[: self._in_use]
             self._decoding = (placed.float() * self.step).to(synthesis.dtype)
-        return (self._values(code, synthesis.dtype) @ self._decoding).float() + self.mean
+        return torch.addmm(self.mean.to(synthesis.dtype), self._values(code, synthesis.dtype), self._decoding)
 
     def _layout(self) -> Digits:
         if self._digits is None or self._digits.low.device != self.low.device:
