@@ -9,7 +9,7 @@ import torch
 
 from leankv.codecs import fraction_of_variance_unexplained, spec
 from leankv.codecs.base import Codec
-from tests import test_codecs
+from tests import codec_vectors, test_codecs
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -47,6 +47,6 @@ def test_the_codec_that_the_readme_adds_passes_the_shared_matrix(added: str) -> 
 
 
 def test_the_codec_that_the_readme_adds_beats_the_mean(added: str) -> None:
-    x = test_codecs.vectors(problems=1)
-    (codec,) = test_codecs.fit(added, x)
-    assert fraction_of_variance_unexplained(x[0], test_codecs.through(codec, x[0])) < 0.6
+    x = codec_vectors.vectors(problems=1)
+    (codec,) = codec_vectors.fit(added, x)
+    assert fraction_of_variance_unexplained(x[0], codec_vectors.through(codec, x[0])) < 0.6
