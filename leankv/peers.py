@@ -20,7 +20,7 @@ class Peer:
     Attributes:
         spec: as `--peer` names it.
         method: what kind of cache it is; peers of one method differ in rate.
-        maker: package and version, or the module of `module:factory`.
+        maker: package, version and settings, or the module of `module:factory`.
         make: a configuration -> a fresh `transformers.Cache` for one batch.
     """
 
@@ -30,13 +30,18 @@ class Peer:
     make: Callable[[Any], Any]
 
 
+AXES = {"hqq": 1, "quanto": 0}
+"""As transformers' documentation of the cache recommends; its defaults are 0 for both."""
+
+
 def _quantized(backend: str, bits: int) -> Callable[[Any], Any]:
-    """Transformers' own quantized cache, grouped as its documentation has it: 64 numbers a scale, 128 tokens exact."""
+    """Transformers' own quantized cache: groups of 64 along the axis recommended for the backend, 128 tokens exact."""
 
     def make(config: Any) -> Any:
         from transformers import QuantizedCache
 
-        return QuantizedCache(backend=backend, config=config, nbits=bits)
+        axis = AXES[backend]
+        return QuantizedCache(backend=backend, config=config, nbits=bits, axis_key=axis, axis_value=axis)
 
     return make
 
@@ -77,7 +82,9 @@ def _known(spec: str) -> Peer:
     parent = module.partition(".")[0]
     if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
         raise UserError(f"the peer {spec} needs the package {package}; install it with: pip install 'leankv[peers]'")
-    return Peer(spec, spec.partition(":")[0], f"{package} {importlib.metadata.version(package)}", make)
+    method = spec.partition(":")[0]
+    settings = f", axis {AXES[method]}" if method in AXES else ""
+    return Peer(spec, method, f"{package} {importlib.metadata.version(package)}{settings}", make)
 
 
 def _other(spec: str) -> Peer:
