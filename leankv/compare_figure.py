@@ -18,6 +18,7 @@ MARKS = "os^Dv<>pX*Phd"
 def draw_comparison(table: pd.DataFrame, path: Path) -> None:
     """A panel a ratio; a line a method, through its rates. Ours in colour and filled, peers grey and hollow."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     ours = [method for method, rows in table.groupby("method", sort=False) if (rows["peer"] == "").all()]
     peers = [method for method in table["method"].unique() if method not in ours]
@@ -30,11 +31,11 @@ def draw_comparison(table: pd.DataFrame, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(LOW * 0.85, HIGH * 1.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.tick_params(labelsize=8, which="both")
-        axes.tick_params(axis="x", labelsize=6.5, which="minor", rotation=90)
+        axes.tick_params(labelsize=8)
         axes.grid(linewidth=0.3, which="both")
         axes.set_xlabel(label, fontsize=9)
     panels[0].set_ylabel(f"rise of perplexity, % (at the edges: beyond {LOW:g} to {HIGH:g})", fontsize=9)
@@ -57,9 +58,8 @@ def _draw_method(axes: Any, rows: pd.DataFrame, column: str, method: str, style:
 
 
 def _rate(spec: str) -> str:
-    """What tells a spec from others of its method: `4` of `int:4`, `transform:s0.03` of `resid(share:-2,…)`."""
-    inner = spec.removesuffix(")").rpartition(",")[2]
-    return inner.partition(":")[2] if inner == spec else inner
+    """What tells a spec from others of its method: `4` of `int:4`, `s0.03` of `resid(share:-2,transform:s0.03)`."""
+    return spec.rstrip(")").rpartition(":")[2]
 
 
 def _style(number: int, count: int, ours: bool) -> dict[str, Any]:
