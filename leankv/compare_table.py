@@ -45,5 +45,5 @@ def read_compare(folder: Path) -> pd.DataFrame:
     path = folder / "compare.csv"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished comparison; run: leankv compare --output-dir {folder}")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(path, dtype={"peer": str}, keep_default_na=False, na_values=[""])
     return table.fillna({"peer": ""})

@@ -82,12 +82,6 @@ def finished(compare_settings: dict[str, Any], tmp_path_factory: pytest.TempPath
     return run
 
 
-@pytest.fixture
-def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the report and its figure out, which take longest."""
-    monkeypatch.setattr("leankv.compare_caches.write_compare_report", lambda folder: None)
-
-
 def row_of(run: Run, spec: str) -> Any:
     table = read_compare(run.folder)
     (row,) = table[table["spec"] == spec].itertuples()
@@ -168,7 +162,6 @@ def test_a_finished_comparison_is_only_looked_up(
     assert (finished.folder / "compare.csv").read_bytes() == before
 
 
-@pytest.mark.usefixtures("unreported")
 def test_a_strict_comparison(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     strict = {"protocol.kind": "strict", "protocol.window": 0}
     run = make_run(compare_settings, tmp_path, **strict)
