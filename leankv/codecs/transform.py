@@ -20,7 +20,8 @@ SEEN_AT_LEAST = (
 LARGEST_TABLE = 63  # integers of at most this size have a frequency of their own in stored chunks
 LARGEST_SYMBOL = 255  # and in the search for a step
 LEAST_RATE, LARGEST_RATE = 0.02, 8.0  # bits a value
-FITTED_ROWS = 32768  # assumption: vectors enough for the step, the ranges and the frequencies
+FITTED_ROWS = 32768  # assumption: vectors enough for the ranges and the frequencies
+SEARCHED_ROWS = 4096  # assumption: and enough for the step of a rate, which is searched for in 24 rounds
 
 
 class Transform(Codec):
@@ -259,6 +260,7 @@ def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
 
 def _step_of_rate(y: torch.Tensor, rate: float) -> float:
     """The step at which the entropy of `y / step`, rounded, is `rate` bits a value: by bisection of its logarithm."""
+    y = y[:: max(1, len(y) // SEARCHED_ROWS)]
     size = float(y.square().mean().sqrt())
     if size == 0:
         return 1.0
