@@ -10,7 +10,7 @@ from leankv.run import Run
 
 
 def prepared(folder: Path, **changes: Any) -> Run:
-    """A run on SmolLM2-135M, without sinks unless `changes` say so; WikiText-2 from the folder named on the command line,
+    """A run on SmolLM2-135M, without sinks unless `changes` say so; WikiText-2 from the folder on the command line,
     else gensim's Wikipedia sample.
     """
     data = {"data.dataset": "wikitext-2", "data.data_dir": sys.argv[1]} if len(sys.argv) > 1 else {}
