@@ -12,6 +12,8 @@ from leankv.report import markdown_table, plain_table
 from leankv.store import write_atomically, write_text
 
 FIGURE = "figures/compare.png"
+SHORT_HEADER = ["cache", "cost %", "95 % interval", "live", "stored", "at 4096", "MB"]
+"""For a terminal: code ratios live and stored, cache ratio at 4,096 tokens, megabytes of codec parameters."""
 NOTES = """\
 - Every layer's keys and values are compressed alike, by one codec at one rate. All caches saw the same blocks.
 - **Cost**: rise of perplexity in percent of the base perplexity, and the 95 % interval of the paired difference (blocks
@@ -50,7 +52,7 @@ def compare_markdown(table: pd.DataFrame) -> str:
 
 def compare_summary(table: pd.DataFrame) -> Table:
     """The table for a terminal."""
-    return plain_table(compare_title(table), *compare_rows(table))
+    return plain_table(compare_title(table), SHORT_HEADER, compare_rows(table)[1])
 
 
 def compare_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -244,7 +244,7 @@ def protocol_text(summary: dict[str, Any]) -> str:
 def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in header:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a spec that is cut off says nothing
     for row in rows:
         table.add_row(*row)
     return table
