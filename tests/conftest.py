@@ -53,6 +53,7 @@ def settings(llama_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, A
         "codec.k": "ae:4x16",
         "codec.v": "ae:4x16",
         "fit.epochs": 2,
+        "protocol.sinks": 0,
         "selection.budget": "50%",
         "output_dir": str(tmp_path / "run"),
     }

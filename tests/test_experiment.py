@@ -121,8 +121,9 @@ def test_the_experiments_that_come_with_leankv_load(path: Path) -> None:
     assert load_experiment(path, {"seed": 3}) == dataclasses.replace(experiment, seed=3)
 
 
-def test_three_experiments_come_with_leankv() -> None:
+def test_experiments_that_come_with_leankv() -> None:
     assert [path.stem for path in sorted(EXPERIMENTS.glob("*.yaml"))] == [
+        "compare-smollm2",
         "llama-3.1-8b-nf4-values",
         "llama-3.3-70b-nf4",
         "smollm2-135m",
