@@ -83,7 +83,7 @@ def _known(spec: str) -> Peer:
     if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
         raise UserError(f"the peer {spec} needs the package {package}; install it with: pip install 'leankv[peers]'")
     method = spec.partition(":")[0]
-    settings = f", axis {AXES[method]}" if method in AXES else ""
+    settings = f", axis {AXES[method]}" if AXES.get(method) else ""  # where it is not the default
     return Peer(spec, method, f"{package} {importlib.metadata.version(package)}{settings}", make)
 
 
