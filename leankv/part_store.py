@@ -17,8 +17,8 @@ from leankv.codecs import Code, Codec
 from leankv.codecs.base import tensors_in
 from leankv.codecs.ragged import Ragged
 
-PIECE = 1024
-"""Tokens decoded at a time: temporaries stay in a processor's cache, and never hold a whole layer."""
+PIECE = 4096
+"""Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Keys `[B, heads, T, head_dim]` and their positions `[B or 1, T]` -> keys in another key space."""
