@@ -1,14 +1,13 @@
 """The comparison for people: `compare.md`, its figure, and a table for a terminal. Reads `compare.csv` only."""
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
 from leankv.compare_figure import draw_comparison
 from leankv.compare_table import read_compare
-from leankv.report import markdown_table, plain_table
+from leankv.report import markdown_table, number_text, plain_table
 from leankv.store import write_atomically, write_text
 
 FIGURE = "figures/compare.png"
@@ -61,17 +60,13 @@ def compare_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             row["spec"],
-            _number(row["delta_percent"], "+.2f"),
+            number_text(row["delta_percent"], "+.2f"),
             "not known" if pd.isna(row["low"]) else f"{row['low']:+.2f} to {row['high']:+.2f}",
-            _number(row["code_ratio_live"], ".2f"),
-            _number(row["code_ratio_stored"], ".2f"),
-            _number(row["cache_ratio_4096"], ".2f"),
-            _number(row["codec_bytes"] / 1e6, ".1f") if row["peer"] == "" else "-",
+            number_text(row["code_ratio_live"], ".2f"),
+            number_text(row["code_ratio_stored"], ".2f"),
+            number_text(row["cache_ratio_4096"], ".2f"),
+            number_text(row["codec_bytes"] / 1e6, ".1f") if row["peer"] == "" else "-",
         ]
         for row in table.sort_values("delta_percent", kind="stable").to_dict("records")
     ]
     return header, rows
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if pd.isna(value) else format(value, form)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from leankv.errors import UserError
+from leankv.finished_table import read_table
 
 COLUMNS = (
     "method",
@@ -42,8 +42,5 @@ def read_compare(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none.
     """
-    path = folder / "compare.csv"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished comparison; run: leankv compare --output-dir {folder}")
-    table = pd.read_csv(path, dtype={"peer": str}, keep_default_na=False, na_values=[""])
-    return table.fillna({"peer": ""})
+    table = read_table(folder, "compare", "comparison")
+    return table.assign(peer=table["peer"].astype(object).fillna(""))

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from leankv.map_figures import write_figures
 from leankv.map_table import by_bits, read_map
-from leankv.report import markdown_table, plain_table
+from leankv.report import markdown_table, number_text, plain_table
 from leankv.store import write_text
 
 RATES = (0.5, 1.0, 2.0, 3.0, 5.0)
@@ -95,7 +95,7 @@ def codec_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             ("error_db_over_bound", "+.1f"),
             ("stored_error_db_over_bound", "+.1f"),
         ):
-            cells += [_number(means[part][column].get(codec), form) for part in ("k", "v")]
+            cells += [number_text(means[part][column].get(codec), form) for part in ("k", "v")]
         rows.append([codec, *cells])
     return header, rows
 
@@ -120,7 +120,3 @@ def _best(rows: pd.DataFrame) -> str:
         return f"{best['codec']} ({best['delta_ppl']:+.3f})"
     best = rows.sort_values("fvu", kind="stable").iloc[0]
     return f"{best['codec']} (FVU {best['fvu']:.3f})"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or pd.isna(value) else format(value, form)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from leankv.errors import UserError
+from leankv.finished_table import read_table
 
 COLUMNS = (
     "layer",
@@ -38,10 +38,7 @@ def read_map(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none.
     """
-    path = folder / "map.csv"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished map; run: leankv map --output-dir {folder}")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return read_table(folder, "map", "map")
 
 
 def by_bits(table: pd.DataFrame) -> list[str]:

@@ -223,6 +223,11 @@ def interval_text(interval: Iterable[Any] | None) -> str:
     return "not known" if pd.isna(low) else f"{low:+.3f} to {high:+.3f}"
 
 
+def number_text(value: Any, form: str) -> str:
+    """`value` in the format `form`; `-` where it is not known."""
+    return "-" if pd.isna(value) else format(value, form)
+
+
 def ratio_text(ratio: float | None) -> str:
     """`1.11x`; `-` where there are no codes."""
     return "-" if ratio is None else f"{ratio:.2f}x"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from leankv.errors import UserError
+from leankv.finished_table import read_table
 
 COLUMNS = (
     "layer",
@@ -34,7 +34,4 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none.
     """
-    path = folder / "sweep.csv"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished sweep; run: leankv sweep --output-dir {folder}")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return read_table(folder, "sweep", "sweep")

@@ -68,6 +68,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def print_table_json(table: Any) -> None:
+    """A DataFrame as a list of rows, at the full precision of its numbers."""
+    print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         OUT.print(f"leankv {__version__}", highlight=False)

@@ -73,14 +73,14 @@ def generate_command(
         OUT.print("\n" + memory_words(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
 
 
-def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:
+def _with_bundle(asked: Asked, bundle: Path | None) -> Any:
     """The experiment that a bundle came from (or `--config`, or the defaults), with the options on top."""
     from dataclasses import asdict
 
     from leankv.bundle import read_bundle_config
     from leankv.experiment import flatten, load_experiment
 
-    overrides = asked.overrides(extra)
+    overrides = asked.overrides()
     if asked.config is not None:
         overrides = {**flatten(asdict(load_experiment(asked.config, {}))), **overrides}
     elif bundle is not None:

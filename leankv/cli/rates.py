@@ -1,11 +1,10 @@
 """Commands that set codecs side by side: `map`, `compare`."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from leankv.cli.app import OUT, Json, command, print_json
+from leankv.cli.app import OUT, Json, command, print_table_json
 from leankv.cli.options import MEASURE, PROTOCOL, Asked
 from leankv.experiment import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
@@ -47,7 +46,7 @@ def map_command(
     run = Run(load_experiment(asked.config, asked.overrides(extra)), Progress())
     table = map_rates(run, wanted, measure)
     if json_:
-        print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        print_table_json(table)
         return
     OUT.print(map_summary(table))
     OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
@@ -93,7 +92,7 @@ def compare_command(
     run = Run(load_experiment(asked.config, asked.without_window_if_strict(overrides)), Progress())
     table = compare_caches(run, wanted, peers)
     if json_:
-        print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+        print_table_json(table)
         return
     OUT.print(compare_summary(table))
     OUT.print(f"written to {run.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)

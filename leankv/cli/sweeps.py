@@ -1,12 +1,11 @@
 """Commands from a sweep of single layers to a bundle: `run`, `train-layer`, `sweep`, `select`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from leankv.cli.app import OUT, Json, command, print_json, print_piece
+from leankv.cli.app import OUT, Json, command, print_json, print_piece, print_table_json
 from leankv.cli.options import FITTING, PROTOCOL, WORKERS, Asked
 from leankv.progress import Progress
 
@@ -106,7 +105,7 @@ def sweep_command(
     options = SweepOptions(shard, gather, executor, workers, address)
     swept = sweep_as_asked(asked.config, asked.overrides(), options, Progress())
     if json_:
-        print_json(json.loads(swept.table.to_json(orient="records", double_precision=15)))
+        print_table_json(swept.table)
         return
     if len(swept.table):
         OUT.print(sweep_table(swept.table))
