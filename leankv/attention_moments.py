@@ -45,7 +45,8 @@ def attention_moments(
         UserError: the model's attention has another form than queries, keys, values and a linear output.
     """
     model = loaded.model
-    generator = torch.Generator().manual_seed(seed)
+    # One for each layer, so that its moments do not depend on which others are asked for.
+    generators = {layer: torch.Generator().manual_seed(seed + layer) for layer in layers}
     moments: dict[tuple[int, str], torch.Tensor] = {}
     projections: dict[int, torch.Tensor] = {}
 
@@ -56,7 +57,7 @@ def attention_moments(
         geometry = loaded.geometry.layers[layer]
         if rotation is not None:
             last = torch.arange(queries.shape[2])
-            seen = sinks + (torch.rand(len(last), generator=generator) * (last - sinks + 1).clamp_min(1)).long()
+            seen = sinks + (torch.rand(len(last), generator=generators[layer]) * (last - sinks + 1).clamp_min(1)).long()
             queries = rotation.remove_from_gradient(layer, queries, seen.minimum(last)[None])
         heads = queries[:, :, sinks:].float().unflatten(1, (geometry.kv_heads, -1))  # [B, kv, group, T, head_dim]
         flat = heads.transpose(0, 1).flatten(1, 3)

@@ -19,6 +19,9 @@ from leankv.errors import UserError
 from leankv.experiment import PARTS, FitConfig
 from leankv.progress import Progress
 
+FITTING_REVISION = 2
+"""Raised when what codecs are fitted to changes: captured vectors, sinks left out, metrics. Families have their own."""
+
 Problem = tuple[int, str]
 """What one codec is fitted to: a layer and a part."""
 

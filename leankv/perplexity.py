@@ -23,6 +23,8 @@ from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import ProtocolConfig
 
+MEASURING_REVISION = 2
+"""Raised when the nats measured under one plan change: feeding, cache, replay, summing."""
 LOGIT_ROWS = 64  # tokens whose logits are held in float32 at a time; so few stay in a processor's cache
 CONFIDENCE = 0.95
 

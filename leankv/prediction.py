@@ -3,7 +3,8 @@
 To second order, errors `e` of the cached vectors raise the loss by `1/2 e^T H e`. With the empirical Fisher information
 in place of the Hessian `H` (as SqueezeLLM does for weights: Kim et al., 2024), and errors taken as independent of the
 gradients `g`, a codec raises the mean loss by `1/2 tr(E[g g^T] E[e e^T])` nats a token. One backward pass gives the
-gradients of all layers at once.
+gradients of all layers at once. The errors are those of a cache in which that layer alone is compressed, so codecs that
+look back see what they would see there, and sinks are exact; the exact window of `stream` is left out.
 """
 
 import math
@@ -11,8 +12,9 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache
+from leankv.cache import GradientCache, LeanCache, LeanLayer
 from leankv.errors import UserError
+from leankv.experiment import PARTS
 from leankv.run import Run
 
 BLOCKS = 2  # assumption: second moments of some 2,000 tokens rank layers as well as more would
@@ -43,18 +45,23 @@ def _predicted_nats(run: Run, tokens: torch.Tensor) -> dict[int, float]:
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
         # Summed, so that the gradient at a token is that of all the loss it has a part in.
         cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum").backward()
+    states = {
+        layer: [cache.states_and_gradients(layer, part)[0].float() for part in PARTS]
+        for layer in range(len(cache.leaf_layers))
+    }
     rises = dict.fromkeys(run.layers, 0.0)
-    for (layer, part), stored in run.fitted(run.layers).items():
-        states, gradients = cache.states_and_gradients(layer, part)
-        if gradients is None:
-            raise UserError(f"no gradients come back to layer {layer} through these weights; leave --predict out")
-        if part == "k" and run.rotation is not None:
-            positions = torch.arange(tokens.shape[1])[None]
-            states = run.rotation.remove(layer, states, positions)
-            gradients = run.rotation.remove_from_gradient(layer, gradients, positions)
-        x, g = (t.transpose(1, 2).flatten(2)[0].float() for t in (states, gradients))
-        codec = stored.codec.to(x.device)
-        error = x - codec.decode(codec.encode(x)).float()
-        # tr(E[g g^T] E[e e^T]) is the mean squared product of a gradient and an error of any two tokens.
-        rises[layer] += 0.5 * (g @ error.T).double().square().mean().item()
+    for layer in run.layers:
+        alone = LeanCache(model.config, run.plan([layer]), run.experiment.protocol.sinks, rotation=run.rotation)
+        for source in range(layer):
+            if isinstance(alone.layers[source], LeanLayer):  # one that this layer's codecs predict from
+                alone.update(*states[source], source)
+        for part, exact, read in zip(PARTS, states[layer], alone.update(*states[layer], layer), strict=True):
+            if part not in run.specs:
+                continue
+            gradients = cache.states_and_gradients(layer, part)[1]
+            if gradients is None:
+                raise UserError(f"no gradients come back to layer {layer} through these weights; leave --predict out")
+            e, g = (t.transpose(1, 2).flatten(2)[0].float() for t in (exact - read, gradients))
+            # tr(E[g g^T] E[e e^T]) is the mean squared product of a gradient and an error of any two tokens.
+            rises[layer] += 0.5 * (g @ e.T).double().square().mean().item()
     return rises

@@ -20,9 +20,9 @@ from leankv.codecs import Codec, CodecSpec, parse_spec
 from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import PARTS, Experiment
-from leankv.fit import FittedCodec, Fitting, Problem, fit_chain, fit_codecs
+from leankv.fit import FITTING_REVISION, FittedCodec, Fitting, Problem, fit_chain, fit_codecs
 from leankv.output_folder import claim_folder
-from leankv.perplexity import BlockNats, measure_nats
+from leankv.perplexity import MEASURING_REVISION, BlockNats, measure_nats
 from leankv.progress import Progress
 from leankv.replay import Replay
 from leankv.shards import Shard
@@ -117,6 +117,7 @@ class Run(Workplace):
         """What all codecs of this run depend on."""
         experiment = self.experiment
         return {
+            "revision": FITTING_REVISION,
             "model": self.model_key,
             "calibration": self.blocks("calibration").hash,
             "batch_size": experiment.protocol.batch_size,
@@ -128,9 +129,10 @@ class Run(Workplace):
         }
 
     def _codec_key(self, problem: Problem) -> str:
-        depends_on = {**self._codecs_depend_on, "problem": problem, "spec": self.specs[problem[1]].text}
+        spec = self.specs[problem[1]]
+        depends_on = {**self._codecs_depend_on, "problem": problem, "spec": spec.text, "revisions": spec.revisions()}
         if self.looks_back:  # then the other part's codecs matter too
-            depends_on["specs"] = {part: spec.text for part, spec in self.specs.items()}
+            depends_on["specs"] = {part: [own.text, own.revisions()] for part, own in self.specs.items()}
         return hash_of(depends_on)
 
     def codec_path(self, problem: Problem) -> Path:
@@ -278,6 +280,7 @@ class Run(Workplace):
         if not layers:  # the base run depends on how tokens are fed, not on what is kept exact
             asked = {"kind": protocol.kind, "chunk": protocol.chunk, "batch_size": protocol.batch_size}
         return {
+            "revision": MEASURING_REVISION,
             "model": self.model_key,
             "blocks": blocks.hash,
             "protocol": asked,

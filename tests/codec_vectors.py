@@ -10,6 +10,7 @@ from leankv.codecs import (
     fraction_of_variance_unexplained,
     parse_spec,
 )
+from leankv.codecs.base import tensors_in
 from leankv.codecs.ragged import Ragged
 
 WIDTH = 24
@@ -36,6 +37,11 @@ def fit(spec: str, train: torch.Tensor, heldout: torch.Tensor | None = None) -> 
 def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:
     """What is left of `x` `[N, W]` after encoding and decoding."""
     return codec.decode(codec.encode(x))
+
+
+def stored_bits(codec: Codec, x: torch.Tensor) -> int:
+    """Bits of the code of `x` `[N, W]`, as it is held."""
+    return 8 * sum(tensor.nbytes for tensor in tensors_in(codec.encode(x)))
 
 
 def rows_of(part: torch.Tensor | Ragged) -> list[Any]:

@@ -13,7 +13,18 @@ from leankv.codecs import (
 from leankv.codecs.base import tensors_in
 from leankv.codecs.ragged import Ragged
 from leankv.errors import UserError
-from tests.codec_vectors import PARAMETER_DTYPES, WIDTH, cast_parameters, fit, followed, fvu, rows_of, through, vectors
+from tests.codec_vectors import (
+    PARAMETER_DTYPES,
+    WIDTH,
+    cast_parameters,
+    fit,
+    followed,
+    fvu,
+    rows_of,
+    stored_bits,
+    through,
+    vectors,
+)
 
 SPECS = (
     *("identity", "mean", "pca:1", "pca:4", "ae:2x8", "ae:4"),
@@ -54,14 +65,27 @@ def test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(spec: 
 @every_spec
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_per_token_are_the_bits_really_stored(spec: str, dtype: torch.dtype) -> None:
-    train = vectors().to(dtype)
-    codec = fit(spec, train)[0]
-    code = codec.encode(train[0])
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(code))
-    assert train.shape[1] * codec.bits_per_token == pytest.approx(8 * stored, rel=1e-6)
+    """To the bit on the held-out vectors that they are counted on; errors of a first stage are rounded once more."""
+    train, heldout = vectors(tokens=512).to(dtype).split(256, dim=1)
+    codec = fit(spec, train, heldout)[0]
+    rounded = "resid" in spec and dtype == torch.bfloat16
+    held_bits = stored_bits(codec, heldout[0])
+    assert 256 * codec.bits_per_token == pytest.approx(held_bits, rel=1e-2 if rounded else 1e-6)
     one = tensors_in(codec.encode(train[0, :1]))
     held = sum(tensor.untyped_storage().nbytes() for tensor in one)
     assert held == sum(tensor.nbytes for tensor in one), "a view would keep more alive than it shows"
+
+
+@every_spec
+@pytest.mark.parametrize("tokens", [100, 1000], ids=["fewer vectors than are needed", "enough"])
+def test_claimed_bits_hold_for_vectors_that_nothing_was_fitted_to(spec: str, tokens: int) -> None:
+    """Ranges and frequencies flatter the vectors they were fitted to, the more so the fewer these were."""
+    train, heldout, unseen = vectors(1, tokens + 4000).split([tokens, 2000, 2000], dim=1)
+    codec = fit(spec, train, heldout)[0]
+    overhead = 8 * 12 * (spec.count("(") + 1)  # lengths, and the end of a coder's stream
+    assert 2000 * codec.bits_per_token == pytest.approx(stored_bits(codec, unseen[0]), rel=0.03)
+    parked = 8 * len(codec.park(codec.encode(unseen[0])))
+    assert parked == pytest.approx(2000 * codec.stored_bits_per_token, rel=0.03, abs=overhead)
 
 
 @every_spec
@@ -74,14 +98,6 @@ def test_a_parked_code_comes_back_bit_for_bit(spec: str) -> None:
         parked = codec.park(code)
         again = codec.unpark(parked, len(rows))
         assert {name: rows_of(t) for name, t in again.items()} == {name: rows_of(t) for name, t in code.items()}
-
-
-@every_spec
-def test_parked_codes_take_the_bits_they_claim(spec: str) -> None:
-    train = vectors(tokens=2048)
-    codec = fit(spec, train)[0]
-    overhead = 8 * 12 * (spec.count("(") + 1)  # lengths, and the end of a coder's stream
-    assert 8 * len(codec.park(codec.encode(train[0]))) <= 2048 * codec.stored_bits_per_token * 1.02 + overhead
 
 
 @every_spec

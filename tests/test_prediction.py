@@ -1,6 +1,7 @@
 """Costs predicted from gradients, and sweeps that screen or predict."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache, RecordingCache
+from leankv.cache import GradientCache, LeanCache, RecordingCache
 from leankv.experiment import load_experiment
 from leankv.prediction import predict_costs
 from leankv.progress import Silent
@@ -66,6 +67,46 @@ def test_a_coarser_codec_is_predicted_to_cost_more(settings: dict[str, Any], tmp
     fine = run_with(settings, codec__k="pca:16", codec__v="pca:16", output_dir=str(tmp_path / "fine"))
     cost = {name: predict_costs(run, 10.0) for name, run in {"coarse": coarse, "fine": fine}.items()}
     assert all(cost["coarse"][layer] > cost["fine"][layer] > 0 for layer in range(4))
+
+
+def watched(layer: Any, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What a cache layer's `update` will have returned: keys, then values."""
+    read: list[torch.Tensor] = []
+    update = layer.update
+
+    def watch(*states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        read.extend(update(*states))
+        return read[0], read[1]
+
+    monkeypatch.setattr(layer, "update", watch)
+    return read
+
+
+def test_codecs_that_look_back_are_predicted_from_the_error_that_their_layer_alone_makes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a pass of the model itself through a cache with that layer alone compressed."""
+    monkeypatch.setattr("leankv.prediction.BLOCKS", 1)
+    codecs = {"codec__k": "share:-2", "codec__v": "resid(share:-2,pca:4)"}
+    run = run_with(settings, model__dtype="float32", protocol__sinks=3, **codecs)
+    predicted = predict_costs(run, 10.0)
+    tokens, model = run.blocks("calibration").tokens[-1:], run.loaded.model
+    gradients = GradientCache(model.config)
+    logits = model(tokens, past_key_values=gradients).logits
+    cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").backward()
+    for layer in range(4):
+        cache = LeanCache(model.config, run.plan([layer]), sinks=3)
+        read = watched(cache.layers[layer], monkeypatch)
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)  # up to this layer the states are the exact ones
+        rise = 0.0
+        for part, seen in zip(("k", "v"), read, strict=True):
+            states, g = gradients.states_and_gradients(layer, part)
+            assert g is not None
+            error = (states - seen).transpose(1, 2).flatten(2)[0]
+            for each in g.transpose(1, 2).flatten(2)[0]:
+                rise += 0.5 * (error @ each).square().mean().item() / tokens.shape[1]
+        assert math.log1p(predicted[layer] / 10.0) == pytest.approx(rise, rel=1e-3)
 
 
 def test_predictions_stand_beside_measurements(settings: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def test_the_codec_that_the_readme_adds_passes_the_shared_matrix(added: str) -> 
     test_codecs.test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(added, 5)
     test_codecs.test_bits_per_token_are_the_bits_really_stored(added, torch.float32)
     test_codecs.test_a_parked_code_comes_back_bit_for_bit(added)
-    test_codecs.test_parked_codes_take_the_bits_they_claim(added)
+    test_codecs.test_claimed_bits_hold_for_vectors_that_nothing_was_fitted_to(added, 1000)
     test_codecs.test_the_spec_of_a_fitted_codec_reads_back_as_the_one_asked_for(added)
     test_codecs.test_a_saved_codec_decodes_bit_for_bit_as_before(added, torch.float32)
     test_codecs.test_tensors_that_do_not_fit_the_spec_are_refused_by_name(added)

@@ -1,5 +1,6 @@
 """What errors count by: moments of gradients, queries and output projections, against the model's own modules."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ BLOCKS = Blocks(tiny.tokens(3, 24, seed=2), "calibration", "random")
 LAYERS = [0, 2, 3]
 
 
-def weighed(kind: str, model: Any, rotation: KeyRotation | None, sinks: int = 0) -> Metrics:
+def weighed(
+    kind: str, model: Any, rotation: KeyRotation | None, sinks: int = 0, layers: Sequence[int] = LAYERS
+) -> Metrics:
     loaded = LoadedModel(model, tiny.tokenizer(), "tiny", find_geometry(model), "", {})
-    return weigh(kind, loaded, BLOCKS, LAYERS, rotation, sinks, 0, Silent())
+    return weigh(kind, loaded, BLOCKS, layers, rotation, sinks, 0, Silent())
 
 
 def second_moment(g: torch.Tensor) -> torch.Tensor:
@@ -91,6 +94,15 @@ def test_attention_weighs_keys_by_queries_and_values_by_the_output_projection() 
     columns = layer.o_proj.weight.unflatten(1, (4, 16))
     grams = [sum(columns[:, h].T @ columns[:, h] for h in (2 * head, 2 * head + 1)) for head in range(2)]
     torch.testing.assert_close(metrics[2, "v"], shrunk(torch.block_diag(*grams)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "attention"])
+def test_a_layer_s_metric_does_not_depend_on_which_layers_are_asked_for(kind: str) -> None:
+    model = tiny.build("llama")
+    rotation = KeyRotation(model)
+    together, alone = weighed(kind, model, rotation), weighed(kind, model, rotation, layers=[2])
+    for part in PARTS:
+        assert torch.equal(alone[2, part], together[2, part])
 
 
 def test_without_gradients_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ class Codec(torch.nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    revision: ClassVar[int] = 1
+    """Raised when the numbers that fitting, encoding or decoding give change: part of the key of all that they made."""
     grammar: ClassVar[str]
     """How its spec is written, with the ranges of its numbers, for error messages."""
     nested: ClassVar[bool] = False
@@ -136,6 +138,25 @@ class Codec(torch.nn.Module, ABC):
         return cls.fit(arguments, train, heldout, metric, settings, on_epoch)
 
     @classmethod
+    def fit_and_leave(
+        cls,
+        arguments: Sequence[Any],
+        train: torch.Tensor,
+        heldout: torch.Tensor,
+        references: tuple[torch.Tensor, torch.Tensor],
+        metric: torch.Tensor | None,
+        settings: TrainingSettings,
+        on_epoch: Callable[[int, torch.Tensor], None],
+    ) -> tuple[list[Self], torch.Tensor]:
+        """As `fit_beside`, and what another codec can be fitted to: errors `x - x_hat` of `train`, `[P, N, W]`.
+
+        Where a codec has so many numbers that it knows its own training vectors better than others, these are the
+        errors of codecs that did not see the vector (cross-fitting: Chernozhukov et al., 2018, arXiv 1608.00060).
+        """
+        codecs = cls.fit_beside(arguments, train, heldout, references, metric, settings, on_epoch)
+        return codecs, errors_of(codecs, train, references[0])
+
+    @classmethod
     def layers_looked_at(cls, arguments: Sequence[Any]) -> int:
         """`looks_back` of the codecs that these arguments make."""
         return 0
@@ -179,6 +200,16 @@ class Codec(torch.nn.Module, ABC):
     def nbytes(self) -> int:
         """Bytes of parameters and statistics together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+
+def errors_of(codecs: Sequence[Codec], x: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """`x - x_hat` of each codec's own vectors, `[P, N, W]` as `x` is, worked out in pieces."""
+    errors = torch.empty_like(x)
+    for codec, own, known, out in zip(codecs, x, references, errors, strict=True):
+        for rows, reference, place in zip(own.split(ROWS), known.split(ROWS), out.split(ROWS), strict=True):
+            code = codec.encode_beside(rows, reference)
+            place.copy_(rows.float() - codec.decode_beside(code, reference).float())
+    return errors
 
 
 def tensors_in(code: Code) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ class Digits:
         order = []
         for size in sorted({len(own) for own in members}):
             alike = [byte for byte, own in enumerate(members) if len(own) == size]
-            table = torch.empty(len(alike), BYTE, size)
+            table = torch.empty(len(alike), BYTE, size, dtype=torch.int16)
             for index, byte in enumerate(alike):
                 left = torch.arange(BYTE)
                 factor = 1
@@ -67,6 +67,6 @@ class Digits:
         pieces = []
         for first, last, table in self._tables:
             index = packed[:, first:last].int() + torch.arange(0, (last - first) * BYTE, BYTE, device=packed.device)
-            pieces.append(torch.nn.functional.embedding(index.int(), table.to(dtype)).flatten(1))
-        lone = self._lone.to(dtype).expand(len(packed), -1)
-        return torch.cat([*pieces, lone], dim=1)
+            pieces.append(torch.nn.functional.embedding(index.int(), table).flatten(1))
+        lone = self._lone.short().expand(len(packed), -1)
+        return torch.cat([*pieces, lone], dim=1).to(dtype)

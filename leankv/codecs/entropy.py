@@ -4,6 +4,7 @@ Each column of a chunk has a table of frequencies for the values -K to K and for
 in 16 bits. One chunk is one stream: its overhead is some 4 bytes, not some bits a value.
 """
 
+import math
 import struct
 from typing import Any
 
@@ -27,6 +28,16 @@ def entropy_of(frequencies: torch.Tensor) -> torch.Tensor:
     """Entropy of each column in bits a value, `[J]`, float64."""
     p = frequencies.double() / frequencies.sum(dim=1, keepdim=True)
     return -(p * p.clamp_min(1e-300).log2()).sum(dim=1)
+
+
+def bits_of(q: torch.Tensor, frequencies: torch.Tensor) -> float:
+    """Bits that `encode_columns` takes for `q` `[N, J]` (int64), its few bytes of overhead left out."""
+    largest = frequencies.shape[1] // 2 - 1
+    p = frequencies.double() + RARE
+    surprise = -(p / p.sum(dim=1, keepdim=True)).log2()
+    surprise[:, -1] += math.log2(OTHER_RANGE)
+    symbols = torch.where(q.abs() <= largest, q + largest, 2 * largest + 1)
+    return float(surprise.gather(1, symbols.T).sum())
 
 
 def encode_columns(q: torch.Tensor, frequencies: torch.Tensor) -> bytes:

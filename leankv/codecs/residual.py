@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, mean_of, sum_of_squares
+from leankv.codecs.base import Code, Codec, TrainingSettings, errors_of, mean_of, sum_of_squares
 
 
 class Residual(Codec):
@@ -22,6 +22,7 @@ class Residual(Codec):
     """
 
     family = "resid"
+    revision = 2  # B fitted to cross-fitted errors of A
     grammar = "resid(A,B) (A, B any two codecs)"
     nested = True
 
@@ -96,8 +97,10 @@ class Residual(Codec):
     ) -> list[Self]:
         """Fit A, then B to what A leaves. Where both are trained there are twice as many epochs, A's first."""
         first, second = arguments
-        firsts = first.family.fit_beside(first.arguments, train, heldout, references, metric, settings, on_epoch)
-        left, heldout_left = _left(firsts, train, references[0]), _left(firsts, heldout, references[1])
+        firsts, left = first.family.fit_and_leave(
+            first.arguments, train, heldout, references, metric, settings, on_epoch
+        )
+        heldout_left = errors_of(firsts, heldout, references[1])
         # B's error is known as a fraction of what A left; this makes it one of the vectors themselves.
         share = sum_of_squares(heldout_left, mean_of(heldout_left)[:, None]) / sum_of_squares(
             heldout, mean_of(heldout)[:, None]
@@ -161,13 +164,3 @@ def _apart(code: Code) -> tuple[Code, Code]:
         for own in ("a.", "b.")
     )
     return first, second
-
-
-def _left(codecs: Sequence[Codec], x: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """What each codec leaves of its own vectors, `[P, N, W]` as `x` is, worked out in pieces."""
-    left = torch.empty_like(x)
-    for codec, own, known, out in zip(codecs, x, references, left, strict=True):
-        for rows, reference, place in zip(own.split(ROWS), known.split(ROWS), out.split(ROWS), strict=True):
-            code = codec.encode_beside(rows, reference)
-            place.copy_(rows.float() - codec.decode_beside(code, reference).float())
-    return left

@@ -35,6 +35,14 @@ class CodecSpec:
     arguments: tuple[Any, ...]
     """As the family's `parse_arguments` gives them; of a nested family, the specs in it as `CodecSpec`."""
 
+    def revisions(self) -> dict[str, int]:
+        """family -> its revision, of this spec and of those in it."""
+        found = {self.family.family: self.family.revision}
+        for argument in self.arguments:
+            if isinstance(argument, CodecSpec):
+                found |= argument.revisions()
+        return found
+
     def check_width(self, width: int) -> None:
         """Refuse arguments that do not suit vectors of `width` numbers.
 

@@ -9,7 +9,7 @@ import torch
 from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings
 from leankv.codecs.components import Components, principal_components
 from leankv.codecs.digits import Digits
-from leankv.codecs.entropy import decode_columns, encode_columns, entropy_of, frequencies_of
+from leankv.codecs.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
 from leankv.codecs.ragged import Ragged
 
 ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
@@ -38,12 +38,16 @@ class Transform(Codec):
     Storage, live: each coordinate's usual values, a range fitted to pay for itself, as mixed radix digits packed into
     bytes; what lies outside, in escapes of 16 bits (24 where more than 256 coordinates are in use), and one byte that
     counts a token's escapes. Stored: the same integers, entropy-coded by their frequencies in the calibration text
-    (`leankv.codecs.entropy`), losslessly.
+    (`leankv.codecs.entropy`), losslessly. Both are counted on held-out text.
+
+    `synthesis` is kept as decoding reads it: its rows are multiplied by the step, and stand in the order in which
+    `Digits` gives the integers, so that decoding keeps no second copy.
 
     What it does not do: adapt its frequencies to the text, or look at other tokens.
     """
 
     family = "transform"
+    revision = 2  # bits counted on held-out text; the step within the synthesis
     grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, above 0)"
 
     def __init__(self, tensors: dict[str, torch.Tensor], text: str):
@@ -68,8 +72,7 @@ class Transform(Codec):
         self.frequencies: torch.Tensor
         self.bits: torch.Tensor
         self.used: torch.Tensor
-        self._digits: Digits | None = None  # this and the next follow from the tensors above
-        self._decoding: torch.Tensor | None = None
+        self._digits: Digits | None = None  # follows from `low` and `levels`
 
     @property
     def _in_use(self) -> int:
@@ -82,12 +85,12 @@ class Transform(Codec):
 
     @property
     def bits_per_token(self) -> float:
-        """Live, on calibration text; escapes make it differ from token to token."""
+        """Live, on held-out calibration text; escapes make it differ from token to token."""
         return self.bits[0].item()
 
     @property
     def stored_bits_per_token(self) -> float:
-        """Entropy-coded, on calibration text."""
+        """Entropy-coded, on held-out calibration text."""
         return self.bits[1].item()
 
     # -- live ---------------------------------------------------------------------------------------------------------
@@ -129,16 +132,8 @@ class Transform(Codec):
         return q
 
     def decode(self, code: Code) -> torch.Tensor:
-        synthesis = self.synthesis
-        if (
-            self._decoding is None
-            or self._decoding.dtype != synthesis.dtype
-            or self._decoding.device != self.mean.device
-        ):
-            placed = torch.empty_like(synthesis[: self._in_use])
-            placed[self._layout().place] = synthesis[: self._in_use]
-            self._decoding = (placed.float() * self.step).to(synthesis.dtype)
-        return torch.addmm(self.mean.to(synthesis.dtype), self._values(code, synthesis.dtype), self._decoding)
+        dtype = self.synthesis.dtype
+        return torch.addmm(self.mean.to(dtype), self._values(code, dtype), self.synthesis[: self._in_use])
 
     def _layout(self) -> Digits:
         if self._digits is None or self._digits.low.device != self.low.device:
@@ -171,9 +166,10 @@ class Transform(Codec):
         codecs = []
         for index, x in enumerate(train):
             found = principal_components(x, None if metric is None else metric[index])
-            some = x[:: max(1, len(x) // FITTED_ROWS)]
-            y = torch.cat([(rows.float() - found.mean) @ found.analysis for rows in some.split(ROWS)])
-            codecs.append(cls._fitted(found, y, step or _step_of_rate(y, rate), text))
+            y = _coordinates(x[:: max(1, len(x) // FITTED_ROWS)], found)
+            codec = cls._fitted(found, y, step or _step_of_rate(y, rate), text)
+            codec._count_bits(heldout[index])
+            codecs.append(codec)
         return codecs
 
     @classmethod
@@ -182,28 +178,36 @@ class Transform(Codec):
         width = q.shape[1]
         often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
         used = int(often.nonzero().max()) + 1 if often.any() else 0
-        escape_bits = ESCAPE_BITS + 8 * (used > 256)
+        escape_bits = _escape_bits(used)
         seen = frequencies_of(q[:, :used].to(torch.int64), LARGEST_SYMBOL).double() / len(q)
         ranges = [_range(shares, escape_bits) for shares in seen.tolist()] + [(0, 1)] * (width - used)
-        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T
-        codec = cls(
+        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T.contiguous()
+        synthesis = torch.zeros_like(found.synthesis)
+        synthesis[Digits(low[:used], levels[:used]).place] = step * found.synthesis[:used]
+        return cls(
             {
                 "analysis": found.analysis,
-                "synthesis": found.synthesis,
+                "synthesis": synthesis,
                 "mean": found.mean,
                 "step": torch.tensor([step], dtype=torch.float32, device=y.device),
                 "used": torch.tensor([used], device=y.device),
-                "low": low.contiguous(),
-                "levels": levels.contiguous(),
+                "low": low,
+                "levels": levels,
                 "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
                 "bits": torch.zeros(2, dtype=torch.float64, device=y.device),
             },
             text,
         )
-        outside = (q < codec.low) | (q >= codec.low + codec.levels)
-        live = 8 * (codec._layout().n_bytes + 1) + escape_bits * outside[:, :used].sum() / len(q)
-        codec.bits.copy_(torch.stack([live.double(), entropy_of(codec.frequencies[:used]).sum()]))
-        return codec
+
+    def _count_bits(self, heldout: torch.Tensor) -> None:
+        """Set `bits` to what vectors `[M, W]` that nothing was fitted to take, live and stored."""
+        layout, outside, stored = self._layout(), 0, 0.0
+        for rows in heldout.split(ROWS):
+            q = self.integers(rows)
+            outside += int(((q < layout.low) | (q >= layout.low + layout.levels)).sum())
+            stored += bits_of(q.to(torch.int64), self.frequencies[: self._in_use])
+        live = 8 * (layout.n_bytes + 1) + _escape_bits(self._in_use) * outside / len(heldout)
+        self.bits.copy_(torch.tensor([live, stored / len(heldout)]))
 
     @classmethod
     def empty(cls, arguments: Sequence[Any], width: int) -> Self:
@@ -229,6 +233,16 @@ class Transform(Codec):
         if not (math.isfinite(number) and (number > 0 if by_step else LEAST_RATE <= number <= LARGEST_RATE)):
             raise ValueError
         return (text, 0.0, number) if by_step else (text, number, 0.0)
+
+
+def _coordinates(x: torch.Tensor, found: Components) -> torch.Tensor:
+    """`y = (x - mean) A` of vectors `[N, W]`: `[N, W]`, float32."""
+    return torch.cat([(rows.float() - found.mean) @ found.analysis for rows in x.split(ROWS)])
+
+
+def _escape_bits(coordinates: int) -> int:
+    """What one escape takes where so many coordinates are in use."""
+    return ESCAPE_BITS + 8 * (coordinates > 256)
 
 
 def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
