@@ -7,11 +7,12 @@ import pandas as pd
 
 from leankv.codecs import parse_spec
 from leankv.errors import UserError
-from leankv.experiment import PARTS, parse_layers
+from leankv.experiment import PARTS
 from leankv.fit import Problem
 from leankv.gaussian_bound import decibels_over_bound
 from leankv.map_report import write_map_report
 from leankv.map_table import COLUMNS
+from leankv.notation import parse_layers
 from leankv.perplexity import compare
 from leankv.run import Run, StoredCodec
 from leankv.spectra import spectra
