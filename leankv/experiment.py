@@ -22,7 +22,7 @@ PARTS: tuple[Part, ...] = ("k", "v")
 PROTOCOLS = ("strict", "stream", "decode")
 KEY_SPACES = ("post-rope", "pre-rope", "auto")
 WEIGHTINGS = ("none", "gradient", "attention")
-SPLITS = ("calibration", "selection", "report")
+SPLITS = ("calibration", "selection", "certification", "report")
 MAP_SPECS = ("transform:0.5", "transform:1", "transform:2", "int:2", "int:4", "pca:8", "ae:4", "rot:2")
 """What `leankv map` goes through unless it is told."""
 COMPARE_SPECS = (
@@ -80,6 +80,8 @@ class DataConfig:
     """Codecs are fitted on these; the last tenth is held out to watch the error."""
     selection_blocks: int = 4
     """Layers are compared, and the plan chosen, on these."""
+    certification_blocks: int = 8
+    """Where certification text is measured in blocks. A certificate takes its documents one by one."""
     report_blocks: int = 8
     """The plan is reported on these, and nothing is chosen by them."""
 
@@ -177,6 +179,7 @@ class Experiment:
             "data.block_length": 2,
             "data.calibration_blocks": 2,
             "data.selection_blocks": 1,
+            "data.certification_blocks": 1,
             "data.report_blocks": 1,
             "fit.epochs": 0,
             "fit.batch_tokens": 1,
