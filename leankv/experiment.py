@@ -133,10 +133,10 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How layers are compared."""
+    """How layers, or in a map their parts, are compared."""
 
     screen: bool = False
-    """Measure every layer on few blocks and only the cheapest on all; see `leankv.screening`."""
+    """Measure each on few blocks and only the cheapest on all; see `leankv.screening`."""
     predict: bool = False
     """Show beside each cost what gradients predict of it; see `leankv.prediction`."""
 
