@@ -10,9 +10,10 @@ import leankv
 from leankv.accounting import CONTEXT_LENGTHS, Footprint
 from leankv.bundle import save_bundle
 from leankv.errors import UserError
-from leankv.experiment import Budget, Experiment, load_experiment, parse_layers
+from leankv.experiment import Experiment, load_experiment
 from leankv.model import describe
 from leankv.model_card import model_card
+from leankv.notation import Budget, parse_layers
 from leankv.perplexity import compare
 from leankv.run import Run
 from leankv.selection import Step, select_layers

@@ -1,16 +1,18 @@
-"""Text: sources, the three splits, and blocks of tokens.
+"""Text: the four splits of a data set, and blocks of tokens.
 
-Codecs are fitted on the *calibration* split, plans are chosen on *selection*, results are reported on *report*. A
-source with splits of its own (WikiText-2) keeps them: train, validation, test. Any other is cut at document borders, in
-order: 80 % calibration, 10 % selection, 10 % report. So the three never overlap.
+Codecs are fitted on the *calibration* split, whatever is chosen is chosen on *selection*, a budget is proved on
+*certification*, document by document, and results are reported on *report*. The four never overlap in one experiment,
+and are determined by its `DataConfig` and the tokenizer alone.
+
+WikiText-2 has splits of its own. Its test split is for reports, without the tokens that LeanKV was developed on. Its
+train split is cut at borders of documents: as many documents as hold the calibration blocks asked for; then as many as
+selection wants beyond the validation split; what is left is for certification. Any other source is cut at document
+borders, in order, by shares of its characters.
 """
 
 import hashlib
-import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ import torch
 
 from leankv.errors import UserError
 from leankv.experiment import SPLITS, DataConfig
+from leankv.sources import local_documents, wikipedia_sample, wikitext
 
-CALIBRATION_SHARE, SELECTION_SHARE = 0.8, 0.1  # assumption: as most text sets are cut
+SHARES = {"calibration": 0.5, "selection": 0.1, "certification": 0.3, "report": 0.1}
+"""Of the characters of a source without splits of its own. Assumption: a certificate needs tens of documents, fitting
+gains little from more text than half."""
 CHARACTERS_PER_TOKEN = 8  # assumption: more than English text needs; doubled until there are tokens enough
-WIKIPEDIA_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-SHORTEST_ARTICLE = 2000  # characters; leaves redirects and stubs out
+SPARE_TOKENS = 64  # assumption: where a text is cut changes fewer tokens than these before the cut
+SPENT_REPORT_TOKENS = 32 * 1024
+"""Tokens at the beginning of WikiText-2's test split that nothing is reported on: LeanKV's settings were developed with
+results on its first 32 blocks of 1,024 tokens in view."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,46 @@ class TextSource:
     """The text of a data set, by split.
 
     Raises:
-        UserError: the data set is unknown, missing, empty, unreadable, or too short for three splits.
+        UserError: the data set is unknown, missing, empty, unreadable, or too short for four splits.
     """
 
     def __init__(self, config: DataConfig):
         self.name = config.dataset
+        self._config = config
+        self._own: dict[str, list[str]] = {}
+        self._cut: dict[str, list[str]] = {}
         if config.dataset == "wikitext-2":
-            self._texts = _wikitext(config.data_dir)
+            self._own = wikitext(config.data_dir)
         elif config.dataset == "wikipedia-sample":
-            self._texts = _cut(_wikipedia_sample(), config.dataset)
+            self._cut = _cut(wikipedia_sample(), config.dataset)
         else:
-            self._texts = _cut(_local_documents(Path(config.dataset)), config.dataset)
+            self._cut = _cut(local_documents(Path(config.dataset)), config.dataset)
 
-    def text(self, split: str) -> str:
-        """The text of a split, or of `all` three in order."""
+    def documents(self, split: str, tokenizer: Any) -> list[str]:
+        """The texts of a split's documents, in order; none where nothing is left for it.
+
+        Args:
+            split: a name in `SPLITS`, or `all`: everything, unsplit.
+            tokenizer: counts the tokens that decide which documents of WikiText-2 are whose. Its report documents are
+                those that begin behind the spent tokens.
+        """
         if split == "all":
-            return "\n".join(self._texts[name] for name in SPLITS)
-        return self._texts[split]
+            return [document for own in (self._own or self._cut).values() for document in own]
+        if self._cut:
+            return self._cut[split]
+        if split == "report":
+            test = self._own["test"]
+            return test[documents_with(SPENT_REPORT_TOKENS, test, tokenizer) :]
+        train, validation, data = self._own["train"], self._own["validation"], self._config
+        body = data.block_length - len(_bos_tokens(tokenizer))
+        # Spare ones, so that no token of the blocks is another for the text's being cut behind them.
+        fitted = documents_with(data.calibration_blocks * body + SPARE_TOKENS, train, tokenizer)
+        if split == "calibration":
+            return train[:fitted]
+        left = train[fitted:]
+        wanted = documents_with(data.selection_blocks * body, validation + left, tokenizer)
+        chosen_by = max(0, wanted - len(validation))
+        return validation + left[:chosen_by] if split == "selection" else left[chosen_by:]
 
     def blocks(self, split: str, tokenizer: Any, n_blocks: int, block_length: int) -> Blocks:
         """The first `n_blocks` blocks of a split, each `block_length` tokens.
@@ -87,23 +117,62 @@ class TextSource:
         bos = _bos_tokens(tokenizer)
         body = block_length - len(bos)
         wanted = n_blocks * body
-        text = self.text(split)
-        length = wanted * CHARACTERS_PER_TOKEN
-        while True:
-            # A token cut in two at the end of the piece must not be among those used, hence the spare ones.
-            ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) >= wanted + 64 or length >= len(text):
-                break
-            length *= 2
+        spent = SPENT_REPORT_TOKENS if self._own and split == "report" else 0
+        documents = self._own["test"] if spent else self.documents(split, tokenizer)
+        ids = _first_tokens("\n".join(documents), tokenizer, spent + wanted)[spent:]
         if len(ids) < wanted:
-            raise UserError(
-                f"the {split} split of {self.name} has {len(ids)} tokens, but {n_blocks} blocks of {block_length} need "
-                f"{wanted}; ask for fewer or shorter blocks (data.{split}_blocks, --block-length) or give more text"
-            )
+            raise UserError(self._too_short(split, len(ids), n_blocks, block_length, wanted))
         tokens = torch.tensor(ids[:wanted], dtype=torch.int64).reshape(n_blocks, body)
         if bos:
             tokens = torch.cat([torch.tensor(bos).expand(n_blocks, -1), tokens], dim=1)
         return Blocks(tokens, split, self.name)
+
+    def _too_short(self, split: str, tokens: int, n_blocks: int, block_length: int, wanted: int) -> str:
+        """What a split lacks, and the way out."""
+        has = f"the {split} split of {self.name} has {tokens} tokens"
+        if self._own and split == "report":
+            has += f" behind the first {SPENT_REPORT_TOKENS}, which are spent"
+        needs = f"{n_blocks} blocks of {block_length} need {wanted}"
+        setting = f"data.{split}_blocks"
+        if self._own and split in ("calibration", "selection"):
+            given = getattr(self._config, f"{split}_blocks")
+            if n_blocks * block_length > given * self._config.block_length:
+                return (
+                    f"{has}, put aside for {given} blocks of {self._config.block_length}, but {needs}; set {setting} "
+                    "to as many as you ask for, so that no other split takes their text"
+                )
+        way_out = f"ask for fewer or shorter blocks ({setting}, --block-length) or give more text"
+        if self._own and split == "certification":
+            way_out = f"lower data.calibration_blocks, whose text comes first, or {way_out}"
+        return f"{has}, but {needs}; {way_out}"
+
+
+def documents_with(tokens: int, documents: Sequence[str], tokenizer: Any) -> int:
+    """How many of the first documents hold `tokens` tokens when they are read as one text; all if they hold fewer."""
+    # Documents one by one give nearly as many tokens as their text, so little is tokenized that is not wanted.
+    count = found = 0
+    while count < len(documents) and found < tokens:
+        found += len(_tokens(documents[count], tokenizer))
+        count += 1
+    while count < len(documents) and len(_tokens("\n".join(documents[:count]), tokenizer)) < tokens:
+        count += 1
+    return count
+
+
+def _first_tokens(text: str, tokenizer: Any, wanted: int) -> list[int]:
+    """The first tokens of a text, `wanted` of them or some more; fewer where it has no more."""
+    length = wanted * CHARACTERS_PER_TOKEN
+    while True:
+        # A token cut in two at the end of the piece must not be among those used, hence the spare ones.
+        ids = _tokens(text[:length], tokenizer)
+        if len(ids) >= wanted + SPARE_TOKENS or length >= len(text):
+            return ids
+        length *= 2
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _bos_tokens(tokenizer: Any) -> list[int]:
@@ -113,13 +182,13 @@ def _bos_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and probe and probe[0] == bos else []
 
 
-def _cut(documents: list[str], name: str) -> dict[str, str]:
-    """Cut documents into the three splits at the document borders nearest to 80 % and 90 % of the characters."""
+def _cut(documents: list[str], name: str) -> dict[str, list[str]]:
+    """Cut documents into the four splits, at the document borders nearest to `SHARES` of the characters."""
     documents = [stripped for document in documents if (stripped := document.strip())]
     if not documents:
         raise UserError(f"{name} holds no text; give a file with text in it")
     total = sum(len(document) for document in documents)
-    ends = (CALIBRATION_SHARE * total, (CALIBRATION_SHARE + SELECTION_SHARE) * total)
+    ends = [total * sum(list(SHARES.values())[: count + 1]) for count in range(len(SPLITS) - 1)]
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     before = 0
     for document in documents:
@@ -128,103 +197,7 @@ def _cut(documents: list[str], name: str) -> dict[str, str]:
         before += len(document)
     if empty := [split for split in SPLITS if not parts[split]]:
         raise UserError(
-            f"{name} is too short for three splits: {len(documents)} documents leave none for {' and '.join(empty)}; "
+            f"{name} is too short for four splits: {len(documents)} documents leave none for {' and '.join(empty)}; "
             "give a text with more paragraphs"
         )
-    return {split: "\n".join(own) for split, own in parts.items()}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-
-
-def _join_rows(rows: Iterable[str]) -> str:
-    """WikiText rows as one text, the same whether they come from the hub or from files: blank ones dropped."""
-    return "\n".join(row.rstrip("\n") for row in rows if row.strip())
-
-
-def _wikitext(data_dir: str | None) -> dict[str, str]:
-    """WikiText-2 raw (Merity et al., 2016), from files or from the hub."""
-    if data_dir is not None:
-        files = dict(zip(SPLITS, ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"), strict=True))
-        texts = {split: _join_rows(_read_text(Path(data_dir) / name).split("\n")) for split, name in files.items()}
-        if empty := [split for split, text in texts.items() if not text]:
-            raise UserError(f"{Path(data_dir) / files[empty[0]]} is empty; put WikiText-2's raw files there")
-        return texts
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what becomes of them is said below
-    try:
-        loaded = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except Exception as error:  # `datasets` raises a dozen unrelated types for "cannot be reached"
-        raise UserError(
-            f"WikiText-2 could not be fetched from the hub ({type(error).__name__}); give --data-dir with "
-            "wiki.train.raw, wiki.valid.raw and wiki.test.raw, or use --dataset wikipedia-sample"
-        ) from error
-    return {
-        split: _join_rows(loaded[theirs]["text"])
-        for split, theirs in zip(SPLITS, ("train", "validation", "test"), strict=True)
-    }
-
-
-def _wikipedia_sample() -> list[str]:
-    """The articles of gensim's packaged English Wikipedia extract, as plain text."""
-    spec = find_spec("gensim")
-    if spec is None or spec.origin is None:
-        raise UserError("--dataset wikipedia-sample needs gensim; run: pip install 'leankv[wikipedia]'")
-    path = Path(spec.origin).parent / "test" / "test_data" / WIKIPEDIA_FILE
-    if not path.exists():
-        raise UserError(f"this gensim comes without {WIKIPEDIA_FILE}; install gensim 4.3 or 4.4")
-    import bz2
-
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
-
-    with bz2.open(path, "rt", encoding="utf-8") as file:
-        articles = (_tidy(filter_wiki(text)) for _title, text, _id in extract_pages(file, filter_namespaces=("0",)))
-        return [article for article in articles if len(article) > SHORTEST_ARTICLE]
-
-
-def _tidy(article: str) -> str:
-    """Drop the blank lines and the quote marks of wiki emphasis that gensim's filter leaves."""
-    return "\n".join(line.replace("'''", "").replace("''", "") for line in article.split("\n") if line.strip())
-
-
-def _local_documents(path: Path) -> list[str]:
-    """The documents of a local file: paragraphs of a .txt, rows of a .jsonl or .parquet (their `text` column)."""
-    if path.suffix not in (".txt", ".jsonl", ".parquet"):
-        raise UserError(
-            f"unknown data set {str(path)!r}; use wikitext-2, wikipedia-sample, or a .txt, .jsonl or .parquet file"
-        )
-    if not path.is_file():
-        raise UserError(f"the data file {path} does not exist; check --dataset")
-    if path.suffix == ".txt":
-        return _read_text(path).split("\n")
-    if path.suffix == ".jsonl":
-        return [_row_text(line, path, number) for number, line in enumerate(_read_text(path).split("\n"), 1) if line]
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} is not a parquet file with a `text` column; give one that is") from error
-    rows = [value for value in column.to_pylist() if value is not None]
-    if not all(isinstance(row, str) for row in rows):
-        raise UserError(f"the `text` column of {path} holds no strings; give a file whose `text` column is text")
-    return rows
-
-
-def _row_text(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise UserError(f"{path}, line {number}: not a JSON object with a `text` key") from error
-    if not isinstance(text, str):
-        raise UserError(f"{path}, line {number}: `text` is not a string")
-    return text
+    return parts

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from leankv.errors import UserError
+from leankv.notation import Budget, parse_layers
 
 Part = Literal["k", "v"]
 PARTS: tuple[Part, ...] = ("k", "v")
 PROTOCOLS = ("strict", "stream", "decode")
 KEY_SPACES = ("post-rope", "pre-rope", "auto")
 WEIGHTINGS = ("none", "gradient", "attention")
-SPLITS = ("calibration", "selection", "report")
+SPLITS = ("calibration", "selection", "certification", "report")
 MAP_SPECS = ("transform:0.5", "transform:1", "transform:2", "int:2", "int:4", "pca:8", "ae:4", "rot:2")
 """What `leankv map` goes through unless it is told."""
 COMPARE_SPECS = (
@@ -79,6 +80,8 @@ class DataConfig:
     """Codecs are fitted on these; the last tenth is held out to watch the error."""
     selection_blocks: int = 4
     """Layers are compared, and the plan chosen, on these."""
+    certification_blocks: int = 8
+    """Where certification text is measured in blocks. A certificate takes its documents one by one."""
     report_blocks: int = 8
     """The plan is reported on these, and nothing is chosen by them."""
 
@@ -130,10 +133,10 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How layers are compared."""
+    """How layers, or in a map their parts, are compared."""
 
     screen: bool = False
-    """Measure every layer on few blocks and only the cheapest on all; see `leankv.screening`."""
+    """Measure each on few blocks and only the cheapest on all; see `leankv.screening`."""
     predict: bool = False
     """Show beside each cost what gradients predict of it; see `leankv.prediction`."""
 
@@ -176,6 +179,7 @@ class Experiment:
             "data.block_length": 2,
             "data.calibration_blocks": 2,
             "data.selection_blocks": 1,
+            "data.certification_blocks": 1,
             "data.report_blocks": 1,
             "fit.epochs": 0,
             "fit.batch_tokens": 1,
@@ -222,64 +226,6 @@ class Experiment:
     def to_yaml(self) -> str:
         """This experiment as YAML, every value spelled out."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The joint cost allowed: `amount` perplexity points, or percent of the base perplexity."""
-
-    amount: float
-    percent: bool
-
-    @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """Read `2.5` (points) or `7%`.
-
-        Raises:
-            UserError: not a finite number above zero.
-        """
-        number = text.strip().removesuffix("%")
-        try:
-            amount = float(number)
-        except ValueError:
-            amount = math.nan
-        if not (math.isfinite(amount) and amount > 0):
-            raise UserError(f"the budget {text!r} is neither points above 0 such as 2.5 nor percent such as 7%")
-        return cls(amount, percent=text.strip().endswith("%"))
-
-    def points(self, base_ppl: float) -> float:
-        """The budget in perplexity points over `base_ppl`."""
-        return base_ppl * self.amount / 100 if self.percent else self.amount
-
-    def __str__(self) -> str:
-        return f"{self.amount:g}%" if self.percent else f"{self.amount:g}"
-
-
-def parse_layers(text: str, n_layers: int | None = None, option: str = "--layers") -> tuple[int, ...]:
-    """Read `all`, or numbers and ranges such as `0,4,40-63`, into sorted layer numbers.
-
-    Args:
-        text: what was given.
-        n_layers: of the model; without it only the form is checked.
-        option: where it was given, for the sentence.
-
-    Raises:
-        UserError: it does not parse, a range runs backwards, or (where `n_layers` is given) a layer does not exist.
-    """
-    if text == "all":
-        assert n_layers is not None, "`all` needs the model's number of layers"
-        return tuple(range(n_layers))
-    layers: set[int] = set()
-    for piece in text.split(","):
-        first, dash, last = (end.strip() for end in piece.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"{option} {text!r} is not a list of layers; write all, 12, 40-63 or 0,4,40-63")
-        if dash and int(last) < int(first):
-            raise UserError(f"{option} {text!r} runs backwards at {piece.strip()!r}; write {last}-{first}")
-        layers.update(range(int(first), int(last or first) + 1))
-    if n_layers is not None and max(layers) >= n_layers:
-        raise UserError(f"{option} {text!r} goes past the model's last layer, which is {n_layers - 1}")
-    return tuple(sorted(layers))
 
 
 def load_experiment(path: Path | None, overrides: dict[str, Any]) -> Experiment:

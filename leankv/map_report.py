@@ -44,7 +44,9 @@ def map_title(table: pd.DataFrame) -> str:
     measured = table[table["measured"] == "perplexity"]
     if measured.empty:
         return f"{words}; reconstruction errors only"
-    how = f"protocol {first.protocol}, {measured['tokens'].iloc[0]:.0f} tokens of the selection split"
+    least, most = measured["tokens"].min(), measured["tokens"].max()
+    tokens = f"{most:.0f}" if least == most else f"{least:.0f} to {most:.0f}"  # screened: rows saw different blocks
+    how = f"protocol {first.protocol}, {tokens} tokens of the selection split"
     rest = layers - measured["layer"].nunique()
     of = f"; of {rest} layers reconstruction errors only" if rest else ""
     return f"{words}, {how}, base perplexity {measured['base_ppl'].iloc[0]:.3f}{of}"

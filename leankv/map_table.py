@@ -29,6 +29,7 @@ COLUMNS = (
 """One row a layer, part and codec. Bits of one token's vector of `width` numbers; `fvu` and the decibels from the
 Gaussian bound (at live and at stored bits) on held-out calibration text. `measured` says what is known of the cost:
 `perplexity`, with that layer and part alone compressed (points), or `error`, and then the perplexity columns are empty.
+`tokens` were predicted for the row's cost; rows of a screened map saw different numbers.
 """
 
 

@@ -7,13 +7,15 @@ import pandas as pd
 
 from leankv.codecs import parse_spec
 from leankv.errors import UserError
-from leankv.experiment import PARTS, parse_layers
+from leankv.experiment import PARTS
 from leankv.fit import Problem
 from leankv.gaussian_bound import decibels_over_bound
 from leankv.map_report import write_map_report
 from leankv.map_table import COLUMNS
-from leankv.perplexity import compare
+from leankv.notation import parse_layers
+from leankv.perplexity import BlockNats, Comparison, compare
 from leankv.run import Run, StoredCodec
+from leankv.screened_costs import screened_costs
 from leankv.spectra import spectra
 from leankv.store import write_text
 from leankv.workplace import remove_captures
@@ -47,7 +49,8 @@ def map_rates(run: Run, specs: Sequence[str], measure: str) -> pd.DataFrame:
     Errors are plain squared errors, whatever metric the codecs were fitted under.
 
     Args:
-        run: its own codecs play no part.
+        run: its own codecs play no part. Where it screens (`sweep.screen`), every layer and part is measured on some
+            selection blocks and the cheapest ones under each codec on all; see `leankv.screening`.
         specs: as `check_specs` gives them; each is used for K and for V.
         measure: layers whose cost in perplexity is measured: `all`, `none`, or numbers such as `0,4,40-63`. Of the
             others the error is told.
@@ -83,11 +86,9 @@ def _rows_of_spec(
     codecs = run.fitted(run.layers)
     costs: dict[Problem, dict[str, Any]] = {}
     if measured:
-        with run.progress.stage(f"costs of {spec}", len(measured) * len(PARTS)) as step:
-            for layer in measured:
-                for part in PARTS:
-                    costs[layer, part] = part_cost(run, layer, part)
-                    step(f"layer {layer} {part.upper()}: {costs[layer, part]['delta_ppl']:+.3f}")
+        problems = [(layer, part) for layer in measured for part in PARTS]
+        measure = _screened_part_costs if run.experiment.sweep.screen else _part_costs
+        costs = {problem: cost_columns(cost) for problem, cost in measure(run, spec, problems).items()}
     experiment = run.experiment
     return [
         {
@@ -105,9 +106,30 @@ def _rows_of_spec(
     ]
 
 
-def part_cost(run: Run, layer: int, part: str) -> dict[str, Any]:
-    """The perplexity columns of a row: one layer's keys or values alone compressed, on all selection blocks."""
-    cost = compare(run.measure("selection", []), run.measure("selection", [layer], parts=[part]))
+def _part_costs(run: Run, spec: str, problems: Sequence[Problem]) -> dict[Problem, Comparison]:
+    """The cost of each layer's keys or values alone compressed, on all selection blocks."""
+    base = run.measure("selection", [])
+    costs = {}
+    with run.progress.stage(f"costs of {spec}", len(problems)) as step:
+        for layer, part in problems:
+            cost = costs[layer, part] = compare(base, run.measure("selection", [layer], parts=[part]))
+            step(f"layer {layer} {part.upper()}: {cost.delta_ppl:+.3f}")
+    return costs
+
+
+def _screened_part_costs(run: Run, spec: str, problems: Sequence[Problem]) -> dict[Problem, Comparison]:
+    """The same, on all selection blocks for the cheapest only."""
+
+    def measure(problem: Problem, numbers: Sequence[int]) -> BlockNats:
+        layer, part = problem
+        return run.measure("selection", [layer], parts=[part], only=numbers)
+
+    costs = screened_costs(run, problems, measure, f"screening with {spec}")
+    return {problem: cost for problem, (cost, _) in costs.items()}
+
+
+def cost_columns(cost: Comparison) -> dict[str, Any]:
+    """The perplexity columns of a row."""
     low, high = cost.interval or (None, None)
     return {
         "delta_ppl": cost.delta_ppl,

@@ -1,37 +1,42 @@
-"""Screening: ranking layers with few blocks, and spending more only on those that the choice depends on.
+"""Screening: ranking candidates with few blocks, and spending more only on those that the choice depends on.
 
-Successive halving (Karnin, Koren and Somekh, 2013; Jamieson and Talwalkar, 2016): every layer is measured on the first
-blocks of a random order, the cheapest third of them on three times as many, and so on; only the last few see all
-blocks. What decides is which layers are cheapest, so that is where the blocks go.
+Successive halving (Karnin, Koren and Somekh, 2013; Jamieson and Talwalkar, 2016, arXiv 1502.07943): every candidate is
+measured on the first blocks of a random order, the cheapest third of them on three times as many, and so on; only the
+last few see all blocks. What decides is which candidates are cheapest, so that is where the blocks go. A sweep's
+candidates are layers, a map's are parts of layers.
 
 Knows numbers only; `measure` is handed in.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 from scipy.special import polygamma, stdtrit
 
+from leankv.perplexity import CONFIDENCE, t_interval
+
 FIRST_BLOCKS = 2  # the fewest that have a variance
-KEEP_ONE_IN = 3  # as Hyperband's default (Li et al., 2018)
-CONFIDENCE = 0.95
+KEEP_ONE_IN = 3  # as Hyperband's default (Li et al., 2018, arXiv 1603.06560)
 SMALLEST_SCALE = 0.1  # assumption: costs below a tenth of the median one vary as much as one of that size
+
+Candidate = TypeVar("Candidate", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of one layer's cost.
+    """What is known of one candidate's cost.
 
     Attributes:
-        differences: nats a token that compressing the layer adds, one for each block it was measured on.
-        low, high: 95 % interval of the mean over all blocks, in nats a token.
+        differences: nats a token that it adds, one for each block it was measured on.
+        interval: 95 % interval of the mean over text, of which all blocks are a sample, in nats a token; None where one
+            block is all there is.
     """
 
     differences: tuple[float, ...]
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
     @property
     def mean(self) -> float:
@@ -40,54 +45,59 @@ class Estimate:
 
 
 def screen(
-    layers: Sequence[int], n_blocks: int, measure: Callable[[int, int, int], Sequence[float]]
-) -> dict[int, Estimate]:
-    """Measure every layer on some blocks, and the cheapest ones on all.
+    candidates: Sequence[Candidate], n_blocks: int, measure: Callable[[Candidate, int, int], Sequence[float]]
+) -> dict[Candidate, Estimate]:
+    """Measure every candidate on some blocks, and the cheapest ones on all.
 
     Args:
-        layers: which.
-        n_blocks: how many blocks an exact sweep would use; they must be in random order.
-        measure: layer, first block, end block -> one difference in nats a token for each of these blocks.
+        candidates: whatever `measure` understands.
+        n_blocks: how many blocks exact measurements would use; they must be in random order.
+        measure: candidate, first block, end block -> one difference in nats a token for each of these blocks.
 
     Returns:
-        layer -> estimate. A layer that saw all blocks has its exact cost, and an interval of no width.
+        candidate -> estimate. One that saw all blocks has the cost and the interval of an exact measurement.
     """
-    differences: dict[int, list[float]] = {layer: [] for layer in layers}
-    contenders, done, target = list(layers), 0, min(FIRST_BLOCKS, n_blocks)
+    differences: dict[Candidate, list[float]] = {candidate: [] for candidate in candidates}
+    contenders, done, target = list(candidates), 0, min(FIRST_BLOCKS, n_blocks)
     while True:
-        for layer in contenders:
-            differences[layer] += measure(layer, done, target)
+        for candidate in contenders:
+            differences[candidate] += measure(candidate, done, target)
         if target == n_blocks:
-            return intervals(differences, n_blocks)
-        contenders.sort(key=lambda layer: math.fsum(differences[layer]))
+            return estimates_of(differences, n_blocks)
+        contenders.sort(key=lambda candidate: math.fsum(differences[candidate]))
         contenders = contenders[: max(2, math.ceil(len(contenders) / KEEP_ONE_IN))]
         done, target = target, min(target * KEEP_ONE_IN, n_blocks)
 
 
-def intervals(differences: Mapping[int, Sequence[float]], n_blocks: int) -> dict[int, Estimate]:
-    """95 % interval of each layer's mean over all `n_blocks`, from the blocks it was measured on.
+def estimates_of(differences: Mapping[Candidate, Sequence[float]], n_blocks: int) -> dict[Candidate, Estimate]:
+    """Each candidate's cost from the blocks it was measured on, at least two of them where there are two.
 
-    Two blocks alone say next to nothing of their variance. So the layers lend each other theirs: variances relative to
-    the squared mean are shrunk towards their common value as in the moderated t statistic (Smyth, 2004, eq. 5 and
-    section 6.2). Blocks are a sample without replacement, hence the factor `1 - n / N` (Cochran, 1977, eq. 2.13).
+    All intervals are of the same thing, the mean over text; blocks are taken as independent draws from it. A candidate
+    that saw all `n_blocks` has Student's interval of its own differences, as it would have without screening. Two
+    blocks alone say next to nothing of their variance, so those that saw fewer borrow from each other: variances
+    relative to the squared mean are shrunk towards their common value as in the moderated t statistic (Smyth, 2004, eq.
+    5 and section 6.2).
     """
-    means = {layer: math.fsum(d) / len(d) for layer, d in differences.items()}
+    means = {candidate: math.fsum(own) / len(own) for candidate, own in differences.items()}
     least = SMALLEST_SCALE * float(numpy.median([abs(mean) for mean in means.values()]))
-    scales = {layer: max(abs(mean), least, 1e-12) for layer, mean in means.items()}
-    relative = {layer: _variance(d) / scales[layer] ** 2 for layer, d in differences.items() if len(d) > 1}
-    freedom = {layer: len(differences[layer]) - 1 for layer in relative}
-    prior_freedom, prior = _prior([(relative[layer], freedom[layer]) for layer in relative])
+    scales = {candidate: max(abs(mean), least, 1e-12) for candidate, mean in means.items()}
+    relative = {
+        candidate: (_variance(own) / scales[candidate] ** 2, len(own) - 1)
+        for candidate, own in differences.items()
+        if len(own) > 1
+    }
+    prior_freedom, prior = _prior(list(relative.values()))
     estimates = {}
-    for layer, own in differences.items():
-        left = 1 - len(own) / n_blocks
-        half = 0.0
-        if left > 0:
-            d = freedom.get(layer, 0)
-            # An infinite prior freedom says that all layers vary alike: then the common variance is theirs.
-            shrunk = prior if math.isinf(prior_freedom) else _shrink(prior_freedom, prior, d, relative.get(layer, 0.0))
-            t = float(stdtrit(min(prior_freedom + d, 1e6), (1 + CONFIDENCE) / 2))
-            half = t * scales[layer] * math.sqrt(shrunk * left / len(own))
-        estimates[layer] = Estimate(tuple(own), means[layer] - half, means[layer] + half)
+    for candidate, own in differences.items():
+        if len(own) == n_blocks:
+            estimates[candidate] = Estimate(tuple(own), t_interval(own))
+            continue
+        variance, freedom = relative[candidate]
+        # An infinite prior freedom says that all candidates vary alike: then the common variance is theirs.
+        shrunk = prior if math.isinf(prior_freedom) else _shrink(prior_freedom, prior, freedom, variance)
+        t = float(stdtrit(min(prior_freedom + freedom, 1e6), (1 + CONFIDENCE) / 2))
+        half = t * scales[candidate] * math.sqrt(shrunk / len(own))
+        estimates[candidate] = Estimate(tuple(own), (means[candidate] - half, means[candidate] + half))
     return estimates
 
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import pandas as pd
 
 from leankv.errors import UserError
 from leankv.gathering import finished_row, layer_words, row_of, write_sweep
-from leankv.perplexity import Comparison, compare, comparison_of
+from leankv.perplexity import BlockNats, Comparison, compare
 from leankv.prediction import predict_costs
 from leankv.run import Run
-from leankv.screening import screen
+from leankv.screened_costs import screened_costs
 from leankv.sweep_index import Index
 from leankv.sweep_table import COLUMNS
 from leankv.workplace import remove_captures
@@ -80,30 +79,9 @@ def _exact_costs(run: Run, layers: Sequence[int]) -> dict[int, tuple[Comparison,
 
 
 def _screened_costs(run: Run) -> dict[int, tuple[Comparison, float]]:
-    """Each layer's cost as far as the choice depends on it; see `leankv.screening`."""
-    base = run.measure("selection", [])
-    order = list(range(len(base.nats)))
-    random.Random(run.experiment.seed).shuffle(order)
-    seconds = dict.fromkeys(run.layers, 0.0)
-    seen: set[int] = set()
-    with run.progress.stage(f"screening {len(run.layers)} layers", len(run.layers)) as step:
+    """Each layer's cost as far as the choice depends on it."""
 
-        def measure(layer: int, first: int, end: int) -> Sequence[float]:
-            numbers = order[first:end]
-            measured = run.measure("selection", [layer], only=numbers)
-            seconds[layer] += measured.seconds
-            if layer not in seen:
-                seen.add(layer)
-                step()
-            return [
-                (nats - base.nats[number]) / base.tokens for number, nats in zip(numbers, measured.nats, strict=True)
-            ]
+    def measure(layer: int, numbers: Sequence[int]) -> BlockNats:
+        return run.measure("selection", [layer], only=numbers)
 
-        estimates = screen(run.layers, len(order), measure)
-    return {
-        layer: (
-            comparison_of(base, estimate.mean, (estimate.low, estimate.high), len(estimate.differences)),
-            seconds[layer],
-        )
-        for layer, estimate in estimates.items()
-    }
+    return screened_costs(run, run.layers, measure, f"screening {len(run.layers)} layers")

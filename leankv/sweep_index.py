@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leankv.experiment import Experiment, parse_layers
+from leankv.experiment import Experiment
+from leankv.notation import parse_layers
 from leankv.output_folder import write_if_changed
 from leankv.store import read_json
 

@@ -10,8 +10,9 @@ from typing import Any
 from leankv.capture import Activations, capture, find_activations, groups_that_fit
 from leankv.data import Blocks, TextSource
 from leankv.errors import UserError
-from leankv.experiment import Experiment, parse_layers
+from leankv.experiment import Experiment
 from leankv.model import LoadedModel, load_model
+from leankv.notation import parse_layers
 from leankv.output_folder import check_folder
 from leankv.progress import Progress
 from leankv.rope import KeyRotation

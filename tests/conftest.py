@@ -33,7 +33,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text long enough for three splits of short blocks."""
+    """A text long enough for four splits of short blocks."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.text(60_000), encoding="utf-8")
     return path

@@ -254,7 +254,7 @@ def test_eval_ppl_of_a_bundle_repeats_its_summary(finished: Path, bundle: Path) 
     assert told["interval"] == summary["delta_ppl_interval"]
 
 
-@pytest.mark.parametrize("split", ["all", "selection", "calibration"])
+@pytest.mark.parametrize("split", ["all", "selection", "calibration", "certification"])
 def test_eval_ppl_on_a_split(bundle: Path, split: str) -> None:
     told = succeed_json("eval-ppl", "--bundle", bundle, "--split", split, "--blocks", 2)
     assert told["split"] == split

@@ -1,4 +1,4 @@
-"""Text: sources, the three splits, and blocks."""
+"""Text: sources, the four splits, and blocks."""
 
 import itertools
 import json
@@ -24,8 +24,13 @@ from tests import tiny
 DOCUMENTS = [f"document {number} says {tiny.text(60, seed=number).split(chr(10))[0]}" for number in range(60)]
 
 
-def source(dataset: Path | str, data_dir: Path | None = None) -> TextSource:
-    return TextSource(DataConfig(dataset=str(dataset), data_dir=None if data_dir is None else str(data_dir)))
+def source(dataset: Path | str, data_dir: Path | None = None, **changes: int) -> TextSource:
+    return TextSource(DataConfig(str(dataset), None if data_dir is None else str(data_dir), **changes))
+
+
+def text_of(text: TextSource, split: str) -> str:
+    """The text of a split of a source whose splits are the same under all tokenizers."""
+    return "\n".join(text.documents(split, tokenizer=None))
 
 
 def write_txt(folder: Path, documents: list[str]) -> Path:
@@ -51,14 +56,6 @@ WRITERS = {"txt": write_txt, "jsonl": write_jsonl, "parquet": write_parquet}
 every_format = pytest.mark.parametrize("kind", list(WRITERS))
 
 
-def write_wikitext(folder: Path) -> Path:
-    """Rows as in WikiText's raw files: headings, paragraphs, blank lines between them."""
-    for name, rows in {"train": DOCUMENTS[:40], "valid": DOCUMENTS[40:50], "test": DOCUMENTS[50:]}.items():
-        lines = [" \n", f" = {name} = \n", " \n", *(f" {row} \n" for row in rows)]
-        (folder / f"wiki.{name}.raw").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
 def tokenizer_with_bos() -> Any:
     """The tiny tokenizer, made to begin each text with a BOS token as Llama's does."""
     tokenizer = tiny.tokenizer()
@@ -74,7 +71,7 @@ def tokenizer_with_bos() -> Any:
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), min_size=3, max_size=60))
+@given(lengths=st.lists(st.integers(1, 200), min_size=4, max_size=60))
 def test_each_document_is_in_one_split_and_the_order_is_kept(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
 ) -> None:
@@ -85,56 +82,48 @@ def test_each_document_is_in_one_split_and_the_order_is_kept(
     except UserError as error:
         assume("too short" not in str(error))
         raise
-    splits = [text.text(split).split("\n") for split in SPLITS]
+    splits = [text_of(text, split).split("\n") for split in SPLITS]
     assert all(splits)
     assert list(itertools.chain(*splits)) == documents
-    assert text.text("all") == "\n".join(documents)
+    assert text_of(text, "all") == "\n".join(documents)
 
 
-def test_the_cut_is_80_10_10_to_the_nearest_document(tmp_path: Path) -> None:
+def test_the_cut_is_50_10_30_10_to_the_nearest_document(tmp_path: Path) -> None:
     documents = ["x" * 99 for _ in range(50)]
     text = source(write_txt(tmp_path, documents))
-    assert [len(text.text(split).split("\n")) for split in SPLITS] == [40, 5, 5]
+    assert [len(text_of(text, split).split("\n")) for split in SPLITS] == [25, 5, 15, 5]
 
 
 @every_format
 def test_formats_give_the_same_text(tmp_path: Path, kind: str) -> None:
     text = source(WRITERS[kind](tmp_path, DOCUMENTS))
-    assert text.text("all") == "\n".join(DOCUMENTS)
+    assert text_of(text, "all") == "\n".join(DOCUMENTS)
     expected = source(write_txt(tmp_path, DOCUMENTS))
-    assert all(text.text(split) == expected.text(split) for split in SPLITS)
+    assert all(text_of(text, split) == text_of(expected, split) for split in SPLITS)
 
 
 @every_format
 def test_blank_documents_do_not_count(tmp_path: Path, kind: str) -> None:
     with_blanks = [piece for document in DOCUMENTS for piece in (document, "", "   ")]
-    assert source(WRITERS[kind](tmp_path, with_blanks)).text("all") == "\n".join(DOCUMENTS)
+    assert text_of(source(WRITERS[kind](tmp_path, with_blanks)), "all") == "\n".join(DOCUMENTS)
 
 
 def test_a_row_of_several_lines_is_one_document(tmp_path: Path) -> None:
     documents = ["\n".join(DOCUMENTS[start : start + 6]) for start in range(0, 60, 6)]
     text = source(write_jsonl(tmp_path, documents))
-    assert [len(text.text(split).split("\n")) for split in SPLITS] == [48, 6, 6]
+    assert [len(text_of(text, split).split("\n")) for split in SPLITS] == [30, 6, 18, 6]
 
 
 def test_text_that_is_not_english_survives(tmp_path: Path) -> None:
     documents = [f"{number} – naïve 日本語 \u2028 🙂" for number in range(20)]
     for write in WRITERS.values():
-        assert source(write(tmp_path, documents)).text("all") == "\n".join(documents)
-
-
-def test_wikitext_from_a_folder_keeps_its_own_splits(tmp_path: Path) -> None:
-    text = source("wikitext-2", write_wikitext(tmp_path))
-    for split, name, rows in zip(
-        SPLITS, ("train", "valid", "test"), (DOCUMENTS[:40], DOCUMENTS[40:50], DOCUMENTS[50:]), strict=True
-    ):
-        assert text.text(split).split("\n") == [f" = {name} = ", *(f" {row} " for row in rows)]
+        assert text_of(source(write(tmp_path, documents)), "all") == "\n".join(documents)
 
 
 @pytest.mark.skipif(find_spec("gensim") is None, reason="gensim is not installed")
-def test_the_wikipedia_sample_is_plain_english_in_three_splits() -> None:
+def test_the_wikipedia_sample_is_plain_english_in_four_splits() -> None:
     text = source("wikipedia-sample")
-    texts = [text.text(split) for split in SPLITS]
+    texts = [text_of(text, split) for split in SPLITS]
     assert sum(map(len, texts)) > 2_000_000
     assert all(len(own) > 200_000 for own in texts)
     for own in texts:
@@ -160,7 +149,7 @@ def test_blocks_are_the_text_in_order(text: TextSource, n_blocks: int, length: i
         assert (len(blocks), blocks.split, blocks.source) == (n_blocks, split, text.name)
         assert blocks.tokens.shape == (n_blocks, length)
         assert blocks.tokens.dtype == torch.int64
-        whole = tokenizer(text.text(split))["input_ids"]
+        whole = tokenizer(text_of(text, split))["input_ids"]
         assert blocks.tokens.flatten().tolist() == whole[: n_blocks * length]
 
 
@@ -198,7 +187,7 @@ def test_a_tokenizer_that_begins_with_bos_has_it_begin_every_block(text: TextSou
     blocks = text.blocks("report", tokenizer, 4, 12)
     assert blocks.tokens.shape == (4, 12)
     assert blocks.tokens[:, 0].tolist() == [tokenizer.bos_token_id] * 4
-    whole = tiny.tokenizer()(text.text("report"))["input_ids"]
+    whole = tiny.tokenizer()(text_of(text, "report"))["input_ids"]
     assert blocks.tokens[:, 1:].flatten().tolist() == whole[: 4 * 11]
 
 
@@ -228,7 +217,7 @@ def test_the_hash_is_of_the_tokens_not_of_the_memory() -> None:
 
 
 def test_all_tokens_of_a_split_can_be_had_and_not_one_more(text: TextSource) -> None:
-    tokens = len(tiny.tokenizer()(text.text("report"))["input_ids"])
+    tokens = len(tiny.tokenizer()(text_of(text, "report"))["input_ids"])
     assert len(text.blocks("report", tiny.tokenizer(), tokens // 7, 7)) == tokens // 7
     with pytest.raises(UserError) as refused:
         text.blocks("report", tiny.tokenizer(), math.ceil((tokens + 1) / 7), 7)
@@ -308,18 +297,9 @@ def test_a_file_that_only_calls_itself_parquet_is_named(tmp_path: Path) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("count", [1, 2])
-def test_too_few_documents_for_three_splits(tmp_path: Path, kind: str, count: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_documents_for_four_splits(tmp_path: Path, kind: str, count: int) -> None:
     path = WRITERS[kind](tmp_path, ["some text"] * count)
     sentence = refusal(path)
-    assert "too short for three splits" in sentence
+    assert "too short for four splits" in sentence
     assert f"{count} documents" in sentence
-
-
-@pytest.mark.parametrize("name", ["wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"])
-def test_a_wikitext_folder_must_hold_all_three_files_with_text_in_them(tmp_path: Path, name: str) -> None:
-    path = write_wikitext(tmp_path) / name
-    path.write_text(" \n \n")
-    assert f"{path} is empty" in refusal("wikitext-2", tmp_path)
-    path.unlink()
-    assert str(path) in refusal("wikitext-2", tmp_path)

@@ -1,5 +1,6 @@
 """`leankv map`: costs against full passes, distances from the bound, what is written, and going on where it was."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -181,6 +182,52 @@ def test_some_layers_measured(finished: Run, map_settings: dict[str, Any], tmp_p
         assert (run.folder / f"figures/{name}.png").read_bytes().startswith(PNG)
 
 
+@pytest.fixture(scope="module")
+def screened(map_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """An exact map and a screened one on six blocks."""
+    settings = {**map_settings, "data.selection_blocks": 6}
+    exact = make_run(settings, tmp_path_factory.mktemp("exact"))
+    sparing = make_run(settings, tmp_path_factory.mktemp("screened"), **{"sweep.screen": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leankv.rate_map.write_map_report", lambda folder: None)
+        for run in (exact, sparing):
+            map_rates(run, SPECS, "all")
+    return exact, sparing
+
+
+def test_a_screened_map_measures_only_the_cheapest_of_each_codec_on_all(screened: tuple[Run, Run]) -> None:
+    """Of 8 layers and parts 3 on six blocks, each with the exact map's cost and interval; the others on two."""
+    exact, sparing = (read_map(run.folder) for run in screened)
+    assert set(sparing["measured"]) == {"perplexity"}
+    columns = ["layer", "part", "codec", "fvu", "bits_per_token", "base_ppl"]
+    pd.testing.assert_frame_equal(exact[columns], sparing[columns])
+    for codec in SPECS:
+        own, slow = sparing[sparing["codec"] == codec], exact[exact["codec"] == codec]
+        assert sorted(own["tokens"]) == [2 * 63] * 5 + [6 * 63] * 3
+        whole = own["tokens"] == 6 * 63
+        for name in ("delta_ppl", "delta_ppl_low", "delta_ppl_high"):
+            assert own[name][whole].tolist() == pytest.approx(slow[name][whole].tolist(), rel=1e-9)
+        assert (own["delta_ppl_low"] <= own["delta_ppl"]).all()
+
+
+def test_the_cost_of_two_blocks_is_that_of_these_blocks(screened: tuple[Run, Run]) -> None:
+    """The two are the same for all layers and parts, whichever they are."""
+    exact, sparing = screened
+    table = read_map(sparing.folder)
+    row = table[(table["tokens"] == 2 * 63) & (table["codec"] == "int:2")].iloc[0]
+    run = exact.with_codecs("int:2", "int:2")
+    base, own = run.measure("selection", []), run.measure("selection", [int(row["layer"])], parts=[row["part"]])
+    rises = [(after - before) / 63 for before, after in zip(base.nats, own.nats, strict=True)]
+    costs = [base.perplexity * math.expm1((one + two) / 2) for one, two in itertools.combinations(rises, 2)]
+    assert any(row["delta_ppl"] == pytest.approx(cost, rel=1e-9) for cost in costs)
+
+
+def test_a_screened_map_says_how_many_tokens_its_rows_saw(screened: tuple[Run, Run]) -> None:
+    exact, sparing = (map_markdown(read_map(run.folder)) for run in screened)
+    assert ", 378 tokens of the selection split" in exact
+    assert ", 126 to 378 tokens of the selection split" in sparing
+
+
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,3 +332,12 @@ def test_the_command(map_settings: dict[str, Any], tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, given)
     assert "pca:4" in shown.stdout
     assert "map.csv" in shown.stdout
+
+
+@pytest.mark.usefixtures("unreported")
+def test_the_command_screens(map_settings: dict[str, Any], tmp_path: Path) -> None:
+    sets = [piece for key, value in map_settings.items() for piece in ("--set", f"{key}={value}")]
+    given = ["map", "pca:4", "--layers", "1,2", "--screen", "-o", str(tmp_path), *sets]
+    result = CliRunner().invoke(app, [*given, "--set", "data.selection_blocks=3", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert sorted(row["tokens"] for row in json.loads(result.stdout)) == [2 * 63] * 2 + [3 * 63] * 2

@@ -127,7 +127,8 @@ def test_a_screened_sweep_spends_less_and_says_how_much(settings: dict[str, Any]
     assert sorted(screened["tokens"].tolist()) == [2 * block, 2 * block, 6 * block, 6 * block]
     both = exact.merge(screened, on="layer", suffixes=("", "_screened"))
     whole = both[both["tokens_screened"] == both["tokens"]]
-    assert whole["delta_ppl_screened"].tolist() == pytest.approx(whole["delta_ppl"].tolist(), rel=1e-9)
+    for name in ("delta_ppl", "delta_ppl_low", "delta_ppl_high"):
+        assert whole[f"{name}_screened"].tolist() == pytest.approx(whole[name].tolist(), rel=1e-9)
     assert "tokens" in sweep_markdown(screened)
 
 

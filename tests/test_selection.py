@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leankv.errors import UserError
-from leankv.experiment import Budget, parse_layers
+from leankv.notation import Budget, parse_layers
 from leankv.selection import select_layers
 
 Measure = Callable[[tuple[int, ...]], float]

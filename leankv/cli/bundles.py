@@ -15,7 +15,9 @@ from leankv.progress import Progress
 def eval_ppl_command(
     asked: Asked,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure beside the base.", show_default=False)] = None,
-    split: Annotated[str, typer.Option(help="report, selection, calibration, or all: unsplit.")] = "report",
+    split: Annotated[
+        str, typer.Option(help="report, selection, certification, calibration, or all: unsplit.")
+    ] = "report",
     blocks: Annotated[int | None, typer.Option(help="Blocks to measure on.", show_default=False)] = None,
     json_: Json = False,
 ) -> None:

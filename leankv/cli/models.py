@@ -39,8 +39,9 @@ def capture_command(
     """Write the keys and values of the calibration text to a folder, one safetensors file a layer."""
     from leankv.capture import capture
     from leankv.data import TextSource
-    from leankv.experiment import load_experiment, parse_layers
+    from leankv.experiment import load_experiment
     from leankv.model import describe, load_model
+    from leankv.notation import parse_layers
     from leankv.store import check_output_dir
 
     extra = {} if blocks is None else {"data.calibration_blocks": blocks}

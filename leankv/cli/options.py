@@ -58,7 +58,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--screen",
         bool,
         MEASURE,
-        "Spend blocks only on the layers that the choice depends on.",
+        "Measure all on two blocks, and only the cheapest on more.",
     ),
     "predict": ("sweep.predict", "--predict", bool, MEASURE, "Show what gradients predict beside each cost."),
     "memory_budget": (

@@ -10,7 +10,7 @@ from leankv.experiment import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
 
 
-@command("map", "layers", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+@command("map", "layers", "screen", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
 def map_command(
     asked: Asked,
     specs: Annotated[
