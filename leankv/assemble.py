@@ -9,6 +9,7 @@ from typing import Any
 import leankv
 from leankv.accounting import CONTEXT_LENGTHS, Footprint
 from leankv.bundle import save_bundle
+from leankv.divergence import divergence_columns
 from leankv.errors import UserError
 from leankv.experiment import Experiment, load_experiment
 from leankv.model import describe
@@ -103,9 +104,8 @@ def _costs(run: Run) -> dict[int, float]:
 def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step]) -> dict[str, Any]:
     """The figures a person or program wants first; perplexities are those of the report split."""
     experiment, loaded = run.experiment, run.loaded
-    base = run.measure("report", [], "base perplexity, report split")
-    measured = run.measure("report", chosen, "joint cost, report split")
-    joint = compare(base, measured)
+    pair = run.measure_pair("report", chosen, "joint cost and divergence, report split")
+    joint = compare(pair.base, pair.compressed)
     plan = run.plan(chosen)
     bits = {layer: {part: codec.bits_per_token for part, codec in own.items()} for layer, own in plan.items()}
     footprint = Footprint(loaded.geometry, bits, experiment.protocol.sinks, experiment.protocol.window)
@@ -133,6 +133,7 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "delta_ppl_interval": joint.interval,
         "delta_percent": joint.delta_percent,
         "within_budget": joint.delta_ppl <= budget.points(joint.base_ppl),
+        **divergence_columns(pair.divergence),
         "code_ratio": footprint.code_ratio(),
         "cache_ratio": {str(tokens): footprint.cache_ratio(tokens) for tokens in CONTEXT_LENGTHS},
         "cache_bytes_per_token": {"base": uncompressed, "compressed": compressed},
@@ -143,7 +144,7 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
             "fit": sum(stored.seconds for stored in run.fitted(run.layers).values()),
             "sweep": sweep_seconds + run.measure("selection", []).seconds,
             "select": sum(run.measure("selection", step.layers).seconds for step in steps if _joint(step)),
-            "report": base.seconds + (measured.seconds if chosen else 0.0),
+            "report": pair.seconds,
         },
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": loaded.numerics["device"],
