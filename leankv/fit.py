@@ -15,6 +15,7 @@ import torch
 from leankv.capture import Activations
 from leankv.codecs import Codec, CodecSpec, TrainingSettings, fraction_of_variance_unexplained
 from leankv.codecs.base import ROWS
+from leankv.codecs.share import as_context
 from leankv.errors import UserError
 from leankv.experiment import PARTS, FitConfig
 from leankv.progress import Progress
@@ -184,12 +185,13 @@ def fit_chain(
                     _cast(codec, fitting.codec_dtype)
                     pieces = zip(x.split(ROWS), r.split(ROWS), strict=True)
                     decoded = [codec.decode_beside(codec.encode_beside(rows, own), own) for rows, own in pieces]
-                    known[layer, part] = torch.cat(decoded)
-                    fvu = fraction_of_variance_unexplained(x[first_heldout:], known[layer, part][first_heldout:]).item()
+                    reconstructed = torch.cat(decoded)
+                    fvu = fraction_of_variance_unexplained(x[first_heldout:], reconstructed[first_heldout:]).item()
+                    known[layer, part] = as_context(reconstructed)
                     seconds = time.monotonic() - started
                     on_fitted((layer, part), FittedCodec(codec.cpu(), _finite(fvu), [], seconds))
                 else:
-                    known[layer, part] = x.float()
+                    known[layer, part] = as_context(x)
                 reference.append(known[layer, part])  # values look at their own layer's keys
             still = {source for later, own in earlier.items() if later > layer for source in own}
             known = {problem: vectors for problem, vectors in known.items() if problem[0] in still}

@@ -11,8 +11,8 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache
 from leankv.errors import UserError
+from leankv.observers import GradientCache
 from leankv.run import Run
 
 BLOCKS = 2  # assumption: second moments of some 2,000 tokens rank layers as well as more would

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache, RecordingCache
 from leankv.experiment import load_experiment
+from leankv.observers import GradientCache, RecordingCache
 from leankv.prediction import predict_costs
 from leankv.progress import Silent
 from leankv.report import prediction_words, sweep_markdown

@@ -18,7 +18,7 @@ from leankv.progress import Silent
 from leankv.replay import Replay
 from leankv.rope import KeyRotation
 from tests import tiny
-from tests.oracles import SlowChain
+from tests.oracles import SlowChain, held_tensors
 
 SPEC = "resid(share:-2,transform:s0.3)"
 BLOCKS = Blocks(tiny.tokens(3, 40, seed=3), "selection", "random")
@@ -91,7 +91,7 @@ def test_a_chain_of_codecs_reads_as_its_oracle_does(
     again = logits(model, cache, tokens, chunks)
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
     assert cache.nbytes() == held
-    codes = [t for layer in plan for part in cache.layers[layer].parts.values() for t in part.tensors()]
+    codes = [t for layer in plan for part in cache.layers[layer].parts.values() for t in held_tensors(part)]
     assert all(t.dtype in (torch.uint8, model.dtype) for t in codes)
 
 
@@ -122,9 +122,9 @@ def test_codecs_are_fitted_beside_what_the_layers_before_give(tmp_path: Path) ->
         assert (layer, "k") not in found
         decoded = activations.read(layer - 1, "v")
         if layer == 1:  # the only layer whose predecessor looks at nothing but its own keys
-            own = activations.read(0, "k")
+            own = activations.read(0, "k").half()
             decoded = before.decode_beside(before.encode_beside(decoded, own), own)
-            reference = torch.cat([activations.read(0, "k"), decoded, activations.read(1, "k")], dim=1)[:rows]
+            reference = torch.cat([own, decoded.half(), activations.read(1, "k").half()], dim=1)[:rows].float()
             x = activations.read(1, "v")[:rows]
             centred = (reference - reference.mean(dim=0)).double()
             expected = torch.linalg.lstsq(centred, (x - x.mean(dim=0)).double()).solution
