@@ -51,11 +51,12 @@ def earlier_layers(windows: Sequence[int | None], layer: int, count: int) -> lis
 class LeanLayer(DynamicLayer):
     """One compressed layer, for inference: no gradient passes through what it returns.
 
-    Cropping takes tokens off the end, sinks, codes and window alike, and encodes nothing anew. But tokens that left the
-    window in the meantime are codes for good: a crop does not bring their exact rows back. So a rollback does leave a
-    trace, and what decodes by rollback (prompt lookup, assisted decoding) may say something else than plain decoding.
-    It cannot where no token leaves the window before it is accepted: where the window is longer than the candidates.
-    `is_croppable` says all the same that rollback works, because those ways of decoding ask for it.
+    Cropping takes tokens off the end, of window, codes and sinks alike, and encodes nothing anew: tokens that left the
+    window in the meantime are codes for good. So with an exact window a rollback leaves a trace, although
+    `is_croppable` is true, as decoding that rolls back asks of it: candidates push as many tokens out of the window
+    before they are accepted, and those that are rejected do not bring them back. Prompt lookup and assisted decoding
+    may then say something else than plain greedy decoding. They do not, but for the last bits of products, with no
+    exact window at all, or while the text is no longer than sinks and window.
 
     Args:
         codecs: part -> codec; a part that is not named is held exact.
