@@ -1,9 +1,10 @@
-"""The compressed transformers cache, and the recording one. The only file that knows transformers' cache classes.
+"""The compressed transformers cache. Beside `leankv.observers` the only file that knows transformers' cache classes.
 
 A compressed layer holds codes (see `leankv.part_store`), and what `update` returns is what decoding them gives: there
 is no second copy. So one forward pass through such a cache measures the loss.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from leankv.codecs import Codec
+from leankv.held_bytes import held_bytes
 from leankv.part_store import KeySpace, PartStore
 
 if TYPE_CHECKING:
@@ -47,7 +49,14 @@ def earlier_layers(windows: Sequence[int | None], layer: int, count: int) -> lis
 
 
 class LeanLayer(DynamicLayer):
-    """One compressed layer.
+    """One compressed layer, for inference: no gradient passes through what it returns.
+
+    Cropping takes tokens off the end, of window, codes and sinks alike, and encodes nothing anew: tokens that left the
+    window in the meantime are codes for good. So with an exact window a rollback leaves a trace, although
+    `is_croppable` is true, as decoding that rolls back asks of it: candidates push as many tokens out of the window
+    before they are accepted, and those that are rejected do not bring them back. Prompt lookup and assisted decoding
+    may then say something else than plain greedy decoding. They do not, but for the last bits of products, with no
+    exact window at all, or while the text is no longer than sinks and window.
 
     Args:
         codecs: part -> codec; a part that is not named is held exact.
@@ -88,6 +97,7 @@ class LeanLayer(DynamicLayer):
             codec.to(self.device)
         self.is_initialized = True
 
+    @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,11 +119,15 @@ class LeanLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens. The window is shorter afterwards until new tokens fill it."""
+        """Remove the last `-tokens_to_remove` tokens, or all there are.
+
+        The window is shorter afterwards until new tokens fill it; see the class.
+        """
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number of tokens to remove")
+        removed = min(-tokens_to_remove, self.get_seq_length())
         for part in self.parts.values():
-            part.keep(0, len(part) + tokens_to_remove)
+            part.keep(0, len(part) - removed)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -156,8 +170,12 @@ class LeanSlidingLayer(LeanLayer):
     ):
         super().__init__(codecs, sinks, window, key_space, earlier)
         self.sliding_window = sliding_window
-        self.cumulative_length = 0
         self.record_past = False
+
+    @property
+    def cumulative_length(self) -> int:
+        """Tokens of the sequence so far, those that were dropped included."""
+        return self.parts["k"].seen
 
     get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
     get_max_length = DynamicSlidingWindowLayer.get_max_length
@@ -168,7 +186,6 @@ class LeanSlidingLayer(LeanLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.cumulative_length += key_states.shape[2]
         keys, values = super().update(key_states, value_states)
         if not self.record_past:
             self._drop_unseen()
@@ -182,17 +199,12 @@ class LeanSlidingLayer(LeanLayer):
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
-    def reset(self) -> None:
-        super().reset()
-        self.cumulative_length = 0
-
     def crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             raise RuntimeError(
                 "a sliding-window layer that dropped tokens can only be cropped while recording its past"
             )
         super().crop(tokens_to_remove)
-        self.cumulative_length += tokens_to_remove
         self._drop_unseen()
 
 
@@ -203,6 +215,9 @@ class LeanCache(Cache):
 
     With left-padded batches pass `attention_mask`: the sinks of a row begin where its padding ends, so the longest
     padding is kept exact with them.
+
+    For inference: a forward pass outside `no_grad` gives the same numbers, but no gradients pass compressed layers.
+    Rollback (prompt lookup, assisted decoding) may change what is generated; `LeanLayer` says when it cannot.
 
     Args:
         config: the model's configuration.
@@ -227,6 +242,7 @@ class LeanCache(Cache):
         padding = None
         if attention_mask is not None:
             padding = (attention_mask.long().cumsum(dim=1) == 0).sum(dim=1)
+        self.sinks, self.padding = sinks, padding
         if sinks and padding is not None:
             sinks += int(padding.max())
         layers = DynamicCache(config=config).layers
@@ -246,11 +262,25 @@ class LeanCache(Cache):
         for layer in range(first_layer):
             layers[layer] = _SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
-        self.config, self.plan, self.sinks, self.window, self.rotation = config, plan, sinks, window, rotation
+        self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
+        self.first_layer = first_layer
 
     def fresh(self) -> "LeanCache":
-        """An empty cache of the same plan, sharing its codecs."""
-        return LeanCache(self.config, self.plan, self.sinks, self.window, rotation=self.rotation)
+        """An empty cache, made as this one was: the same plan, sharing its codecs, and the same padding."""
+        mask = None
+        if self.padding is not None:
+            longest = int(self.padding.max())
+            mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
+        return LeanCache(self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""
+        codecs = [codec for parts in self.plan.values() for codec in parts.values()]
+        memo.update({id(shared): shared for shared in (self.config, self.plan, self.rotation, *codecs)})
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, model: Any, **overrides: Any) -> Self:
@@ -271,15 +301,11 @@ class LeanCache(Cache):
         return cls(model.config, bundle.plan, **settings)
 
     def nbytes(self) -> int:
-        """Bytes of memory that the cache really holds: the storage of every tensor in it, codecs not counted."""
-        tensors: list[torch.Tensor] = []
-        for layer in self.layers:
-            if isinstance(layer, LeanLayer):
-                tensors += [tensor for part in layer.parts.values() for tensor in part.tensors()]
-            elif layer.is_initialized:
-                tensors += [layer.keys, layer.values]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        """Bytes of memory that the cache really holds, counted as any cache's are (`leankv.held_bytes`).
+
+        Codecs are not counted. What is made anew at each step and dropped before it ends is not held between steps.
+        """
+        return held_bytes(self)
 
     def parked_nbytes(self) -> int:
         """Bytes that the cache would take parked: codes entropy-coded where their codec can, all else as it is held."""
@@ -314,65 +340,3 @@ class _SkippedLayer(DynamicLayer):
         stock = DynamicSlidingWindowLayer if self.is_sliding else DynamicLayer
         kv_length, kv_offset = stock.get_mask_sizes(self, query_length)
         return kv_length, kv_offset
-
-
-class _LeafLayer(DynamicLayer):
-    """Holds nothing: adds a zero to keys and values that gradients can be asked of."""
-
-    def __init__(self, sliding_window: int | None):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
-        self.leaves: dict[str, torch.Tensor] = {}
-        self.states: dict[str, torch.Tensor] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.states = {"k": key_states.detach(), "v": value_states.detach()}
-        self.leaves = {part: torch.zeros_like(states).requires_grad_() for part, states in self.states.items()}
-        return key_states + self.leaves["k"], value_states + self.leaves["v"]
-
-
-class GradientCache(Cache):
-    """For one forward and backward pass: the loss's gradient with respect to every key and value of that pass."""
-
-    def __init__(self, config: Any):
-        self.leaf_layers = [_LeafLayer(window) for window in attention_windows(config) or []]
-        super().__init__(layers=list(self.leaf_layers))
-
-    def states_and_gradients(self, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys or values of a layer and their gradient, both `[B, heads, T, head_dim]`; None where none came back."""
-        own = self.leaf_layers[layer]
-        return own.states[part], own.leaves[part].grad
-
-
-class _RecordingLayer(DynamicLayer):
-    """Holds nothing: hands the keys and values of one forward pass on, and returns them."""
-
-    def __init__(self, sliding_window: int | None, record: Callable[[torch.Tensor, torch.Tensor], None]):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
-        self.record = record
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.record(key_states, value_states)
-        return key_states, value_states
-
-
-class RecordingCache(Cache):
-    """Shows every layer's keys and values of one forward pass to `record(layer, k, v)`, and keeps none of them.
-
-    Args:
-        config: the model's configuration.
-        record: gets the layer number and two tensors `[B, heads, T, head_dim]`, as attention reads them.
-    """
-
-    def __init__(self, config: Any, record: Callable[[int, torch.Tensor, torch.Tensor], None]):
-        windows = attention_windows(config) or []
-
-        def for_layer(layer: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
-            return lambda k, v: record(layer, k, v)
-
-        super().__init__(layers=[_RecordingLayer(window, for_layer(layer)) for layer, window in enumerate(windows)])

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from leankv.cache import RecordingCache
 from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import PARTS
 from leankv.model import LoadedModel
+from leankv.observers import RecordingCache
 from leankv.progress import Progress
 from leankv.rope import KeyRotation
 from leankv.store import cannot_write, read_json, write_json

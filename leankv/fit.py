@@ -15,6 +15,7 @@ import torch
 from leankv.capture import Activations
 from leankv.codecs import Codec, CodecSpec, TrainingSettings, fraction_of_variance_unexplained
 from leankv.codecs.base import ROWS
+from leankv.codecs.share import as_context
 from leankv.errors import UserError
 from leankv.experiment import PARTS, FitConfig
 from leankv.progress import Progress
@@ -162,8 +163,12 @@ def fit_chain(
         specs: part -> spec, the same for all layers; a part without one is read exact.
         earlier: layer -> the layers that it predicts from, the nearest first; all layers from the first on, in order.
         activations, fitting, metrics, on_fitted, progress: as in `fit_codecs`.
+
+    Raises:
+        UserError: the memory does not hold a layer's vectors with those that its codecs predict from.
     """
     first_heldout = fitting.first_heldout(activations.manifest)
+    _check_chain(specs, max(map(len, earlier.values())), fitting, activations.manifest)
     known: dict[Problem, torch.Tensor] = {}
     names = ", ".join(sorted({spec.text for spec in specs.values()}))
     with progress.stage(f"fitting {names} layer by layer", len(earlier)) as step:
@@ -187,12 +192,13 @@ def fit_chain(
                     _cast(codec, fitting.codec_dtype)
                     pieces = zip(x.split(ROWS), r.split(ROWS), strict=True)
                     decoded = [codec.decode_beside(codec.encode_beside(rows, own), own) for rows, own in pieces]
-                    known[layer, part] = torch.cat(decoded)
-                    fvu = fraction_of_variance_unexplained(x[first_heldout:], known[layer, part][first_heldout:]).item()
+                    reconstructed = torch.cat(decoded)
+                    fvu = fraction_of_variance_unexplained(x[first_heldout:], reconstructed[first_heldout:]).item()
+                    known[layer, part] = as_context(reconstructed)
                     seconds = time.monotonic() - started
                     on_fitted((layer, part), FittedCodec(codec.cpu(), _finite(fvu), [], seconds))
                 else:
-                    known[layer, part] = x.float()
+                    known[layer, part] = as_context(x)
                 reference.append(known[layer, part])  # values look at their own layer's keys
             still = {source for later, own in earlier.items() if later > layer for source in own}
             known = {problem: vectors for problem, vectors in known.items() if problem[0] in still}
@@ -220,6 +226,32 @@ def _stacked(activations: Activations, group: Sequence[Problem], width: int, fit
     return x
 
 
+def _check_chain(
+    specs: Mapping[str, CodecSpec], looks_back: int, fitting: Fitting, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse a memory that does not hold what `fit_chain` does at its fullest."""
+    width = max(manifest["widths"])
+    tokens = manifest["blocks"] * fitting.tokens_a_block(manifest)
+    itemsize = getattr(torch, manifest["dtype"]).itemsize
+    sources = len(PARTS) * looks_back + 1
+    # Context in 16 bits, of the layers looked at and of the layer's own, and side by side once more for the regression.
+    context = (len(PARTS) * (looks_back + 1) + sources) * tokens * width * 2
+    families = [(spec.family, spec.arguments) for spec in specs.values()]
+    copies = 1 + max(family.data_copies(arguments) for family, arguments in families)
+    working = max(family.working_bytes(arguments, width, fitting.training) for family, arguments in families)
+    # The file as it is read, and the reconstruction in pieces and whole.
+    vectors = tokens * width * (itemsize * (copies + 1 + (fitting.sinks > 0)) + 2 * 4)
+    _refuse_if_short(fitting, context + vectors + working, tokens, width)
+
+
+def _refuse_if_short(fitting: Fitting, least: int, tokens: int, width: int) -> None:
+    if fitting.memory_bytes < least:
+        raise UserError(
+            f"a memory budget of {fitting.memory_bytes / 1e9:.3g} GB does not hold one layer's {tokens} vectors of "
+            f"{width}; the least that works is --memory-budget {math.ceil(least / 1e3) / 1e6:g}"
+        )
+
+
 def _group_size(spec: CodecSpec, width: int, fitting: Fitting, manifest: dict[str, Any]) -> int:
     """How many problems of one kind fit the memory: their vectors, held-out reconstructions and working space."""
     tokens = manifest["blocks"] * fitting.tokens_a_block(manifest)
@@ -230,9 +262,5 @@ def _group_size(spec: CodecSpec, width: int, fitting: Fitting, manifest: dict[st
     per_problem = copies * vectors + (tokens - fitting.first_heldout(manifest)) * width * 4 + working
     # One file as it is read, twice where sinks are cut out of it; pieces; a covariance.
     shared = vectors * (1 + (fitting.sinks > 0)) + 4 * ROWS * width * 4 + 3 * width * width * 8
-    if fitting.memory_bytes < shared + per_problem:
-        raise UserError(
-            f"a memory budget of {fitting.memory_bytes / 1e9:.3g} GB does not hold one layer's {tokens} vectors of "
-            f"{width}; the least that works is --memory-budget {math.ceil((shared + per_problem) / 1e3) / 1e6:g}"
-        )
+    _refuse_if_short(fitting, shared + per_problem, tokens, width)
     return (fitting.memory_bytes - shared) // per_problem

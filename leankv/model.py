@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from leankv.cache import RecordingCache, attention_windows
+from leankv.cache import attention_windows
 from leankv.errors import UserError
 from leankv.experiment import ModelConfig
+from leankv.observers import RecordingCache
 from leankv.store import hash_of
 
 EMBEDDED_NAME = "smollm2-135m"

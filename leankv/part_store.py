@@ -9,13 +9,13 @@ positions that follow from a token's place in its row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from leankv.codecs import Code, Codec
-from leankv.codecs.base import tensors_in
 from leankv.codecs.ragged import Ragged
+from leankv.codecs.share import as_context
 
 PIECE = 4096
 """Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
@@ -31,7 +31,7 @@ class KeySpace:
     Attributes:
         enter: from the cached keys.
         leave: back to them.
-        padding: `[B]`, by how much a token's position falls short of its place in the row.
+        padding: `[B]`, by how much a token's position falls short of its place in the row of a prompt.
     """
 
     enter: Turn
@@ -54,6 +54,7 @@ class PartStore:
         self.sinks = sinks
         self.window = window
         self.space = space
+        self.code_space = None if codec is None or codec.lossless else space
         self.references = references  # read before this one in every forward pass; what the codec predicts from
         self.readers = 0  # stores that have this one among their references
         for store in references:
@@ -66,21 +67,21 @@ class PartStore:
         self.sink_rows: torch.Tensor | None = None
         self.code: Code | None = None  # each tensor [B, tokens, ...]
         self.window_rows: torch.Tensor | None = None
+        self._padding: torch.Tensor | None = None  # [B], of the rows held: the space's, repeated and put in their order
         self._left = 0  # readers that are still to come in this forward pass
-        self._vectors: torch.Tensor | None = None  # [B, tokens, W], as read, until the last reader took them
-        self._first_vector = 0  # which token of the sequence they begin with
+        self._context: torch.Tensor | None = None  # [B, tokens, W], 16 bits, until the last reader of a step took them
+        self._first_in_context = 0  # which token of the sequence they begin with
 
     def append(self, rows: torch.Tensor) -> None:
         """Take in new tokens, and encode what leaves the window."""
         missing = max(self.sinks - self.seen, 0)
         self.seen += rows.shape[2]
+        if self._padding is None and self.space is not None and self.space.padding is not None:
+            # Beams of one prompt stand behind each other.
+            self._padding = self.space.padding.repeat_interleave(len(rows) // len(self.space.padding))
         if self.codec is None:
             self.window_rows = _cat(self.window_rows, rows)
             return
-        padding = self.space.padding if self.space is not None else None
-        if self.space is not None and padding is not None and len(padding) != len(rows):
-            # Beams of one prompt stand behind each other.
-            self.space = replace(self.space, padding=padding.repeat_interleave(len(rows) // len(padding)))
         if missing:
             self.sink_rows = _cat(self.sink_rows, rows[:, :, :missing])
             rows = rows[:, :, missing:]
@@ -94,16 +95,16 @@ class PartStore:
     def _positions(self, first: int, count: int) -> torch.Tensor:
         """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""
         places = torch.arange(first, first + count)[None]
-        if self.space is None or self.space.padding is None:
+        if self._padding is None:
             return places
-        return (places - self.space.padding.cpu()[:, None]).clamp_min(0)
+        return (places - self._padding.cpu()[:, None]).clamp_min(0)
 
     def _encode(self, rows: torch.Tensor, first: int) -> None:
         """Encode `rows`, of which the first is token `first` of the sequence."""
         assert self.codec is not None
         batch, _, tokens, _ = rows.shape
-        if self.space is not None:
-            rows = self.space.enter(rows, self._positions(first, tokens))
+        if self.code_space is not None:
+            rows = self.code_space.enter(rows, self._positions(first, tokens))
         vectors = _as_vectors(rows).flatten(0, 1)
         if self.codec.looks_back:
             code = self.codec.encode_beside(vectors, self._reference(first, tokens, batch, vectors.device))
@@ -116,26 +117,32 @@ class PartStore:
 
     def _reference(self, first: int, count: int, batch: int, device: torch.device) -> torch.Tensor:
         """What is known of `count` tokens from token `first` on: `[B * count, R]`; nothing (R = 0) in a first layer."""
-        known = [store.vectors(first, count).to(device) for store in self.references]
-        nothing = torch.empty(batch, count, 0, device=device)
+        known = [store.context(first, count).to(device) for store in self.references]
+        nothing = torch.empty(batch, count, 0, dtype=torch.float16, device=device)
         return torch.cat([nothing, *known], dim=2).flatten(0, 1)
 
-    def vectors(self, first: int, count: int) -> torch.Tensor:
-        """Tokens from `first` on as attention reads them, in the key space of codecs: `[B, count, W]`, float32."""
-        assert self._vectors is not None, "a reference is read before the stores that look at it"
-        start = first - self._first_vector
-        return self._vectors[:, start : start + count]
+    def context(self, first: int, count: int) -> torch.Tensor:
+        """Tokens from `first` on as attention reads them, for readers: in the key space of codecs, `[B, count, W]`."""
+        assert self._context is not None, "a reference is read before the stores that look at it"
+        start = first - self._first_in_context
+        return self._context[:, start : start + count]
 
     def release(self) -> None:
         """One of the readers has what it needs for this forward pass."""
         self._left -= 1
         if self._left == 0:
-            self._vectors = None
+            self._context = None
+
+    def _shown(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """What readers see of `rows` `[B, heads, T, head_dim]` as cached, the first of them token `first`."""
+        if self.space is not None:
+            rows = self.space.enter(rows, self._positions(first, rows.shape[2]))
+        return as_context(_as_vectors(rows))
 
     def read(self, like: torch.Tensor) -> torch.Tensor:
         """All tokens held, `[B, heads, tokens, head_dim]`, in the dtype of `like`."""
         sinks, coded, window = self._lengths()
-        decoded: list[torch.Tensor] = []
+        shown: list[torch.Tensor] = []
         if window and not sinks + coded and self.window_rows is not None and self.window_rows.dtype == like.dtype:
             whole = self.window_rows
         else:
@@ -143,28 +150,24 @@ class PartStore:
             if self.sink_rows is not None:
                 whole[:, :, :sinks] = self.sink_rows
             for first in range(0, coded, PIECE):
-                last = min(first + PIECE, coded)
+                last, token = min(first + PIECE, coded), self._first_coded() + first
                 vectors = self._decode(first, last, like.device)
-                if self.readers:
-                    decoded.append(vectors)
                 rows = vectors.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
-                if self.space is not None:
-                    rows = self.space.leave(rows, self._positions(self._first_coded() + first, last - first))
+                if self.readers:
+                    shown.append(as_context(vectors) if self.code_space is self.space else self._shown(rows, token))
+                if self.code_space is not None:
+                    rows = self.code_space.leave(rows, self._positions(token, last - first))
                 # One copy casts, brings into the order of heads and puts in place.
                 whole[:, :, sinks + first : sinks + last] = rows
             if self.window_rows is not None:
                 whole[:, :, sinks + coded :] = self.window_rows
-        if decoded:
-            self._vectors, self._first_vector = torch.cat(decoded, dim=1).float(), self._first_coded()
-        elif self.readers and self.window_rows is not None:
-            # Held exact; which of these tokens are codes in the stores that look here, they know.
-            first, rows = self.seen - len(self), self.window_rows
-            if self.space is not None:
-                rows = self.space.enter(rows, self._positions(first, rows.shape[2]))
-            self._vectors, self._first_vector = _as_vectors(rows).float(), first
-        self._left = self.readers
         for store in self.references:
             store.release()
+        self._left, self._first_in_context = self.readers, self._first_coded()
+        if self.codec is None and self.readers and self.window_rows is not None:
+            # Held exact; which of these tokens are codes in the stores that look here, they know.
+            shown = [self._shown(self.window_rows, self._first_coded())]
+        self._context = torch.cat(shown, dim=1) if len(shown) > 1 else shown[0] if shown else None
         return whole
 
     def _first_coded(self) -> int:
@@ -226,12 +229,8 @@ class PartStore:
             self.code = {name: _applied(function, tensor) for name, tensor in self.code.items()}
         if self.window_rows is not None:
             self.window_rows = function(self.window_rows)
-        if self.space is not None and self.space.padding is not None:
-            self.space = replace(self.space, padding=function(self.space.padding))
-
-    def tensors(self) -> list[torch.Tensor]:
-        exact = [rows for rows in (self.sink_rows, self.window_rows, self._vectors) if rows is not None]
-        return exact + tensors_in(self.code or {})
+        if self._padding is not None:
+            self._padding = function(self._padding)
 
     def parked(self) -> list[bytes]:
         """What is held as it would be stored: sinks and window as they are, codes parked, a stream for each row."""

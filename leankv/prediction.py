@@ -12,9 +12,10 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache, LeanCache, LeanLayer
+from leankv.cache import LeanCache, LeanLayer
 from leankv.errors import UserError
 from leankv.experiment import PARTS
+from leankv.observers import GradientCache
 from leankv.run import Run
 
 BLOCKS = 2  # assumption: second moments of some 2,000 tokens rank layers as well as more would

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from leankv.cache import RecordingCache
 from leankv.errors import UserError
+from leankv.observers import RecordingCache
 
 PROBE_POSITION = 7  # assumption: far enough for a wrong convention to show, inside any sliding window
 TOLERANCE = 2e-2  # relative error; bfloat16 keys differ by 4e-3 from rounding, a wrong convention by about 1
@@ -64,12 +64,25 @@ def unrotate(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pai
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a rotary module by the model, as a probe saw it; with other positions it gives other tables."""
+    """A call of a rotary module as the model makes it; with other positions it gives other tables.
+
+    Of tensors among the arguments only what they are is kept (dtype, device, shape but for the last dimension, which
+    is empty): a probe's numbers serve no more.
+    """
 
     module: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    table: Table
+
+    @classmethod
+    def like(cls, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> "_Call":
+        def emptied(argument: Any) -> Any:
+            if not isinstance(argument, torch.Tensor):
+                return argument
+            return argument.new_empty(*argument.shape[:-1], 0)
+
+        kept = {name: emptied(argument) for name, argument in keywords.items()}
+        return cls(module, tuple(emptied(argument) for argument in arguments), kept)
 
     def table_of(self, positions: torch.Tensor) -> Table:
         """cos and sin of `positions` `[1, T]`."""
@@ -96,7 +109,9 @@ class _Found:
 class KeyRotation:
     """Takes a model's rotary embedding off its cached keys, and puts it back, layer by layer.
 
-    The cos and sin tables are the model's own: its rotary module is asked for the positions wanted.
+    The cos and sin tables are the model's own: its rotary module is asked for the positions wanted, each time anew.
+    Kept tables would grow with the text and count as memory of the cache; at 4,096 tokens of 64 dimensions making one
+    takes as long as turning three heads by it, some 1 ms of one core for each layer.
 
     Args:
         model: the transformers model.
@@ -120,7 +135,6 @@ class KeyRotation:
                 "interleaved were tried); use --key-space post-rope"
             )
         self._found = [own for own in found if own is not None]
-        self._tables: dict[int, Table] = {}
 
     def remove(self, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Cached keys `[B, heads, T, head_dim]` at `positions` `[B or 1, T]` -> un-rotated keys, float32."""
@@ -140,18 +154,10 @@ class KeyRotation:
         found = self._found[layer]
         if found.call is None:
             return keys.float()
-        cos, sin = self._table(found.call, positions)
-        return turn(keys, cos.to(keys.device), sin.to(keys.device), CONVENTIONS[found.convention])
-
-    def _table(self, call: _Call, positions: torch.Tensor) -> Table:
-        """cos and sin at `positions`, from tables that grow as texts do: one for each kind of layer, not a token's."""
-        length = int(positions.max()) + 1
-        cos, sin = self._tables.get(id(call), (torch.empty(0), torch.empty(0)))
-        if len(cos) < length:
-            cos, sin = (table[0] for table in call.table_of(torch.arange(max(1024, 2 * length))[None]))
-            self._tables[id(call)] = cos, sin
-        positions = positions.to(cos.device)
-        return cos[positions], sin[positions]
+        # As one row: what rows stand beside each other is no matter of the model's module.
+        table = found.call.table_of(positions.reshape(1, -1))
+        cos, sin = (part[0].unflatten(0, positions.shape).to(keys.device) for part in table)
+        return turn(keys, cos, sin, CONVENTIONS[found.convention])
 
 
 CHANGING = frozenset({"dynamic", "longrope"})
@@ -179,14 +185,14 @@ def _find_rotations(model: Any) -> list[_Found | None]:
     token = model.config.get_text_config(decoder=True).vocab_size // 2
     rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
 
-    def probe(position: int) -> tuple[list[torch.Tensor], list[_Call]]:
-        """Each layer's keys of one token at `position`, and the calls for the tables that the model made for it."""
+    def probe(position: int) -> tuple[list[torch.Tensor], list[tuple[_Call, Table]]]:
+        """Each layer's keys of one token at `position`, and the tables that the model made for it, with their calls."""
         keys: list[torch.Tensor] = []
-        calls: list[_Call] = []
+        calls: list[tuple[_Call, Table]] = []
 
         def keep(module: torch.nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
             if isinstance(output, tuple) and len(output) == 2 and all(isinstance(t, torch.Tensor) for t in output):
-                calls.append(_Call(module, arguments, keywords, output))
+                calls.append((_Call.like(module, arguments, keywords), output))
 
         hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in rotary]
         try:
@@ -203,25 +209,32 @@ def _find_rotations(model: Any) -> list[_Found | None]:
     at_zero, zero_calls = probe(0)
     at_position, calls = probe(PROBE_POSITION)
     # A model may make its tables in any order, e.g. that of a set.
-    pairs = [(zero, moved) for moved in calls for zero in zero_calls if zero.module is moved.module]
-    return [_rotation_of(zero, moved, pairs) for zero, moved in zip(at_zero, at_position, strict=True)]
+    made = [
+        (call, (table_at_zero, table))
+        for call, table in calls
+        for zero_call, table_at_zero in zero_calls
+        if zero_call.module is call.module
+    ]
+    return [_rotation_of(zero, moved, made) for zero, moved in zip(at_zero, at_position, strict=True)]
 
 
-def _rotation_of(zero: torch.Tensor, moved: torch.Tensor, call_pairs: list[tuple[_Call, _Call]]) -> _Found | None:
+def _rotation_of(
+    zero: torch.Tensor, moved: torch.Tensor, made: list[tuple[_Call, tuple[Table, Table]]]
+) -> _Found | None:
     """Under which convention keys at position 0 and moved keys are the same once both are un-rotated."""
     if _agree(moved.float(), zero.float()):
         return _Found("none", None)
     for name, pairing in CONVENTIONS.items():
-        for call_zero, call_moved in call_pairs:
-            if call_moved.table[0].shape[-1] > moved.shape[-1]:
+        for call, tables in made:
+            if tables[1][0].shape[-1] > moved.shape[-1]:
                 continue
             # Scaled embeddings (yarn) change the keys at position 0 too.
             undone = [
-                unrotate(keys, call.table[0].to(keys.device), call.table[1].to(keys.device), pairing)
-                for keys, call in ((zero, call_zero), (moved, call_moved))
+                unrotate(keys, cos.to(keys.device), sin.to(keys.device), pairing)
+                for keys, (cos, sin) in zip((zero, moved), tables, strict=True)
             ]
             if _agree(undone[1], undone[0]):
-                return _Found(name, call_moved)
+                return _Found(name, call)
     return None
 
 

@@ -20,11 +20,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from leankv.attention_moments import attention_moments
-from leankv.cache import GradientCache
 from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import PARTS
 from leankv.model import LoadedModel
+from leankv.observers import GradientCache
 from leankv.progress import Progress
 from leankv.rope import KeyRotation
 

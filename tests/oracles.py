@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from transformers import DynamicCache
 
-from leankv.cache import RecordingCache
 from leankv.codecs import PCA, Autoencoder, Code, Codec, Identity, TrainingSettings
 from leankv.model import find_geometry
+from leankv.observers import RecordingCache
 from tests import tiny
 
 
@@ -153,14 +153,27 @@ class SlowChain(DynamicCache):
             if codec is not None:
                 reference = [self.known[layer, each] for layer in alike[: codec.looks_back] for each in ("k", "v")]
                 reference += [self.known[layer_idx, "k"]] if part == "v" and codec.looks_back else []
-                r = torch.cat([x[:, :0], *reference], dim=1)
+                r = torch.cat([x[:, :0].half(), *reference], dim=1)
                 decoded = codec.decode_beside(codec.encode_beside(x, r), r)
-            self.known[layer_idx, part] = decoded
+            self.known[layer_idx, part] = decoded.half()  # as those see it that predict from it
             back = decoded.reshape(batch, length, heads, head_dim).transpose(1, 2)
             back = (self.rotation.restore(layer_idx, back, positions) if turned else back).to(rows.dtype)
             coded = (positions >= self.sinks) & (positions < length - self.window)
             read.append(torch.where(coded[:, None, :, None], back, rows) if codec is not None else rows)
         return tuple(read)
+
+
+def held_tensors(thing: Any) -> list[torch.Tensor]:
+    """Every tensor that can be reached from a cache or a layer, codecs and configurations left out."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if isinstance(thing, dict):
+        return [tensor for value in thing.values() for tensor in held_tensors(value)]
+    if isinstance(thing, list | tuple | set):
+        return [tensor for value in thing for tensor in held_tensors(value)]
+    if isinstance(thing, torch.nn.Module) or not type(thing).__module__.startswith("leankv"):
+        return []
+    return held_tensors(vars(thing))
 
 
 def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[int, dict[str, Codec]]:

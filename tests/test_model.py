@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from leankv import LeanCache, ModelConfig, UserError, load_model
-from leankv.cache import RecordingCache
 from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry, fingerprint
+from leankv.observers import RecordingCache
 from leankv.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
 

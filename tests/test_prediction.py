@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import GradientCache, LeanCache, RecordingCache
+from leankv.cache import LeanCache
 from leankv.experiment import load_experiment
+from leankv.observers import GradientCache, RecordingCache
 from leankv.prediction import predict_costs
 from leankv.progress import Silent
 from leankv.report import prediction_words, sweep_markdown
@@ -106,7 +107,7 @@ def test_codecs_that_look_back_are_predicted_from_the_error_that_their_layer_alo
             error = (states - seen).transpose(1, 2).flatten(2)[0]
             for each in g.transpose(1, 2).flatten(2)[0]:
                 rise += 0.5 * (error @ each).square().mean().item() / tokens.shape[1]
-        assert math.log1p(predicted[layer] / 10.0) == pytest.approx(rise, rel=1e-3)
+        assert math.log1p(predicted[layer] / 10.0) == pytest.approx(min(rise, 20.0), rel=1e-3)
 
 
 def test_predictions_stand_beside_measurements(settings: dict[str, Any]) -> None:

@@ -67,6 +67,10 @@ class Codec(torch.nn.Module, ABC):
     def decode(self, code: Code) -> torch.Tensor:
         """Decode to `[N, W]`; the caller casts to the dtype it wants."""
 
+    lossless: bool = False
+    """Whether decoding gives back the very bits, in the dtype they came in: then no other key space is entered for it,
+    since going there and back rounds."""
+
     looks_back: int = 0
     """How many layers before its own a codec predicts from; most code each vector by itself."""
 

@@ -11,10 +11,11 @@ from leankv.codecs.base import Code, Codec, TrainingSettings
 class Identity(Codec):
     """Stores the vector itself, in the dtype it came in: the control that must cost exactly nothing.
 
-    Storage: W numbers of the model's dtype. It compresses nothing.
+    Storage: W numbers of the model's dtype, keys as the cache has them in every key space. It compresses nothing.
     """
 
     family = "identity"
+    lossless = True
     grammar = "identity"
 
     def __init__(self, width: int, dtype: torch.dtype = torch.bfloat16):

@@ -8,10 +8,21 @@ from typing import Any, Self
 import torch
 from torch.nn.functional import pad
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, mean_of
+from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, as_float16, mean_of
 
 FOLDS = 4  # assumption: each regression then sees three quarters of the text, and errs little more than on all of it
 RIDGE = 1e-4  # assumption: of the mean squared number in the reference; keeps what is nearly alike from cancelling
+
+
+def as_context(vectors: torch.Tensor) -> torch.Tensor:
+    """Decoded vectors as those see them that predict from them, when fitting, encoding and decoding: in 16 bits.
+
+    A cache keeps them for as long as later layers of a step need them. What rounding changes in a prediction, the codec
+    behind it sees and corrects. float16, not bfloat16: a decoder works them out again among other rows, whose last bits
+    may fall on the other side of a rounding, so one unit of it (2^-11; bfloat16 2^-8) must be small beside the steps of
+    that codec. Beyond 65504 they stay at it, for encoder and decoder alike.
+    """
+    return as_float16(vectors)
 
 
 class Share(Codec):
@@ -128,6 +139,16 @@ class Share(Codec):
     def empty(cls, arguments: Sequence[Any], width: int) -> Self:
         known = (2 * arguments[0] + 1) * width
         return cls(torch.zeros(known, width), torch.zeros(width), torch.zeros(known), arguments[0])
+
+    @classmethod
+    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
+        known = (2 * arguments[0] + 1) * width
+        # The sums of each fold, of all, and of all but one while they are solved; a piece of vectors, centred.
+        return (FOLDS + 4) * known * (known + width) * 8 + 2 * ROWS * known * 4
+
+    @classmethod
+    def data_copies(cls, arguments: Sequence[Any]) -> int:
+        return 1  # the errors of the folds
 
     @classmethod
     def parse_arguments(cls, text: str) -> tuple[int]:
