@@ -1,4 +1,4 @@
-"""What real caches take in bytes: between steps, during one, and with the codecs that read them. For `compare`, `select`.
+"""What real caches take in bytes: between steps, during one, and with the codecs that read them.
 
 A cache is filled with the tokens of one block of text, so that its bytes stand at the context that costs were measured
 at. What it is counted against is always the 16-bit cache of the same tokens.
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from leankv.accounting import Footprint
-from leankv.cache import LeanCache
+from leankv.cache import LeanCache, Plan
 from leankv.codecs import Codec
+from leankv.experiment import PARTS
 from leankv.held_bytes import held_bytes
-from leankv.model import Geometry
+from leankv.model import BYTES_16_BIT, Geometry
 from leankv.run import Run
 from leankv.step_peak import peak_bytes, watched
 
@@ -37,8 +38,8 @@ class CacheBytes:
         peak_step: the most that one decoding step takes over `held`: what it decodes, and the model's own activations
             of one token, which are the same for all caches.
         codecs: of the codecs in memory, with what decoding builds and keeps.
-        base_growth: of the 16-bit cache over the tokens that `held_growth` and `stored_growth` are of.
-        held_growth: by how much `held` grew over those tokens; None where they are too few to be codes alone.
+        base_growth: of the compressed layers and parts of the 16-bit cache, over the tokens that the next two are of.
+        held_growth: by how much `held` grew in those layers and parts; None where tokens are too few to be codes alone.
         stored_growth: the same, of `stored`.
     """
 
@@ -74,7 +75,7 @@ class CacheBytes:
 
 
 def _ratio(base: int, size: int | None) -> float | None:
-    return base / size if size is not None and size > 0 else None
+    return base / size if base and size is not None and size > 0 else None
 
 
 def bytes_of_cache(
@@ -82,7 +83,7 @@ def bytes_of_cache(
     split: str,
     make_cache: Callable[[], Any],
     cache_key: str,
-    codecs: Iterable[Codec] = (),
+    plan: Plan | None = None,
     settled: int = SETTLED,
 ) -> CacheBytes:
     """Measure a cache filled with the first block of a split, or look up what was measured.
@@ -92,18 +93,15 @@ def bytes_of_cache(
         split: `selection`, `certification` or `report`.
         make_cache: a fresh cache for one sequence.
         cache_key: names all that the cache depends on beside model and text.
-        codecs: those that it reads with.
-        settled: tokens after which it grows by codes alone: sinks and window of ours.
+        plan: what it holds as codes; None, for caches of others: everything.
+        settled: tokens after which what it compresses grows by codes alone: sinks and window of ours.
     """
     block = run.blocks(split).take([0])
-    codecs = list(codecs)
 
     def compute() -> dict[str, Any]:
         with run.progress.stage(f"bytes at {block.tokens.shape[1]} tokens", len(_pieces(block.tokens))) as step:
             loaded = run.loaded
-            return asdict(
-                measure_bytes(loaded.model, loaded.geometry, block.tokens, make_cache, codecs, settled, step)
-            )
+            return asdict(measure_bytes(loaded.model, loaded.geometry, block.tokens, make_cache, plan, settled, step))
 
     depends_on = {"model": run.model_key, "block": block.hash, "cache": cache_key, "piece": PIECE}
     return CacheBytes(**run.cells.get_or_compute("cache-bytes", depends_on, compute))
@@ -115,7 +113,7 @@ def measure_bytes(
     geometry: Geometry,
     tokens: torch.Tensor,
     make_cache: Callable[[], Any],
-    codecs: Iterable[Codec] = (),
+    plan: Plan | None = None,
     settled: int = SETTLED,
     on_piece: Callable[[], None] = lambda: None,
 ) -> CacheBytes:
@@ -150,6 +148,8 @@ def measure_bytes(
         decode_one()  # what is built once is built now
     peak = peak_bytes(decode_one, device)
     uncompressed = Footprint(geometry, {}, 0, 0)
+    left_alone = _left_alone(geometry, plan, longer) - _left_alone(geometry, plan, shorter)
+    exact = left_alone * model.dtype.itemsize // BYTES_16_BIT
     is_settled = shorter >= settled
     return CacheBytes(
         context=context,
@@ -157,11 +157,18 @@ def measure_bytes(
         held=held[context],
         stored=stored[context],
         peak_step=peak,
-        codecs=codec_memory(codecs),
-        base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter),
-        held_growth=held[longer] - held[shorter] if is_settled else None,
-        stored_growth=stored[longer] - stored[shorter] if is_settled else None,
+        codecs=codec_memory(codec for own in (plan or {}).values() for codec in own.values()),
+        base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter) - left_alone,
+        held_growth=held[longer] - held[shorter] - exact if is_settled else None,
+        stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,
     )
+
+
+def _left_alone(geometry: Geometry, plan: Plan | None, tokens: int) -> int:
+    """16-bit bytes of `tokens` tokens in what a plan does not compress."""
+    coded = range(len(geometry.layers)) if plan is None else plan
+    nothing = {layer: dict.fromkeys(PARTS if plan is None else plan[layer], 0.0) for layer in coded}
+    return round(Footprint(geometry, nothing, 0, 0).compressed_bytes(tokens))
 
 
 def len_stored(cache: Any) -> int:
