@@ -11,6 +11,7 @@ from leankv.accounting import CONTEXT_LENGTHS, Footprint
 from leankv.bundle import save_bundle
 from leankv.cache import LeanCache
 from leankv.cache_bytes import CacheBytes, bytes_of_cache
+from leankv.divergence import divergence_columns
 from leankv.errors import UserError
 from leankv.experiment import Budget, Experiment, load_experiment, parse_layers
 from leankv.model import describe
@@ -104,9 +105,8 @@ def _costs(run: Run) -> dict[int, float]:
 def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step]) -> dict[str, Any]:
     """The figures a person or program wants first; perplexities are those of the report split."""
     experiment, loaded = run.experiment, run.loaded
-    base = run.measure("report", [], "base perplexity, report split")
-    measured = run.measure("report", chosen, "joint cost, report split")
-    joint = compare(base, measured)
+    pair = run.measure_pair("report", chosen, "joint cost and divergence, report split")
+    joint = compare(pair.base, pair.compressed)
     plan = run.plan(chosen)
     measured_bytes = _bytes(run, chosen)
     bits = {layer: {part: codec.bits_per_token for part, codec in own.items()} for layer, own in plan.items()}
@@ -134,6 +134,7 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "delta_ppl_interval": joint.interval,
         "delta_percent": joint.delta_percent,
         "within_budget": joint.delta_ppl <= budget.points(joint.base_ppl),
+        **divergence_columns(pair.divergence),
         "context": measured_bytes.context,
         "code_ratio": measured_bytes.code_ratio_live,
         "code_ratio_stored": measured_bytes.code_ratio_stored,
@@ -152,7 +153,7 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
             "fit": sum(stored.seconds for stored in run.fitted(run.layers).values()),
             "sweep": sweep_seconds + run.measure("selection", []).seconds,
             "select": sum(run.measure("selection", step.layers).seconds for step in steps if _joint(step)),
-            "report": base.seconds + (measured.seconds if chosen else 0.0),
+            "report": pair.seconds,
         },
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": loaded.numerics["device"],

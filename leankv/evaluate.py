@@ -1,4 +1,4 @@
-"""Perplexity of a model, and of a bundle beside it, on any split: what `leankv eval-ppl` prints."""
+"""A model, and a bundle beside it, on any split: what `leankv eval-ppl` prints."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,14 +6,24 @@ from typing import Any
 
 from leankv.cache import LeanCache
 from leankv.data import TextSource
+from leankv.divergence import divergence_columns
+from leankv.divergence_table import DIVERGENCE_COLUMNS
+from leankv.errors import UserError
 from leankv.experiment import Experiment
+from leankv.free_run import free_run, prompts_of
 from leankv.model import load_model
+from leankv.paired import measure_pair
 from leankv.perplexity import compare, measure_nats
 from leankv.progress import Progress
 
 
 def evaluate(
-    experiment: Experiment, bundle: Path | None, split: str, n_blocks: int, progress: Progress
+    experiment: Experiment,
+    bundle: Path | None,
+    split: str,
+    n_blocks: int,
+    progress: Progress,
+    new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Measure the base model and, where a bundle is given, the model with its cache, on the same blocks.
 
@@ -22,15 +32,20 @@ def evaluate(
         bundle: folder of a bundle; None measures the base alone.
         split: a split, or `all` for the text from its beginning.
         n_blocks: how many blocks.
-        progress: shows both passes.
+        progress: shows the passes.
+        new_tokens: given, both models continue half of every block by so many tokens of their own (`leankv.free_run`).
 
     Returns:
-        `base_ppl, ppl, delta_ppl, delta_percent, interval, tokens, protocol, split` and what else names the figures;
-        `ppl` and the differences are None without a bundle.
+        `base_ppl, ppl, delta_ppl, delta_percent, interval, tokens, protocol, split`, those of `DIVERGENCE_COLUMNS`,
+        `free_run` (the attributes of `FreeRun`, or None) and what else names the figures; without a bundle, `ppl`, the
+        differences and divergences are None.
 
     Raises:
-        UserError: see the rooms that own model, data and bundle.
+        UserError: free running is asked for without a bundle, or beyond the model's positions; or see the modules that
+            own model, data and bundle.
     """
+    if new_tokens is not None and bundle is None:
+        raise UserError("--free-run compares a bundle's cache with the base model; give --bundle, or leave it out")
     source = TextSource(experiment.data)
     progress.say(f"loading {experiment.model.name}")
     loaded = load_model(experiment.model)
@@ -39,8 +54,19 @@ def evaluate(
     # Before the first long pass, so that a bad bundle is refused at once.
     kept = {"sinks": protocol.sinks, "window": protocol.window}
     first_cache = LeanCache.from_pretrained(bundle, model, **kept) if bundle is not None else None
-    with progress.stage("base perplexity", len(blocks)) as step:
-        base = measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, {}), step)
+    prompts = None if new_tokens is None else prompts_of(model, blocks, new_tokens)
+
+    def make_base() -> LeanCache:
+        return LeanCache(model.config, {})
+
+    pair = None
+    if first_cache is None:
+        with progress.stage("base perplexity", len(blocks)) as step:
+            base = measure_nats(model, blocks, protocol, make_base, step)
+    else:
+        with progress.stage("perplexity, base and bundle side by side", len(blocks)) as step:
+            pair = measure_pair(model, blocks, protocol, make_base, first_cache.fresh, step)
+        base = pair.base
     result: dict[str, Any] = {
         "model": loaded.name,
         "bundle": None if bundle is None else str(bundle),
@@ -55,10 +81,13 @@ def evaluate(
         "delta_ppl": None,
         "delta_percent": None,
         "interval": None,
+        **dict.fromkeys(DIVERGENCE_COLUMNS),
+        "free_run": None,
     }
-    if first_cache is not None:
-        result.update(kept)
-        with progress.stage("perplexity with the bundle", len(blocks)) as step:
-            compressed = measure_nats(model, blocks, protocol, first_cache.fresh, step)
-        result.update(asdict(compare(base, compressed)))
+    if pair is not None:
+        result.update({**kept, **asdict(compare(base, pair.compressed)), **divergence_columns(pair.divergence)})
+    if first_cache is not None and prompts is not None and new_tokens is not None:
+        with progress.stage(f"free running, {new_tokens} tokens", len(prompts)) as step:
+            ran = free_run(model, prompts, new_tokens, protocol.batch_size, make_base, first_cache.fresh, step)
+        result["free_run"] = asdict(ran)
     return result

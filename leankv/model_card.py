@@ -27,7 +27,9 @@ model are untouched: the codecs sit in its cache, which holds codes in place of 
 Perplexity rises from {summary["base_ppl"]:.3f} to {summary["ppl"]:.3f} ({summary["delta_percent"]:+.1f} %, 95 %
 interval of the rise {low_high} points), measured under the protocol {protocol_text(summary)} on
 {summary["tokens"]} tokens of {summary["dataset"]}, {summary["split"]} split, in blocks of
-{experiment["data"]["block_length"]} tokens.
+{experiment["data"]["block_length"]} tokens. The mean Kullback-Leibler divergence from the
+uncompressed model is {summary["kl"]:.4g} nats a token, and the likeliest next token is the same for
+{summary["top1"]:.1f} % of the tokens.
 
 {table}
 
@@ -42,8 +44,9 @@ Make a new `LeanCache` for each generation. It refuses other weights than those 
 ## Limits
 
 The codecs were fitted on {summary["dataset"]}; text of another kind will be reconstructed worse. Perplexity on one text
-says little about long-range retrieval or reasoning: measure your task before you rely on it. The loss compounds with
-whatever quantization the model itself has.
+says little about long-range retrieval or reasoning: measure your task before you rely on it; `leankv eval-ppl --bundle
+PATH --free-run 128` shows how soon its own words part from the uncompressed model's. The loss compounds with whatever
+quantization the model itself has.
 """
 
 

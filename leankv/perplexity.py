@@ -3,7 +3,8 @@
 Three protocols, which differ in how the tokens of a block are fed to the model:
 
 - `strict`: the whole block in one forward pass, no exact window. Every key and value that attention reads went through
-  the codec (but for sinks, if asked for).
+  the codec, but for the sinks: the first tokens of each block are exact as `--sinks` says, and that is 4 of them unless
+  told. `--sinks 0` leaves nothing exact.
 - `stream`: chunks, as in chunked prefill; sinks and window are exact, older tokens are read through the codec.
 - `decode`: token by token, as in generation.
 
@@ -12,16 +13,16 @@ Natural logarithms of probabilities ("nats") are summed in float64 for each bloc
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from leankv.data import Blocks
 from leankv.errors import UserError
 from leankv.experiment import ProtocolConfig
+from leankv.logits import piecewise_logits
 
 LOGIT_ROWS = 64  # tokens whose logits are held in float32 at a time; so few stay in a processor's cache
 CONFIDENCE = 0.95
@@ -101,28 +102,73 @@ def measure_nats(
         tokens = batch.to(model.device)
         cache = make_cache()
         total = torch.zeros(len(batch), dtype=torch.float64)
-        for first in range(0, length - 1, chunk):
-            # The last token of a block predicts nothing, but a whole block is fed whole.
-            inputs = tokens[:, first : first + chunk]
-            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-            labels = tokens[:, first + 1 : first + chunk + 1]
-            total += _sum_nats(logits[:, : labels.shape[1]], labels)
-        if not torch.isfinite(total).all():
-            raise UserError(
-                f"the loss of block {len(nats)} of the {blocks.split} split is not finite; try --dtype float32, or "
-                "check the model's weights"
-            )
+        for labels, (logits,) in feed(model, tokens, chunk, [cache]):
+            total += _sum_nats(logits, labels)
+        check_finite(total, len(nats), blocks)
         nats += total.tolist()
         for _ in batch:
             on_block()
     return BlockNats(tuple(nats), length - 1, time.monotonic() - started)
 
 
+def feed(
+    model: Any, tokens: torch.Tensor, chunk: int, caches: Sequence[Any]
+) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """Feed blocks chunk by chunk through each of the caches, side by side.
+
+    Args:
+        model: a causal LM.
+        tokens: `[B, T]`, a batch of blocks.
+        chunk: tokens fed at a time.
+        caches: a fresh one a run.
+
+    Yields:
+        The next tokens `[B, n]`, and each run's logits for them, `[B, n, V]`, a few rows at a time.
+    """
+    # The last token of a block predicts nothing, but a whole block is fed whole.
+    for first in range(0, tokens.shape[1] - 1, chunk):
+        inputs, labels = tokens[:, first : first + chunk], tokens[:, first + 1 : first + chunk + 1]
+        runs = [piecewise_logits(model, inputs, cache, labels.shape[1]) for cache in caches]
+        done = 0
+        for logits in zip(*runs, strict=True):
+            rows = logits[0].shape[1]
+            yield labels[:, done : done + rows], logits
+            done += rows
+
+
+def check_finite(nats: torch.Tensor, done: int, blocks: Blocks) -> None:
+    """Refuse the sums of a batch of blocks, the first of them number `done`, where one is not a number.
+
+    Raises:
+        UserError: naming the block.
+    """
+    if not torch.isfinite(nats).all():
+        raise UserError(
+            f"the loss of block {done} of the {blocks.split} split is not finite; try --dtype float32, or "
+            "check the model's weights"
+        )
+
+
 def _sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of `-log p(label)` for each row of the batch: `[B, T, V]`, `[B, T]` -> `[B]`, float64 on the CPU."""
     rows = zip(logits.flatten(0, 1).split(LOGIT_ROWS), labels.flatten().split(LOGIT_ROWS), strict=True)
-    nats = torch.cat([cross_entropy(some.float(), own, reduction="none") for some, own in rows])
-    return nats.unflatten(0, labels.shape).sum(dim=1, dtype=torch.float64).cpu()
+    nats = torch.cat([label_nats(log_probabilities(some), own) for some, own in rows])
+    return sum_by_block(nats, labels.shape)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """`[tokens, V]` logits -> natural logarithms of probabilities, float32."""
+    return logits.float().log_softmax(dim=1)
+
+
+def label_nats(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`-log p(label)`: `[tokens, V]`, `[tokens]` -> `[tokens]`."""
+    return -log_p.gather(1, labels[:, None])[:, 0]
+
+
+def sum_by_block(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Sums of tokens' values `[B x T]` over each block of `shape` `[B, T]`, float64 on the CPU."""
+    return values.unflatten(0, shape).sum(dim=1, dtype=torch.float64).cpu()
 
 
 def compare(base: BlockNats, compressed: BlockNats) -> Comparison:

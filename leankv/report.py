@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from leankv.divergence_table import divergence_rows
 from leankv.store import read_json, write_atomically, write_text
 from leankv.sweep_table import read_sweep
 
@@ -177,6 +178,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "budget",
             f"{budget_text(summary['budget'])}, {'kept' if summary['within_budget'] else 'exceeded'} on this text",
         ),
+        *divergence_rows(summary),
         ("measured at", f"{summary['context']} tokens, one sequence, exact vectors in {summary['dtype']}"),
         ("code ratio (compressed vectors only)", ratio_text(summary["code_ratio"])),
         ("cache ratio", ratio_text(summary["cache_ratio"])),
@@ -201,7 +203,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """Base and compressed perplexity side by side, for a terminal."""
+    """Base and compressed model side by side, for a terminal."""
     rows = [
         ("model", result["model"]),
         ("text", f"{result['dataset']}, {result['split']} split, {result['tokens']} tokens"),
@@ -215,8 +217,28 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             ("perplexity", f"{result['ppl']:.3f}"),
             ("difference", f"{result['delta_ppl']:+.3f} points ({result['delta_percent']:+.1f} %)"),
             ("95 % interval", interval_text(result["interval"])),
+            *divergence_rows(result),
         ]
+    if result["free_run"] is not None:
+        rows += free_run_rows(result["free_run"])
     return name_value_table("Perplexity", rows)
+
+
+def free_run_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `leankv.free_run.FreeRun` holds as name and value, for people."""
+    new_tokens, first = figures["new_tokens"], figures["first_difference"]
+    low, high = figures["equal_interval"] or (None, None)
+    interval = "not known" if low is None else f"{low:.1f} to {high:.1f} %"
+    return [
+        (
+            "free running",
+            f"{figures['prompts']} prompts of {figures['prompt_tokens']} tokens (half a block), {new_tokens} greedy "
+            "tokens each",
+        ),
+        ("equal tokens", f"{figures['equal_percent']:.1f} % (95 % interval over prompts {interval})"),
+        ("first difference, median", "none" if first == new_tokens else f"after {first:g} equal tokens"),
+        ("prompts without a difference", f"{figures['without_difference']} of {figures['prompts']}"),
+    ]
 
 
 # -- words ----------------------------------------------------------------------------------------------------------

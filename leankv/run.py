@@ -22,6 +22,7 @@ from leankv.errors import UserError
 from leankv.experiment import PARTS, Experiment
 from leankv.fit import FittedCodec, Fitting, Problem, fit_chain, fit_codecs
 from leankv.output_folder import claim_folder
+from leankv.paired import PairedRun, measure_pair, pair_from
 from leankv.perplexity import BlockNats, measure_nats
 from leankv.progress import Progress
 from leankv.replay import Replay
@@ -240,7 +241,7 @@ class Run(Workplace):
         """
         layers = sorted(layers)
         self.fitted(layers)
-        blocks = self.blocks(split) if only is None else self.blocks(split).take(only)
+        blocks = self._taken(split, only)
         protocol = self.experiment.protocol
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
@@ -277,8 +278,53 @@ class Run(Workplace):
             with self.progress.stage(title, len(blocks)) as step:
                 return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache, step))
 
-        depends_on = {**self._nats_depend_on(blocks, []), "cache": dict(made_by), "seed": self.experiment.seed}
-        return nats_of(self.cells.get_or_compute(f"nats-{split}", depends_on, compute))
+        return nats_of(self.cells.get_or_compute(f"nats-{split}", self._cache_depends_on(blocks, made_by), compute))
+
+    def measure_pair(
+        self, split: str, layers: Iterable[int], title: str, only: Sequence[int] | None = None
+    ) -> PairedRun:
+        """Base model and model with these layers compressed, side by side: nats of both, and divergence.
+
+        Args:
+            split: `selection` or `report`.
+            layers: which layers hold codes.
+            title: of the progress bar.
+            only: numbers of the blocks to measure, in this order; all of them unless given.
+        """
+        layers = sorted(layers)
+        plan, protocol = self.plan(layers), self.experiment.protocol
+        cache = LeanCache(self.loaded.model.config, plan, protocol.sinks, protocol.window, rotation=self.rotation)
+        blocks = self._taken(split, only)
+        return self._measured_pair(blocks, cache.fresh, self._nats_depend_on(blocks, layers), title)
+
+    def measure_cache_pair(
+        self,
+        split: str,
+        make_cache: Callable[[], Any],
+        made_by: Mapping[str, str],
+        title: str,
+        only: Sequence[int] | None = None,
+    ) -> PairedRun:
+        """As `measure_pair`, with caches that others wrote; the arguments are those of `measure_cache`."""
+        blocks = self._taken(split, only)
+        return self._measured_pair(blocks, make_cache, self._cache_depends_on(blocks, made_by), title)
+
+    def _measured_pair(
+        self, blocks: Blocks, make_cache: Callable[[], Any], depends_on: dict[str, Any], title: str
+    ) -> PairedRun:
+        model = self.loaded.model
+
+        def make_base() -> LeanCache:
+            return LeanCache(model.config, {})
+
+        def compute() -> dict[str, Any]:
+            with self.progress.stage(title, len(blocks)) as step:
+                return asdict(measure_pair(model, blocks, self.experiment.protocol, make_base, make_cache, step))
+
+        return pair_from(self.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
+
+    def _taken(self, split: str, only: Sequence[int] | None) -> Blocks:
+        return self.blocks(split) if only is None else self.blocks(split).take(only)
 
     def nats_path(self, split: str, layers: Iterable[int]) -> Path:
         """The cell of `measure(split, layers)`, whether it is there or not."""
@@ -300,6 +346,9 @@ class Run(Workplace):
                 if part in parts
             },
         }
+
+    def _cache_depends_on(self, blocks: Blocks, made_by: Mapping[str, str]) -> dict[str, Any]:
+        return {**self._nats_depend_on(blocks, []), "cache": dict(made_by), "seed": self.experiment.seed}
 
     def plan(self, layers: Iterable[int], parts: Sequence[str] = PARTS) -> dict[int, dict[str, Codec]]:
         """layer -> part -> codec for these layers and parts, as `LeanCache` takes it."""

@@ -126,6 +126,10 @@ def test_the_summary_has_what_the_project_promises(finished: Path, llama_folder:
     assert summary["delta_percent"] == pytest.approx(100 * summary["delta_ppl"] / summary["base_ppl"])
     low, high = summary["delta_ppl_interval"]
     assert low < summary["delta_ppl"] < high
+    assert summary["kl_low"] < summary["kl"] < summary["kl_high"]
+    assert summary["kl_median"] < summary["kl_p99"] <= summary["kl_p999"]
+    assert 0 < summary["rms_dp"] < 100
+    assert 0 < summary["top1"] < 100
     assert summary["code_ratio"] == 32 / 4
     chosen = len(summary["selected_layers"])
     assert summary["context"] == 48  # a block of report text, as the cost
@@ -340,6 +344,9 @@ def test_the_card_tells_what_it_is(finished: Path, bundle: Path) -> None:
         "protocol strict",
         f"{summary['base_ppl']:.3f}",
         f"{summary['ppl']:.3f}",
+        f"{summary['kl']:.4g} nats a token",
+        "Mean KLD",
+        "Same top p",
     ):
         assert words in card
 

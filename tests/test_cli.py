@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from leankv import __version__
 from leankv.cli import app
+from leankv.divergence_table import DIVERGENCE_COLUMNS
 from tests import tiny
 
 COMMANDS = ["run", "capture", "train-layer", "sweep", "map", "select", "eval-ppl", "generate", "info"]
@@ -225,7 +226,7 @@ def test_eval_ppl_of_a_model_alone(llama_folder: Path, text_file: Path) -> None:
     assert set(told) >= EVALUATION_KEYS
     assert told["tokens"] == 2 * 47
     assert told["split"] == "report"
-    assert told["ppl"] is told["delta_ppl"] is told["interval"] is None
+    assert told["ppl"] is told["delta_ppl"] is told["interval"] is told["kl"] is told["free_run"] is None
     assert f"{told['base_ppl']:.3f}" in succeed("eval-ppl", *where).stdout
 
 
@@ -241,9 +242,15 @@ def test_eval_ppl_of_a_bundle(bundle: Path, protocol: str) -> None:
     assert told["delta_percent"] == pytest.approx(100 * told["delta_ppl"] / told["base_ppl"])
     low, high = told["interval"]
     assert low < told["delta_ppl"] < high
+    assert told["kl_low"] < told["kl"] < told["kl_high"]
+    assert 0 <= told["kl_median"] < told["kl_p99"] <= told["kl_p999"]
+    assert told["top1_low"] < told["top1"] <= told["top1_high"] <= 100
+    assert 0 < told["rms_dp"] < told["rms_dp_high"]
     output = succeed(*arguments).stdout
     assert f"{told['ppl']:.3f}" in output
+    assert f"{told['kl']:.4g}" in output
     assert protocol in output
+    assert all(name in output for name in ("Mean KLD", "Median KLD", "99.0% KLD", "99.9% KLD", "RMS Δp", "Same top p"))
 
 
 def test_eval_ppl_of_a_bundle_repeats_its_summary(finished: Path, bundle: Path) -> None:
@@ -252,6 +259,7 @@ def test_eval_ppl_of_a_bundle_repeats_its_summary(finished: Path, bundle: Path) 
     assert told["base_ppl"] == summary["base_ppl"]
     assert told["ppl"] == summary["ppl"]
     assert told["interval"] == summary["delta_ppl_interval"]
+    assert {name: told[name] for name in DIVERGENCE_COLUMNS} == {name: summary[name] for name in DIVERGENCE_COLUMNS}
 
 
 @pytest.mark.parametrize("split", ["all", "selection", "calibration"])
@@ -272,6 +280,26 @@ def test_eval_ppl_on_all_begins_where_calibration_begins(bundle: Path) -> None:
 def test_one_block_has_no_interval(bundle: Path) -> None:
     assert succeed_json("eval-ppl", "--bundle", bundle, "--blocks", 1)["interval"] is None
     assert "not known" in succeed("eval-ppl", "--bundle", bundle, "--blocks", 1).stdout
+
+
+def test_eval_ppl_lets_both_run_free(bundle: Path) -> None:
+    arguments = ("eval-ppl", "--bundle", bundle, "--free-run", 9)
+    told = succeed_json(*arguments)["free_run"]
+    assert told["prompts"] == BLOCKS
+    assert told["prompt_tokens"] == 24
+    assert told["new_tokens"] == 9
+    assert 0 <= told["equal_percent"] <= 100
+    assert 0 <= told["first_difference"] <= 9
+    output = succeed(*arguments).stdout
+    assert f"{told['equal_percent']:.1f} %" in output
+    assert f"{told['without_difference']} of {BLOCKS}" in output
+
+
+def test_free_running_needs_a_bundle_and_room(bundle: Path, llama_folder: Path, text_file: Path) -> None:
+    alone = ("eval-ppl", "--model", llama_folder, "--dataset", text_file, "--block-length", 48)
+    assert "give --bundle" in refuse(*alone, "--free-run", 9)
+    assert "--free-run must be at least 1, not 0" in refuse("eval-ppl", "--bundle", bundle, "--free-run", 0)
+    assert "beyond the model's 512 positions" in refuse("eval-ppl", "--bundle", bundle, "--free-run", 489)
 
 
 # -- generate and info -------------------------------------------------------------------------------------------------

@@ -17,9 +17,13 @@ def eval_ppl_command(
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure beside the base.", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="report, selection, calibration, or all: unsplit.")] = "report",
     blocks: Annotated[int | None, typer.Option(help="Blocks to measure on.", show_default=False)] = None,
+    free_run: Annotated[
+        int | None,
+        typer.Option(help="Let both go on from half of each block, greedily, by so many tokens.", show_default=False),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Perplexity of the base model and of a bundle, side by side, with the paired interval."""
+    """Perplexity of the base model and of a bundle, side by side, and how far their predictions are apart."""
     from leankv.evaluate import evaluate
     from leankv.experiment import SPLITS
     from leankv.report import evaluation_table
@@ -28,9 +32,11 @@ def eval_ppl_command(
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, all, not {split!r}")
     if blocks is not None and blocks < 1:
         raise UserError(f"--blocks must be at least 1, not {blocks}")
+    if free_run is not None and free_run < 1:
+        raise UserError(f"--free-run must be at least 1, not {free_run}")
     experiment = _with_bundle(asked, bundle)
     n_blocks = blocks or (experiment.data.report_blocks if split == "all" else experiment.value(f"data.{split}_blocks"))
-    result = evaluate(experiment, bundle, split, n_blocks, Progress())
+    result = evaluate(experiment, bundle, split, n_blocks, Progress(), free_run)
     if json_:
         print_json(result)
     else:

@@ -1,0 +1,65 @@
+"""Logits of a pass, a few rows at a time, so that no vocabulary-sized tensor of a whole block is ever held."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+HEAD_ROWS = 256
+"""Tokens that go through the head at a time. 256 of them are 25 MB of logits at 49,152 tokens of vocabulary in 16 bits,
+and enough for the product with the head's weights to run at full speed (assumption)."""
+
+
+def piecewise_logits(model: Any, inputs: torch.Tensor, cache: Any, count: int) -> Iterator[torch.Tensor]:
+    """Run the model over `inputs` once and yield the logits of its first `count` tokens, piece by piece.
+
+    The body (all layers and the final norm) runs once, over all tokens. Then the model's own forward pass is called for
+    each piece, with the body giving that piece of what it gave: so the head and whatever the model does before and
+    behind it (scaling, soft-capping) stay the model's own, in every architecture.
+
+    A model that names no body of its own (`get_decoder()` is the model) gives all its logits at once.
+
+    Args:
+        model: a causal LM.
+        inputs: `[B, T]` token ids.
+        cache: takes in all T tokens.
+        count: at most T.
+
+    Yields:
+        `[B, n, V]`, in order; B x n is at most `HEAD_ROWS`, and n at least 1.
+    """
+    body = model.get_decoder()
+    if body is model:
+        yield model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, :count]
+        return
+    output = body(input_ids=inputs, past_key_values=cache, use_cache=True)
+    columns = max(1, HEAD_ROWS // len(inputs))
+    for first in range(0, count, columns):
+        last = min(first + columns, count)
+        piece = type(output)(last_hidden_state=output.last_hidden_state[:, first:last])
+        with _giving(body, piece):
+            logits = model(input_ids=inputs[:, first:last], use_cache=False).logits
+        yield logits
+
+
+@contextmanager
+def _giving(body: Any, output: Any) -> Iterator[None]:
+    """For the time of one call, `body` gives `output` whatever it is called with."""
+    calls = 0
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return output
+
+    own = body.__dict__.get("forward")  # where accelerate spreads a model over devices, it puts its own there
+    body.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+    assert calls == 1, "the model's forward pass calls its body once"
