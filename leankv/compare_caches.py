@@ -11,9 +11,11 @@ from leankv.cache_bytes import CacheBytes, bytes_of_cache
 from leankv.codecs import CodecSpec
 from leankv.compare_report import write_compare_report
 from leankv.compare_table import COLUMNS
+from leankv.divergence import divergence_columns
 from leankv.errors import UserError
+from leankv.paired import PairedRun
 from leankv.peers import Peer, try_peer
-from leankv.perplexity import BlockNats, compare
+from leankv.perplexity import compare
 from leankv.report import number_text
 from leankv.run import Run
 from leankv.store import write_text
@@ -54,15 +56,14 @@ def compare_caches(
     run.begin()
     for peer in peers:
         try_peer(peer, run.loaded, run.blocks(split).tokens[:1], protocol.chunk)
-    base = run.measure(split, [], f"base perplexity, {split} split")
     rows = []
     for spec in specs:
         # One spec after the other, so that the codecs of one only are in memory.
         for own in runs:
-            rows.append(_row_of_codec(own.with_codecs(spec, spec), spec, split, base))
+            rows.append(_row_of_codec(own.with_codecs(spec, spec), spec, split))
             run.progress.say(row_words(rows[-1]))
     for peer in peers:
-        rows.append(_row_of_peer(run, peer, split, base))
+        rows.append(_row_of_peer(run, peer, split))
         run.progress.say(row_words(rows[-1]))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     write_text(run.folder / "compare.csv", table.to_csv(index=False))
@@ -71,11 +72,10 @@ def compare_caches(
     return table
 
 
-def _row_of_codec(run: Run, spec: str, split: str, base: BlockNats) -> dict[str, Any]:
+def _row_of_codec(run: Run, spec: str, split: str) -> dict[str, Any]:
     layers = range(len(run.loaded.geometry.layers))
     protocol = run.experiment.protocol
-    title = f"perplexity with {spec}, window {protocol.window}"
-    measured = run.measure(split, layers, title)
+    pair = run.measure_pair(split, layers, f"base model and {spec}, window {protocol.window}, {split} split")
     plan = run.plan(layers)
 
     def make_cache() -> LeanCache:
@@ -94,35 +94,35 @@ def _row_of_codec(run: Run, spec: str, split: str, base: BlockNats) -> dict[str,
         "sinks": protocol.sinks,
         "window": protocol.window,
         "codec_bytes": sum(codec.nbytes for codec in codecs),
-        **_figures(run, split, base, measured, bytes_),
+        **_figures(run, split, pair, bytes_),
     }
 
 
-def _row_of_peer(run: Run, peer: Peer, split: str, base: BlockNats) -> dict[str, Any]:
+def _row_of_peer(run: Run, peer: Peer, split: str) -> dict[str, Any]:
     def make_cache() -> Any:
         torch.manual_seed(run.experiment.seed)  # for caches that draw a rotation or a sketch
         return peer.make(run.loaded.model.config)
 
     made_by = {"peer": peer.spec, "maker": peer.maker}
-    measured = run.measure_cache(split, make_cache, made_by, f"perplexity with {peer.spec}")
+    pair = run.measure_cache_pair(split, make_cache, made_by, f"base model and {peer.spec}, {split} split")
     bytes_ = bytes_of_cache(run, split, make_cache, f"{peer.spec} {peer.maker} seed {run.experiment.seed}")
     return {
         "method": peer.method,
         "peer": peer.maker,
         "spec": peer.spec,
         "codec_bytes": 0,
-        **_figures(run, split, base, measured, bytes_),
+        **_figures(run, split, pair, bytes_),
     }
 
 
-def _figures(run: Run, split: str, base: BlockNats, measured: BlockNats, bytes_: CacheBytes) -> dict[str, Any]:
+def _figures(run: Run, split: str, pair: PairedRun, bytes_: CacheBytes) -> dict[str, Any]:
     """The columns that every row has."""
-    cost = compare(base, measured)
+    cost = compare(pair.base, pair.compressed)
     low, high = cost.interval or (None, None)
     return {
         "protocol": run.experiment.protocol.kind,
         "split": split,
-        "blocks": len(base.nats),
+        "blocks": len(pair.base.nats),
         "context": bytes_.context,
         "tokens": cost.tokens,
         "code_ratio_live": bytes_.code_ratio_live,
@@ -139,7 +139,8 @@ def _figures(run: Run, split: str, base: BlockNats, measured: BlockNats, bytes_:
         "delta_percent": cost.delta_percent,
         "low": None if low is None else 100 * low / cost.base_ppl,
         "high": None if high is None else 100 * high / cost.base_ppl,
-        "seconds": measured.seconds,
+        **divergence_columns(pair.divergence),
+        "seconds": pair.seconds,
     }
 
 

@@ -1,6 +1,5 @@
 """The comparison for people: `compare.md`, its figure, and a table for a terminal. Reads `compare.csv` only."""
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from leankv.compare_figure import draw_comparison
 from leankv.compare_table import read_compare
+from leankv.divergence_table import DIVERGENCE_NAMES, DIVERGENCE_NOTE, divergence_cell
 from leankv.report import markdown_table, number_text, plain_table
 from leankv.store import write_atomically, write_text
 
@@ -59,7 +59,8 @@ def compare_title(table: pd.DataFrame) -> str:
 def compare_markdown(table: pd.DataFrame) -> str:
     """The tables with their notes."""
     parts = ["# Comparison", compare_title(table) + ".", NOTES, "## Cost and ratios"]
-    parts += [markdown_table(*cost_rows(table)), "## Bytes", "Megabytes, at the context of the costs."]
+    parts += [markdown_table(*cost_rows(table)), "## Divergence", DIVERGENCE_NOTE]
+    parts += [markdown_table(*divergence_rows(table)), "## Bytes", "Megabytes, at the context of the costs."]
     return "\n\n".join([*parts, markdown_table(*byte_rows(table)), ""])
 
 
@@ -84,6 +85,23 @@ def cost_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def divergence_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of divergence from the base model, in the same order; intervals of the mean and the share."""
+    header = ["cache", "window"]
+    rows = [[row["spec"], number_text(row["window"], ".0f")] for row in _by_cost(table)]
+    for column, name in DIVERGENCE_NAMES.items():
+        header.append(name)
+        bounded = column in ("kl", "top1")
+        if bounded:
+            header.append("95 % interval")
+        for cells, row in zip(rows, _by_cost(table), strict=True):
+            cells.append(divergence_cell(row, column))
+            if bounded:
+                low, high = row[f"{column}_low"], row[f"{column}_high"]
+                cells.append("not known" if pd.isna(low) else f"{low:.4g} to {high:.4g}")
+    return header, rows
+
+
 def byte_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and rows of bytes, in the same order."""
     header = ["cache", "window", "held", "stored", "step's peak", "codecs on disk", "codecs in memory"]
@@ -99,5 +117,6 @@ def byte_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _by_cost(table: pd.DataFrame) -> list[dict[Hashable, Any]]:
-    return table.sort_values("delta_percent", kind="stable").to_dict("records")
+def _by_cost(table: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = table.sort_values("delta_percent", kind="stable").to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from leankv.divergence_table import DIVERGENCE_COLUMNS
 from leankv.finished_table import read_table
 
 COLUMNS = (
@@ -34,6 +35,7 @@ COLUMNS = (
     "delta_percent",
     "low",
     "high",
+    *DIVERGENCE_COLUMNS,
     "seconds",
 )
 """One row a cache in which every layer's keys and values are compressed alike.
@@ -43,8 +45,9 @@ of `blocks` blocks of `context` tokens of the split, of which `tokens` were pred
 perplexity in percent of `base_ppl`, `low` and `high` its 95 % interval. All bytes and ratios are of real caches filled
 with one such block, so ratio and cost stand at one context (see `leankv.cache_bytes.CacheBytes`); `all_in_ratio_4096`
 is given where that is 4,096 tokens. `codec_bytes` are the codecs' parameters on disk, once a model,
-`codec_bytes_memory` what they take in memory. `seconds` is what measuring the perplexity took. A baseline's sinks and
-window are its own affair.
+`codec_bytes_memory` what they take in memory. How far predictions stray from the base model's is told as
+`leankv.divergence_table` says. `seconds` is what measuring took, base model and compressed one side by side. A
+baseline's sinks and window are its own affair.
 """
 
 

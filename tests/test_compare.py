@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from leankv.cache import LeanCache
 from leankv.cli import app
 from leankv.compare_caches import compare_caches, row_words
-from leankv.compare_report import compare_markdown, compare_title, cost_rows
+from leankv.compare_report import compare_markdown, compare_title, cost_rows, divergence_rows
 from leankv.compare_table import COLUMNS, read_compare
 from leankv.errors import UserError
 from leankv.experiment import COMPARE_SPECS, load_experiment
@@ -127,6 +127,19 @@ def test_a_cache_that_changes_nothing_costs_nothing(finished: Run) -> None:
     assert row.code_ratio_live == row.code_ratio_stored == row.cache_ratio == 0.5
 
 
+def test_divergence_stands_beside_every_cost(finished: Run) -> None:
+    """A cache that changes nothing strays nowhere; others do, and the table for people says how far."""
+    same, other = row_of(finished, STOCK), row_of(finished, "int:4g8")
+    assert (same.kl, same.kl_p999, same.top1, same.rms_dp) == (0, 0, 100, 0)
+    assert 0 < other.kl_low < other.kl < other.kl_high
+    assert other.kl_median < other.kl_p99 < other.kl_p999
+    assert other.top1 < 100
+    header, rows = divergence_rows(read_compare(finished.folder))
+    assert {"Mean KLD", "Same top p"} < set(header)
+    (cells,) = [row for row in rows if row[:2] == ["int:4g8", "8"]]
+    assert cells[header.index("Same top p")] == f"{other.top1:.2f} %"
+
+
 def test_a_peer_in_half_the_bytes(finished: Run) -> None:
     row = row_of(finished, HALVED)
     assert row.code_ratio_live == row.cache_ratio == 1
@@ -165,7 +178,13 @@ def test_a_finished_comparison_is_only_looked_up(
     finished: Run, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished.folder / "compare.csv").read_bytes()
-    for name in ("leankv.run.measure_nats", "leankv.workplace.capture", "leankv.run.fit_codecs"):
+    for name in (
+        "leankv.run.measure_nats",
+        "leankv.run.measure_pair",
+        "leankv.cache_bytes.measure_bytes",
+        "leankv.workplace.capture",
+        "leankv.run.fit_codecs",
+    ):
         monkeypatch.setattr(name, pytest.fail)
     run = make_run(compare_settings, finished.folder)
     compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
