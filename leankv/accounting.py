@@ -10,7 +10,7 @@ from leankv.experiment import PARTS
 from leankv.model import BYTES_16_BIT, Geometry
 
 CONTEXT_LENGTHS = (1024, 4096, 32768, 131072)
-"""Tokens at which cache ratios are reported."""
+"""Tokens at which cache ratios are computed from what codecs claim; nothing is measured there."""
 
 BitsPlan = Mapping[int, Mapping[str, float]]
 """layer -> part -> bits per token of its codec; what is not named stays exact."""

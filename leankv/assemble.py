@@ -9,6 +9,8 @@ from typing import Any
 import leankv
 from leankv.accounting import CONTEXT_LENGTHS, Footprint
 from leankv.bundle import save_bundle
+from leankv.cache import LeanCache
+from leankv.cache_bytes import CacheBytes, bytes_of_cache
 from leankv.divergence import divergence_columns
 from leankv.errors import UserError
 from leankv.experiment import Experiment, load_experiment
@@ -107,9 +109,9 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
     pair = run.measure_pair("report", chosen, "joint cost and divergence, report split")
     joint = compare(pair.base, pair.compressed)
     plan = run.plan(chosen)
+    measured_bytes = _bytes(run, chosen)
     bits = {layer: {part: codec.bits_per_token for part, codec in own.items()} for layer, own in plan.items()}
     footprint = Footprint(loaded.geometry, bits, experiment.protocol.sinks, experiment.protocol.window)
-    uncompressed, compressed = footprint.bytes_per_token()
     sweep_seconds = float(read_sweep(run.folder)["seconds"].sum())
     return {
         "model": loaded.name,
@@ -134,11 +136,19 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "delta_percent": joint.delta_percent,
         "within_budget": joint.delta_ppl <= budget.points(joint.base_ppl),
         **divergence_columns(pair.divergence),
-        "code_ratio": footprint.code_ratio(),
-        "cache_ratio": {str(tokens): footprint.cache_ratio(tokens) for tokens in CONTEXT_LENGTHS},
-        "cache_bytes_per_token": {"base": uncompressed, "compressed": compressed},
+        "context": measured_bytes.context,
+        "code_ratio": measured_bytes.code_ratio_live,
+        "code_ratio_stored": measured_bytes.code_ratio_stored,
+        "cache_ratio": measured_bytes.cache_ratio,
+        "all_in_ratio": measured_bytes.all_in_ratio,
+        "base_bytes": measured_bytes.base,
+        "held_bytes": measured_bytes.held,
+        "stored_bytes": measured_bytes.stored,
+        "peak_step_bytes": measured_bytes.peak_step,
+        "claimed_cache_ratio": {str(tokens): footprint.cache_ratio(tokens) for tokens in CONTEXT_LENGTHS},
         "codec_parameters": sum(codec.n_parameters for own in plan.values() for codec in own.values()),
         "codec_bytes": sum(codec.nbytes for own in plan.values() for codec in own.values()),
+        "codec_bytes_memory": measured_bytes.codecs,
         "seconds": {
             "capture": _capture_seconds(run.folder),
             "fit": sum(stored.seconds for stored in run.fitted(run.layers).values()),
@@ -150,6 +160,17 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "device": loaded.numerics["device"],
         "dtype": loaded.numerics["dtype"],
     }
+
+
+def _bytes(run: Run, chosen: tuple[int, ...]) -> CacheBytes:
+    """What a real cache of the chosen plan takes, filled with report text; see `leankv.cache_bytes`."""
+    protocol, plan, config = run.experiment.protocol, run.plan(chosen), run.loaded.model.config
+
+    def make_cache() -> LeanCache:
+        return LeanCache(config, plan, protocol.sinks, protocol.window, rotation=run.rotation)
+
+    key = run.nats_path("report", chosen).stem  # with all that cost and bytes depend on alike
+    return bytes_of_cache(run, "report", make_cache, key, plan, settled=protocol.sinks + protocol.window)
 
 
 def _joint(step: Step) -> bool:

@@ -8,27 +8,37 @@ import pandas as pd
 LOW, HIGH = 0.1, 300.0
 """Percent, the ends of the logarithmic axis of costs."""
 PANELS = {
-    "cache_ratio_4096": "cache ratio at 4,096 tokens (live, all counted)",
+    "all_in_ratio": "all-in ratio at {context:,} tokens",
+    "cache_ratio": "cache ratio at {context:,} tokens",
     "code_ratio_live": "code ratio, live",
     "code_ratio_stored": "code ratio, stored",
 }
 MARKS = "os^Dv<>pX*Phd"
 
 
-def draw_comparison(table: pd.DataFrame, path: Path) -> None:
-    """A panel a ratio; a line a method, through its rates. Ours in colour and filled, peers grey and hollow."""
+def draw_comparison(table: pd.DataFrame, title: str, path: Path) -> None:
+    """A panel a ratio; a line a method and window, through its rates. Ours in colour and filled, peers grey, hollow."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    ours = [method for method, rows in table.groupby("method", sort=False) if (rows["peer"] == "").all()]
-    peers = [method for method in table["method"].unique() if method not in ours]
-    figure = Figure(figsize=(13, 5.6), dpi=150, layout="constrained")
+    is_ours = table["peer"] == ""
+    # Where there is one window, the title says which.
+    several = table.loc[is_ours, "window"].nunique() > 1
+    windows = table["window"].map("{:.0f}".format).where(is_ours & several, "")
+    lines = table["method"] + windows.map(lambda window: f", window {window}" if window else "")
+    ours = list(lines[is_ours].unique())
+    names = [*ours, *lines[~is_ours].unique()]
+    figure = Figure(figsize=(16, 5.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (column, label) in zip(panels, PANELS.items(), strict=True):
-        for number, method in enumerate([*ours, *peers]):
-            rows = table[(table["method"] == method) & table[column].notna()].sort_values(column)
-            _draw_method(axes, rows, column, method, _style(number, len(ours), method in ours))
+        for number, name in enumerate(names):
+            rows = table[(lines == name) & (is_ours == (number < len(ours))) & table[column].notna()]
+            style = _style(number, len(ours), number < len(ours))
+            _draw_method(axes, rows.sort_values(column), column, name, style)
+        known = table[column].dropna()
         axes.set_xscale("log")
+        if len(known):
+            axes.set_xlim(known.min() / 1.25, known.max() * 1.4)  # one value alone has no width; labels stand right
         axes.set_yscale("log")
         axes.set_ylim(LOW * 0.85, HIGH * 1.2)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -37,10 +47,11 @@ def draw_comparison(table: pd.DataFrame, path: Path) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.tick_params(labelsize=8)
         axes.grid(linewidth=0.3, which="both")
-        axes.set_xlabel(label, fontsize=9)
+        axes.set_xlabel(label.format(context=table["context"].iloc[0]), fontsize=9)
     panels[0].set_ylabel(f"rise of perplexity, % (at the edges: beyond {LOW:g} to {HIGH:g})", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(7, len(labels)), fontsize=8.5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), fontsize=8.5, frameon=False)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.savefig(path, format="png")
 
 

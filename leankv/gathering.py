@@ -72,6 +72,8 @@ def row_of(
         "codec_v": experiment.codec.v,
         "key_space": key_space,
         "protocol": experiment.protocol.kind,
+        "sinks": experiment.protocol.sinks,
+        "window": experiment.protocol.window,
         "tokens": cost.tokens,
         "base_ppl": cost.base_ppl,
         "ppl": cost.ppl,

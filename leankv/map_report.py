@@ -7,7 +7,7 @@ from rich.table import Table
 
 from leankv.map_figures import write_figures
 from leankv.map_table import by_bits, read_map
-from leankv.report import markdown_table, number_text, plain_table
+from leankv.report import markdown_table, number_text, plain_table, protocol_text
 from leankv.store import write_text
 
 RATES = (0.5, 1.0, 2.0, 3.0, 5.0)
@@ -46,7 +46,7 @@ def map_title(table: pd.DataFrame) -> str:
         return f"{words}; reconstruction errors only"
     least, most = measured["tokens"].min(), measured["tokens"].max()
     tokens = f"{most:.0f}" if least == most else f"{least:.0f} to {most:.0f}"  # screened: rows saw different blocks
-    how = f"protocol {first.protocol}, {tokens} tokens of the selection split"
+    how = f"protocol {protocol_text(first)}, {tokens} tokens of the selection split"
     rest = layers - measured["layer"].nunique()
     of = f"; of {rest} layers reconstruction errors only" if rest else ""
     return f"{words}, {how}, base perplexity {measured['base_ppl'].iloc[0]:.3f}{of}"

@@ -13,6 +13,8 @@ COLUMNS = (
     "key_space",
     "weighting",
     "protocol",
+    "sinks",
+    "window",
     "width",
     "bits_per_token",
     "stored_bits_per_token",
@@ -37,9 +39,9 @@ def read_map(folder: Path) -> pd.DataFrame:
     """The finished map in a run's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or an older version made it.
     """
-    return read_table(folder, "map", "map")
+    return read_table(folder, "map", "map", COLUMNS)
 
 
 def by_bits(table: pd.DataFrame) -> list[str]:

@@ -98,6 +98,8 @@ def _rows_of_spec(
             "key_space": run.key_space,
             "weighting": experiment.fit.weighting,
             "protocol": experiment.protocol.kind,
+            "sinks": experiment.protocol.sinks,
+            "window": experiment.protocol.window,
             **errors_of(stored, variances[layer, part]),
             "measured": "perplexity" if (layer, part) in costs else "error",
             **costs.get((layer, part), {}),

@@ -1,6 +1,6 @@
 """Tables and figures from result files. Reads files only: nothing here knows a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def sweep_title(sweep: pd.DataFrame) -> str:
     first = sweep.iloc[0]
     codec = first.codec_k if first.codec_k == first.codec_v else f"k={first.codec_k} v={first.codec_v}"
     return (
-        f"Cost of each layer alone: {codec}, {first.key_space} keys, protocol {first.protocol}, "
+        f"Cost of each layer alone: {codec}, {first.key_space} keys, protocol {protocol_text(first)}, "
         f"{sweep['tokens'].max()} tokens of the selection split, base perplexity {first.base_ppl:.3f}"
     )
 
@@ -164,7 +164,6 @@ def selection_markdown(selection: dict[str, Any], summary: dict[str, Any]) -> st
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as name and value, for people."""
-    bytes_per_token = summary["cache_bytes_per_token"]
     layers = summary["selected_layers"]
     rows = [
         ("model", f"{summary['model']}, {summary['n_layers']} layers, width {summary['width']}"),
@@ -180,13 +179,21 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{budget_text(summary['budget'])}, {'kept' if summary['within_budget'] else 'exceeded'} on this text",
         ),
         *divergence_rows(summary),
+        ("measured at", f"{summary['context']} tokens, one sequence, exact vectors in {summary['dtype']}"),
         ("code ratio (compressed vectors only)", ratio_text(summary["code_ratio"])),
+        ("cache ratio", ratio_text(summary["cache_ratio"])),
+        ("all-in ratio (with codecs and a step's peak)", ratio_text(summary["all_in_ratio"])),
+        ("cache, 16-bit", f"{summary['base_bytes'] / 1e6:.2f} MB"),
+        ("cache, held", f"{summary['held_bytes'] / 1e6:.2f} MB, stored {summary['stored_bytes'] / 1e6:.2f} MB"),
+        ("peak of a decoding step", f"{summary['peak_step_bytes'] / 1e6:.2f} MB over what is held"),
+        (
+            "codecs",
+            f"{summary['codec_parameters']} parameters, {summary['codec_bytes'] / 1e6:.2f} MB on disk, "
+            f"{summary['codec_bytes_memory'] / 1e6:.2f} MB in memory",
+        ),
     ]
-    rows += [(f"cache ratio at {n} tokens", ratio_text(ratio)) for n, ratio in summary["cache_ratio"].items()]
-    rows += [
-        ("bytes per token", f"{bytes_per_token['base']} before, {bytes_per_token['compressed']:.0f} after"),
-        ("codecs", f"{summary['codec_parameters']} parameters, {summary['codec_bytes'] / 1e6:.2f} MB"),
-    ]
+    claimed = summary["claimed_cache_ratio"]
+    rows += [(f"claimed cache ratio at {tokens} tokens", ratio_text(ratio)) for tokens, ratio in claimed.items()]
     return rows
 
 
@@ -260,7 +267,7 @@ def budget_text(budget: str) -> str:
     return f"+{budget.removesuffix('%')} {'%' if budget.endswith('%') else 'points'}"
 
 
-def protocol_text(summary: dict[str, Any]) -> str:
+def protocol_text(summary: Mapping[str, Any] | pd.Series) -> str:
     """`strict, sinks 0, window 0`."""
     return f"{summary['protocol']}, sinks {summary['sinks']}, window {summary['window']}"
 

@@ -79,6 +79,18 @@ class Run(Workplace):
         other._check_specs()
         return other
 
+    def with_window(self, window: int) -> "Run":
+        """The same run with another exact window: the same codecs, which depend on none.
+
+        Raises:
+            UserError: a strict pass has no exact window.
+        """
+        other = copy.copy(self)
+        protocol = replace(self.experiment.protocol, window=window)
+        other.experiment = replace(self.experiment, protocol=protocol)
+        other.__dict__.pop("_selection_replay", None)  # it was recorded under the other window
+        return other
+
     def _check_specs(self) -> None:
         for layer in self.loaded.geometry.layers:
             for spec in self.specs.values():

@@ -12,6 +12,8 @@ COLUMNS = (
     "codec_v",
     "key_space",
     "protocol",
+    "sinks",
+    "window",
     "tokens",
     "base_ppl",
     "ppl",
@@ -32,6 +34,6 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     """The finished sweep in a run's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or an older version made it.
     """
-    return read_table(folder, "sweep", "sweep")
+    return read_table(folder, "sweep", "sweep", COLUMNS)

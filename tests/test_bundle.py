@@ -38,7 +38,15 @@ SUMMARY_KEYS = {
     "delta_percent",
     "code_ratio",
     "cache_ratio",
-    "cache_bytes_per_token",
+    "all_in_ratio",
+    "context",
+    "base_bytes",
+    "held_bytes",
+    "stored_bytes",
+    "peak_step_bytes",
+    "codec_bytes",
+    "codec_bytes_memory",
+    "claimed_cache_ratio",
     "seconds",
     "peak_rss_bytes",
 }
@@ -48,6 +56,8 @@ SWEEP_COLUMNS = [  # those that are always filled; a last one holds predictions 
     "codec_v",
     "key_space",
     "protocol",
+    "sinks",
+    "window",
     "tokens",
     "base_ppl",
     "ppl",
@@ -122,9 +132,16 @@ def test_the_summary_has_what_the_project_promises(finished: Path, llama_folder:
     assert 0 < summary["top1"] < 100
     assert summary["code_ratio"] == 32 / 4
     chosen = len(summary["selected_layers"])
-    base, compressed = 4 * 2 * 32 * 2, (4 - chosen) * 2 * 32 * 2 + chosen * 2 * 4 * 2
-    assert summary["cache_bytes_per_token"] == {"base": base, "compressed": compressed}
-    assert summary["cache_ratio"] == {n: pytest.approx(base / compressed) for n in ("1024", "4096", "32768", "131072")}
+    assert summary["context"] == 48  # a block of report text, as the cost
+    exact, coded = (4 - chosen) * 2 * 32, chosen * 2 * 4
+    base, held = 4 * 2 * 32 * 2, exact * getattr(torch, summary["dtype"]).itemsize + coded * 2
+    assert (summary["base_bytes"], summary["held_bytes"]) == (48 * base, 48 * held)
+    assert summary["cache_ratio"] == base / held
+    whole = summary["held_bytes"] + summary["codec_bytes_memory"] + summary["peak_step_bytes"]
+    assert summary["all_in_ratio"] == summary["base_bytes"] / whole
+    assert summary["codec_bytes_memory"] >= summary["codec_bytes"] > 0
+    claimed = summary["claimed_cache_ratio"]
+    assert claimed == {n: pytest.approx(base / (2 * (exact + coded))) for n in ("1024", "4096", "32768", "131072")}
     assert summary["peak_rss_bytes"] > 10**7
     assert all(value >= 0 for value in summary["seconds"].values())
 

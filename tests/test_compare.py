@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from leankv.cache import LeanCache
 from leankv.cli import app
-from leankv.compare_caches import compare_caches
-from leankv.compare_report import compare_markdown, compare_rows
+from leankv.compare_caches import compare_caches, row_words
+from leankv.compare_report import compare_markdown, compare_title, cost_rows, divergence_rows
 from leankv.compare_table import COLUMNS, read_compare
 from leankv.errors import UserError
 from leankv.experiment import COMPARE_SPECS, load_experiment
@@ -27,6 +27,7 @@ from leankv.run import Run
 from tests import tiny
 
 SPECS = ["int:4g8", "transform:1"]
+CONTEXT = 512  # so long that half of it is two groups of the baselines
 STOCK = f"{__name__}:stock"
 HALVED = f"{__name__}:halved"
 BROKEN = f"{__name__}:broken"
@@ -60,12 +61,13 @@ def compare_settings(llama_folder: Path, text_file: Path) -> dict[str, Any]:
         "model.device": "cpu",
         "model.dtype": "float32",
         "data.dataset": str(text_file),
-        "data.block_length": 64,
-        "data.calibration_blocks": 6,
-        "data.report_blocks": 8,
+        "data.block_length": CONTEXT,
+        "data.calibration_blocks": 2,
+        "data.selection_blocks": 2,
+        "data.report_blocks": 3,
         "fit.epochs": 1,
         "protocol.kind": "stream",
-        "protocol.chunk": 16,
+        "protocol.chunk": 64,
         "protocol.sinks": 2,
         "protocol.window": 8,
     }
@@ -78,13 +80,13 @@ def make_run(settings: dict[str, Any], folder: Path, **changes: Any) -> Run:
 @pytest.fixture(scope="module")
 def finished(compare_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = make_run(compare_settings, tmp_path_factory.mktemp("compare"))
-    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]))
+    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
     return run
 
 
-def row_of(run: Run, spec: str) -> Any:
+def row_of(run: Run, spec: str, window: int = 8) -> Any:
     table = read_compare(run.folder)
-    (row,) = table[table["spec"] == spec].itertuples()
+    (row,) = table[(table["spec"] == spec) & table["window"].isin([window, math.nan])].itertuples()
     return row
 
 
@@ -94,9 +96,13 @@ def row_of(run: Run, spec: str) -> Any:
 def test_a_row_for_every_cache(finished: Run) -> None:
     table = read_compare(finished.folder)
     assert list(table.columns) == list(COLUMNS)
-    assert list(table["spec"]) == [*SPECS, STOCK, HALVED, "turboquant:safe", "hqq:4"]
-    assert list(table["peer"] == "") == [True, True, False, False, False, False]
-    assert set(table["tokens"]) == {8 * 63}
+    ours = [spec for spec in SPECS for _ in (8, 0)]
+    assert list(table["spec"]) == [*ours, STOCK, HALVED, "turboquant:safe", "hqq:4"]
+    assert list(table["peer"] == "") == [True] * 4 + [False] * 4
+    assert list(table["window"].iloc[:4]) == [8, 0, 8, 0]
+    assert set(table["tokens"]) == {3 * (CONTEXT - 1)}
+    assert (set(table["split"]), set(table["blocks"]), set(table["context"])) == ({"report"}, {3}, {CONTEXT})
+    assert table["all_in_ratio_4096"].isna().all()
     assert table["base_ppl"].nunique() == 1
     assert (table["low"] <= table["delta_percent"]).all()
     assert (table["delta_percent"] <= table["high"]).all()
@@ -118,12 +124,25 @@ def test_a_cache_that_changes_nothing_costs_nothing(finished: Run) -> None:
     """Its bytes are those of float32 vectors: twice the 16-bit ones."""
     row = row_of(finished, STOCK)
     assert row.delta_percent == 0
-    assert row.code_ratio_live == row.code_ratio_stored == row.cache_ratio_4096 == 0.5
+    assert row.code_ratio_live == row.code_ratio_stored == row.cache_ratio == 0.5
+
+
+def test_divergence_stands_beside_every_cost(finished: Run) -> None:
+    """A cache that changes nothing strays nowhere; others do, and the table for people says how far."""
+    same, other = row_of(finished, STOCK), row_of(finished, "int:4g8")
+    assert (same.kl, same.kl_p999, same.top1, same.rms_dp) == (0, 0, 100, 0)
+    assert 0 < other.kl_low < other.kl < other.kl_high
+    assert other.kl_median < other.kl_p99 < other.kl_p999
+    assert other.top1 < 100
+    header, rows = divergence_rows(read_compare(finished.folder))
+    assert {"Mean KLD", "Same top p"} < set(header)
+    (cells,) = [row for row in rows if row[:2] == ["int:4g8", "8"]]
+    assert cells[header.index("Same top p")] == f"{other.top1:.2f} %"
 
 
 def test_a_peer_in_half_the_bytes(finished: Run) -> None:
     row = row_of(finished, HALVED)
-    assert row.code_ratio_live == row.cache_ratio_4096 == 1
+    assert row.code_ratio_live == row.cache_ratio == 1
     assert row.delta_percent != 0
 
 
@@ -144,10 +163,14 @@ def test_ratios_are_those_of_the_codes(finished: Run) -> None:
 
 
 def test_peers_with_packages_of_their_own(finished: Run) -> None:
-    for spec in ("turboquant:safe", "hqq:4"):
-        row = row_of(finished, spec)
-        assert row.code_ratio_live > 2
-        assert 1 < row.cache_ratio_4096 < row.code_ratio_live
+    """As the report's notes say of them: at whole groups HQQ holds codes alone, TurboQuant 256 tokens exact."""
+    hqq, turbo = row_of(finished, "hqq:4"), row_of(finished, "turboquant:safe")
+    assert hqq.code_ratio_live > 2
+    assert hqq.cache_ratio == hqq.code_ratio_live
+    assert turbo.code_ratio_live > 2
+    exact = 256 * 4 * 2 * 32 * 4  # layers, K and V, width, float32
+    codes = (CONTEXT - 128) * 4 * 2 * 32 * 2 / turbo.code_ratio_live
+    assert turbo.held_bytes == pytest.approx(exact + codes)
     assert row_of(finished, "hqq:4").delta_percent != 0
 
 
@@ -155,10 +178,16 @@ def test_a_finished_comparison_is_only_looked_up(
     finished: Run, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished.folder / "compare.csv").read_bytes()
-    for name in ("leankv.run.measure_nats", "leankv.workplace.capture", "leankv.run.fit_codecs"):
+    for name in (
+        "leankv.run.measure_nats",
+        "leankv.run.measure_pair",
+        "leankv.cache_bytes.measure_bytes",
+        "leankv.workplace.capture",
+        "leankv.run.fit_codecs",
+    ):
         monkeypatch.setattr(name, pytest.fail)
     run = make_run(compare_settings, finished.folder)
-    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]))
+    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
     assert (finished.folder / "compare.csv").read_bytes() == before
 
 
@@ -169,6 +198,38 @@ def test_a_strict_comparison(compare_settings: dict[str, Any], tmp_path: Path) -
     assert table["delta_percent"].tolist() == [0]
     with pytest.raises(UserError, match="--protocol stream"):
         compare_caches(run, ["identity"], find_peers([STOCK]))
+    with pytest.raises(UserError, match="no exact window"):
+        compare_caches(run, ["identity"], [], windows=[0, 8])
+    assert "protocol strict, sinks 2, window 0" in compare_title(table)
+
+
+def test_a_comparison_to_choose_with(compare_settings: dict[str, Any], tmp_path: Path) -> None:
+    """On selection text, and said so."""
+    run = make_run(compare_settings, tmp_path, **{"data.block_length": 64})
+    table = compare_caches(run, ["int:4"], [], split="selection")
+    model, protocol = run.loaded.model, run.experiment.protocol
+    plan = run.with_codecs("int:4", "int:4").plan(range(4))
+    ppl = measure_nats(model, run.blocks("selection"), protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    assert table["ppl"].tolist() == pytest.approx([ppl], rel=1e-9)
+    assert table["tokens"].tolist() == [2 * 63]
+    assert "2 blocks of 64 tokens of the selection split" in compare_title(table)
+
+
+def test_a_window_of_none_is_a_row_of_its_own(finished: Run) -> None:
+    """Codecs are the same; more of the cache is codes, and the cost is higher."""
+    with_window, without = row_of(finished, "int:4g8"), row_of(finished, "int:4g8", window=0)
+    assert without.held_bytes < with_window.held_bytes
+    assert without.delta_percent != with_window.delta_percent
+    assert without.codec_bytes == with_window.codec_bytes
+
+
+def test_ratios_stand_at_the_context_of_the_costs(finished: Run) -> None:
+    row = row_of(finished, "transform:1")
+    base = CONTEXT * 4 * 2 * 32 * 2
+    assert row.cache_ratio == base / row.held_bytes
+    assert row.all_in_ratio == base / (row.held_bytes + row.codec_bytes_memory + row.peak_step_bytes)
+    assert row.stored_bytes < row.held_bytes
+    assert row.codec_bytes_memory > row.codec_bytes
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -180,7 +241,7 @@ def test_the_report(finished: Run) -> None:
     assert markdown == compare_markdown(table)
     for spec in table["spec"]:
         assert f"| {spec} |" in markdown
-    costs = [float(row[1]) for row in compare_rows(table)[1]]
+    costs = [float(row[2]) for row in cost_rows(table)[1]]
     assert costs == sorted(costs)
     assert (finished.folder / "figures" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
@@ -258,13 +319,13 @@ def test_the_command(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     """One line, with settings of its own where no experiment is named."""
     given = ("-o", tmp_path, "-m", compare_settings["model.name"], "--dataset", compare_settings["data.dataset"])
     sets = ("--block-length", 64, "--set", "data.calibration_blocks=6", "--blocks", 2, "--set", "protocol.chunk=16")
-    arguments = ("int:2", "--peer", STOCK, *given, *sets, "--window", 8, "--device", "cpu")
+    arguments = ("int:2", "--peer", STOCK, *given, *sets, "--window", 0, "--window", 8, "--device", "cpu")
     shown = invoke(*arguments)
     assert shown.exit_code == 0, shown.output
     assert "compare.csv" in shown.stdout
     assert max(map(len, shown.stdout.splitlines()[:-1])) <= 100
     rows = json.loads(invoke(*arguments, "--json").stdout)
-    assert [row["spec"] for row in rows] == ["int:2", STOCK]
+    assert [(row["spec"], row["window"]) for row in rows] == [("int:2", 0), ("int:2", 8), (STOCK, None)]
     assert rows[0]["key_space"] == "pre-rope"
     assert rows[0]["weighting"] == "gradient"
     assert math.isfinite(rows[0]["ppl"])
@@ -280,6 +341,9 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
         (("none",), "identity"),
         (("mean", "--peer", "nobody"), "nobody"),
         (("mean", "--blocks", "0"), "report_blocks"),
+        (("mean", "--blocks", "0", "--split", "selection"), "selection_blocks"),
+        (("mean", "--split", "calibration"), "selection"),
+        (("mean", "--protocol", "strict", "--window", "8"), "window"),
     ):
         shown = invoke(*arguments, "-o", tmp_path)
         assert shown.exit_code == 2
@@ -290,7 +354,9 @@ def test_specs_of_the_command_parse() -> None:
     assert check_specs(COMPARE_SPECS) == list(COMPARE_SPECS)
 
 
-def test_rows_without_interval_or_bytes() -> None:
-    row = dict.fromkeys(COLUMNS, 1.0) | {"spec": "mean", "peer": "", "low": None, "high": None, "code_ratio_live": None}
-    (cells,) = compare_rows(pd.DataFrame([row]))[1]
-    assert cells[:4] == ["mean", "+1.00", "not known", "-"]
+def test_rows_without_interval_or_ratios() -> None:
+    unknown = dict.fromkeys(("low", "high", "code_ratio_live", "cache_ratio", "all_in_ratio"))
+    row = dict.fromkeys(COLUMNS, 1.0) | {"spec": "mean", "peer": "", **unknown}
+    (cells,) = cost_rows(pd.DataFrame([row]))[1]
+    assert cells[:5] == ["mean", "1", "+1.00", "not known", "-"]
+    assert "cache ratio -, all-in ratio -" in row_words(row)

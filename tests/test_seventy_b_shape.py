@@ -100,7 +100,7 @@ def test_ratios(summary: Any) -> None:
     assert summary["n_layers"] == LAYERS
     assert summary["width"] == WIDTH
     assert summary["code_ratio"] == 256
-    assert summary["cache_ratio"]["4096"] == pytest.approx(LAYERS / (LAYERS - chosen + chosen / 256))
+    assert summary["claimed_cache_ratio"]["4096"] == pytest.approx(LAYERS / (LAYERS - chosen + chosen / 256))
 
 
 def test_the_bundle_holds_the_chosen_codecs(run: Run, summary: Any) -> None:

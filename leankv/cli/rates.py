@@ -52,7 +52,7 @@ def map_command(
     OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
 
 
-@command("compare", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+@command("compare", "memory_budget", "key_space", "weighting", "epochs", "block_length", "protocol", "sinks")
 def compare_command(
     asked: Asked,
     specs: Annotated[
@@ -71,26 +71,50 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Latest tokens kept exact (stream, decode); again for a row of its own: --window 128 --window 0.",
+            rich_help_panel=MEASURE,
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on: selection to choose with, report to report, certification.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = "report",
     blocks: Annotated[
         int | None,
-        typer.Option(help="Blocks of report text to measure on.", rich_help_panel=MEASURE, show_default=False),
+        typer.Option(help="Blocks of that text to measure on.", rich_help_panel=MEASURE, show_default=False),
     ] = None,
     json_: Json = False,
 ) -> None:
     """Whole caches, ours and those of others: perplexity against the bytes that they really hold."""
     from leankv.compare_caches import compare_caches
     from leankv.compare_report import compare_summary
-    from leankv.experiment import load_experiment
+    from leankv.errors import UserError
+    from leankv.experiment import SPLITS, load_experiment
     from leankv.peers import find_peers
     from leankv.rate_map import check_specs
     from leankv.run import Run
 
     wanted, peers = check_specs(specs or COMPARE_SPECS), find_peers(peer or [])
-    overrides = asked.overrides({} if blocks is None else {"data.report_blocks": blocks})
+    splits = [name for name in SPLITS if name != "calibration"]  # costs on text that codecs were fitted to say nothing
+    if split not in splits:
+        raise UserError(f"--split must be one of {', '.join(splits)}, not {split!r}")
+    extra = {} if blocks is None else {f"data.{split}_blocks": blocks}
+    if window:
+        extra["protocol.window"] = max(window)  # whatever order they were given in, the folder is the same run's
+    overrides = asked.overrides(extra)
     if asked.config is None:
         overrides = {**COMPARE_SETTINGS, **overrides}
-    run = Run(load_experiment(asked.config, asked.without_window_if_strict(overrides)), Progress())
-    table = compare_caches(run, wanted, peers)
+    if not window:
+        overrides = asked.without_window_if_strict(overrides)
+    run = Run(load_experiment(asked.config, overrides), Progress())
+    table = compare_caches(run, wanted, peers, split, window or ())
     if json_:
         print_table_json(table)
         return

@@ -1,0 +1,121 @@
+"""Bytes of real caches: held, stored, at the peak of a step, and the ratios that follow."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from leankv.cache import LeanCache
+from leankv.cache_bytes import PIECE, CacheBytes, codec_memory, measure_bytes
+from leankv.codecs import Codec, TrainingSettings, parse_spec
+from leankv.held_bytes import held_bytes
+from leankv.model import find_geometry
+from tests import tiny
+
+SETTINGS = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=1e-3, seed=0)
+LAYERS, WIDTH = 4, 32  # of the tiny Llama
+
+
+def codec(spec: str) -> Codec:
+    parsed = parse_spec(spec)
+    vectors = torch.randn(1, 256, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (fitted,) = parsed.family.fit(parsed.arguments, vectors, vectors, None, SETTINGS, lambda epoch, error: None)
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny.build("llama").bfloat16()
+
+
+def measured(model: Any, plan: Any, context: int, sinks: int = 0, window: int = 0) -> CacheBytes:
+    def make_cache() -> LeanCache:
+        return LeanCache(model.config, plan, sinks, window)
+
+    return measure_bytes(model, find_geometry(model), tiny.tokens(1, context), make_cache, plan, settled=sinks + window)
+
+
+def test_a_cache_counted_by_hand(llama: Any) -> None:
+    """Keys of two layers in 4 float16 numbers each but for 2 sinks and a window of 5; 300 tokens, no whole pieces."""
+    plan = {layer: {"k": codec("pca:4")} for layer in (1, 2)}
+    bytes_ = measured(llama, plan, 300, sinks=2, window=5)
+    vector, code = 2 * WIDTH, 2 * 4
+    assert bytes_.context == 300
+    assert bytes_.base == 300 * LAYERS * 2 * vector
+    assert bytes_.held == bytes_.stored == 300 * 6 * vector + 2 * (7 * vector + 293 * code)
+    assert bytes_.code_ratio_live == bytes_.code_ratio_stored == vector / code
+    assert bytes_.base_growth == PIECE * 2 * vector  # half a fill and all of it, in whole pieces
+    assert bytes_.cache_ratio == bytes_.base / bytes_.held
+    assert bytes_.all_in_ratio == bytes_.base / (bytes_.held + bytes_.codecs + bytes_.peak_step)
+
+
+def test_the_context_decides_what_is_known(llama: Any) -> None:
+    """Where half a fill is still held exact, growth is not that of codes."""
+    plan = {0: {"k": codec("int:4"), "v": codec("int:4")}}
+    assert measured(llama, plan, 40, window=21).code_ratio_live is None
+    assert measured(llama, plan, 40, window=20).code_ratio_live == pytest.approx(
+        32 * 16 / codec("int:4").bits_per_token
+    )
+    assert measured(llama, {}, 40).code_ratio_live is None  # nothing is compressed
+
+
+def test_a_codec_of_no_bytes(llama: Any) -> None:
+    plan = {layer: {part: codec("mean") for part in "kv"} for layer in range(LAYERS)}
+    bytes_ = measured(llama, plan, 20)
+    assert (bytes_.held, bytes_.cache_ratio, bytes_.code_ratio_live) == (0, None, None)
+    assert bytes_.all_in_ratio is not None
+
+
+def test_caches_of_others(llama: Any) -> None:
+    """Everything of theirs is compressed; what they hold is what they store."""
+
+    def make_cache() -> Any:
+        return DynamicCache(config=llama.config)
+
+    geometry, model = find_geometry(llama), llama
+    longer = measure_bytes(model, geometry, tiny.tokens(1, 512), make_cache)  # the model's last position
+    assert longer.cache_ratio == longer.code_ratio_live == longer.code_ratio_stored == 1
+    assert measure_bytes(model, geometry, tiny.tokens(1, 500), make_cache).code_ratio_live is None
+
+
+def test_steps_beyond_the_last_learned_position() -> None:
+    model = tiny.build("gpt2").bfloat16()
+    bytes_ = measure_bytes(model, find_geometry(model), tiny.tokens(1, 512), lambda: DynamicCache(config=model.config))
+    assert bytes_.cache_ratio == 1
+
+
+@pytest.mark.parametrize("spec", ["identity", "transform:2"])
+def test_a_step_takes_what_it_decodes(llama: Any, spec: str) -> None:
+    """A codec's step decodes a layer's keys and values into tensors of their own; the stock one copies them to grow."""
+    plan = {layer: {part: codec(spec) for part in "kv"} for layer in range(LAYERS)}
+    context = 500
+    coded, stock = measured(llama, plan, context), measured(llama, {}, context)
+    layer = 2 * context * WIDTH * 2
+    assert coded.peak_step > layer
+    assert layer // 2 < stock.peak_step < 2 * layer
+
+
+def test_memory_of_codecs_has_what_decoding_builds() -> None:
+    """Parameters, and the tables beside them, each storage once."""
+    fitted = codec("transform:2")
+    before = codec_memory([fitted])
+    fitted.decode(fitted.encode(torch.randn(3, WIDTH)))
+    after = codec_memory([fitted, fitted])
+    assert before >= sum(tensor.nbytes for tensor in fitted.state_dict().values())
+    assert after > before
+    nested = codec("resid(pca:8,int:2)")
+    assert codec_memory([nested]) >= nested.nbytes
+
+
+def test_counting_leaves_the_cache_as_it_is(llama: Any) -> None:
+    caches = []
+
+    def make_cache() -> Any:
+        caches.append(DynamicCache(config=llama.config))
+        return caches[-1]
+
+    bytes_ = measure_bytes(llama, find_geometry(llama), tiny.tokens(1, 30), make_cache)
+    (cache,) = caches
+    assert cache.get_seq_length() == 32  # two steps more
+    assert held_bytes(cache) == bytes_.held * 32 // 30
