@@ -116,7 +116,8 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
     Raises:
         UserError: a file is missing, changed or of the wrong shape, or the bundle was made for another model.
     """
-    from leankv.model import find_geometry, fingerprint
+    from leankv.fingerprint import fingerprint
+    from leankv.model import find_geometry
 
     config = read_bundle_config(folder)
     path = folder / CODECS_FILE

@@ -12,7 +12,8 @@ import transformers
 
 from leankv import LeanCache, ModelConfig, UserError, load_model
 from leankv.cache import RecordingCache
-from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry, fingerprint
+from leankv.fingerprint import fingerprint
+from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry
 from leankv.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
 
