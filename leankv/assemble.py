@@ -21,6 +21,7 @@ from leankv.perplexity import compare
 from leankv.run import Run
 from leankv.selection import Step, select_layers
 from leankv.store import read_json, write_json
+from leankv.sweep_origin import difference
 from leankv.sweep_table import read_sweep
 from leankv.workplace import remove_captures
 
@@ -90,6 +91,10 @@ def _costs(run: Run) -> dict[int, float]:
     if asked != done:
         raise UserError(
             f"the sweep in {run.folder} is of {' '.join(done)}, not of {' '.join(asked)}; run leankv sweep with those"
+        )
+    if differs := difference(run, float(table["base_ppl"].iloc[0])):
+        raise UserError(
+            f"the sweep in {run.folder} {differs}; ask for what it was made with, or run leankv sweep again"
         )
     swept = set(run.layers) & allowed
     if missing := swept - set(table["layer"]):

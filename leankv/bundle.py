@@ -12,11 +12,12 @@ from typing import Any
 
 import safetensors.torch
 
+from leankv.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.codec_files import tensors_of
 from leankv.codecs import Codec, codec_from_tensors
 from leankv.errors import UserError
 from leankv.rope import KeyRotation
-from leankv.store import hash_of, hash_of_file, read_json, write_bytes, write_json, write_text
+from leankv.store import hash_of, hash_of_file, write_bytes, write_json, write_text
 
 FORMAT = 2
 CONFIG_FILE, CODECS_FILE, CARD_FILE = "leankv_config.json", "codecs.safetensors", "README.md"
@@ -92,21 +93,20 @@ def save_bundle(
 
 
 def read_bundle_config(folder: Path) -> dict[str, Any]:
-    """`leankv_config.json` of a bundle, checked against its own checksum.
+    """`leankv_config.json` of a bundle, checked against its own checksum and for sense.
 
     Raises:
-        UserError: it is missing, changed, or of a format that this version does not read.
+        UserError: it is missing, changed, of a format that this version does not read, or asks for what cannot be.
     """
     if not folder.is_dir():
         raise UserError(f"the bundle {folder} does not exist; check --bundle")
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a bundle: it has no {CONFIG_FILE}; `leankv select` writes one")
-    config = read_json(path)
-    if not isinstance(config, dict) or config.pop("checksum", None) != hash_of(config):
-        raise UserError(f"{path} was changed since it was written (its checksum differs); make the bundle again")
-    if config["format"] != FORMAT:
-        raise UserError(f"{path} has format {config['format']}, this version reads {FORMAT}; update leankv")
+    config = read_config(path)
+    if config.get("format") != FORMAT:
+        raise UserError(f"{path} has format {shown(config.get('format'))}, this version reads {FORMAT}; update leankv")
+    Configuration(path, config).check(CODECS_FILE)
     return config
 
 
@@ -114,9 +114,10 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
     """Load a bundle for a transformers model.
 
     Raises:
-        UserError: a file is missing, changed or of the wrong shape, or the bundle was made for another model.
+        UserError: a file is missing, changed or not what a bundle can be, or the bundle was made for another model.
     """
-    from leankv.model import find_geometry, fingerprint
+    from leankv.fingerprint import fingerprint
+    from leankv.model import find_geometry
 
     config = read_bundle_config(folder)
     path = folder / CODECS_FILE
@@ -125,7 +126,8 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
     if hash_of_file(path) != config["files"][CODECS_FILE]:
         raise UserError(f"{path} was changed since the bundle was written (its sha256 differs); make or copy it again")
     made_for = config["model"]
-    widths = [layer["kv_heads"] * layer["head_dim"] for layer in made_for["layers"]]
+    configuration = Configuration(folder / CONFIG_FILE, config)
+    widths = configuration.widths
     geometry = find_geometry(model)
     if [layer.width for layer in geometry.layers] != widths:
         raise UserError(
@@ -137,20 +139,10 @@ def load_bundle(folder: Path, model: Any) -> Bundle:
             f"the bundle {folder} was made for {made_for['name']} with other weights than this model's (its "
             "fingerprint differs; a quantized model differs from the unquantized one); load the model it was made for"
         )
-    tensors = safetensors.torch.load(path.read_bytes())
+    codecs = configuration.codecs()
     plan: dict[int, dict[str, Codec]] = {}
-    for layer, parts in config["plan"].items():
-        plan[int(layer)] = {}
-        for part, codec in parts.items():
-            prefix = f"{layer}.{part}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            try:
-                plan[int(layer)][part] = codec_from_tensors(codec["spec"], codec["width"], own)
-            except ValueError as error:
-                raise UserError(f"{path} does not fit the plan: {part} of layer {layer}, {error}") from error
-            if codec["width"] != widths[int(layer)]:
-                raise UserError(
-                    f"{path}: the {part} codec of layer {layer} has width {codec['width']}, not the model's"
-                )
+    for (layer, part), tensors in read_codec_tensors(path, codecs).items():
+        codec = codecs[layer, part]
+        plan.setdefault(layer, {})[part] = codec_from_tensors(codec["spec"], codec["width"], tensors)
     rotation = KeyRotation(model) if config["key_space"] == "pre-rope" else None
     return Bundle(plan, config["sinks"], config["window"], rotation, config)

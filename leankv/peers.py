@@ -1,16 +1,21 @@
 """Peers: the caches of others, which `leankv compare` measures beside ours."""
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from leankv.errors import UserError
 from leankv.model import LoadedModel
+from leankv.store import hash_of, hash_of_file
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Peer:
     Attributes:
         spec: as `--peer` names it.
         method: what kind of cache it is; peers of one method differ in rate.
-        maker: package, version and settings, or the module of `module:factory`.
+        maker: package, version and settings; or the module of `module:factory` and a hash of its source. Results are
+            found again by it.
         make: a configuration -> a fresh `transformers.Cache` for one batch.
     """
 
@@ -97,7 +103,28 @@ def _other(spec: str) -> Peer:
         raise UserError(f"the peer {spec} cannot be imported: {error}; see that its module is on PYTHONPATH") from error
     if not callable(make):
         raise UserError(f"the peer {spec} is no function; name one that makes a cache of a model's configuration")
-    return Peer(spec, name, module, make)
+    return Peer(spec, name, f"{module}, source {_source_hash(spec, module, make)[:12]}", make)
+
+
+def _source_hash(spec: str, module: str, make: Any) -> str:
+    """sha256 of the file of `module`, and of that in which the factory is defined if it is another.
+
+    What these import in turn is not looked at: a peer that changes there is to be given another name.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    defined = inspect.unwrap(make)
+    while isinstance(defined, functools.partial):
+        defined = defined.func
+    owner = getattr(defined, "__module__", None) or module
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in dict.fromkeys([module, owner])]
+    if not all(files):
+        raise UserError(
+            f"the source of the peer {spec} cannot be read, so that its figures could not be told from those of "
+            "another version; put the factory in a module that is a file"
+        )
+    return hash_of([hash_of_file(Path(file)) for file in files if file])
 
 
 @torch.no_grad()

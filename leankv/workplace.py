@@ -19,6 +19,9 @@ from leankv.rope import KeyRotation
 from leankv.shards import Shard
 from leankv.store import Cells, hash_of, locked
 
+WORKING, KEPT = "activations", "kept-activations"
+"""How folders of captures begin: those that a command makes for itself, and those that a user asked for."""
+
 
 class Workplace:
     """An experiment's model, text and output folder.
@@ -88,36 +91,71 @@ class Workplace:
 
     def captures(self, layers: Sequence[int]) -> Iterator[tuple[list[int], Activations]]:
         """The calibration activations of these layers, in groups where the disk does not hold those of all at once."""
-        groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
+        groups = [list(layers)]
+        if self._kept(layers) is None:
+            groups = groups_that_fit(self.loaded, self.blocks("calibration"), layers, self.folder)
         for group in groups:
             activations = self.captured(group)
             yield group, activations
-            if len(groups) > 1:  # else it stays for other codecs, until the command's end
-                activations.delete()
+            if len(groups) > 1 and activations.folder != self._kept_folder:
+                activations.delete()  # else it stays for other codecs, until the command's end
 
-    def captured(self, layers: list[int]) -> Activations:
-        """The calibration activations of these layers; a stopped run's are used if they cover them."""
-        blocks = self.blocks("calibration")
-        batch_size = self.experiment.protocol.batch_size
-        depends_on = {"model": self.model_key, "blocks": blocks.hash, "batch_size": batch_size}
-        depends_on["key_space"] = self.key_space
+    def captured(self, layers: Sequence[int]) -> Activations:
+        """The calibration activations of these layers; kept ones or a stopped run's are used if they cover them."""
         shard = "" if self.shard == Shard() else f"-{self.shard.file_name}"
-        folder = self.folder / f"activations-{hash_of(depends_on)[:16]}{shard}"
-        found = find_activations(folder)
-        if found is None or not set(layers) <= set(found.manifest["layers"]):
-            found = capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress, self.rotation)
-        of_these = {**depends_on, "layers": found.manifest["layers"]}
-        cost = {"seconds": found.manifest["seconds"], "tokens": blocks.tokens.numel()}
+        folder = self.folder / f"{WORKING}-{self._capture_hash}{shard}"
+        found = self._kept(layers) or _covering(folder, layers) or self._capture(folder, layers)
+        of_these = {**self._capture_depends_on, "layers": found.manifest["layers"]}
+        cost = {"seconds": found.manifest["seconds"], "tokens": self.blocks("calibration").tokens.numel()}
         self.cells.get_or_compute("capture", of_these, lambda: cost)
         return found
 
-    # -- perplexity -----------------------------------------------------------------------------------------------
+    def keep_captured(self) -> Activations:
+        """The calibration activations of the layers asked for, which every later command finds and none removes.
+
+        What was kept before under the same settings stays: layers are added to it.
+        """
+        with locked(self.cells.folder, self._kept_folder.name):
+            kept = find_activations(self._kept_folder)
+            layers = sorted({*self.layers, *(kept.manifest["layers"] if kept else ())})
+            return self._kept(layers) or self._capture(self._kept_folder, layers)
+
+    @cached_property
+    def _capture_depends_on(self) -> dict[str, Any]:
+        return {
+            "model": self.model_key,
+            "blocks": self.blocks("calibration").hash,
+            "batch_size": self.experiment.protocol.batch_size,
+            "key_space": self.key_space,
+        }
+
+    @property
+    def _capture_hash(self) -> str:
+        return hash_of(self._capture_depends_on)[:16]
+
+    @property
+    def _kept_folder(self) -> Path:
+        return self.folder / f"{KEPT}-{self._capture_hash}"
+
+    def _kept(self, layers: Sequence[int]) -> Activations | None:
+        return _covering(self._kept_folder, layers)
+
+    def _capture(self, folder: Path, layers: Sequence[int]) -> Activations:
+        blocks, batch_size = self.blocks("calibration"), self.experiment.protocol.batch_size
+        depends_on = self._capture_depends_on
+        return capture(self.loaded, blocks, folder, layers, batch_size, depends_on, self.progress, self.rotation)
+
+
+def _covering(folder: Path, layers: Sequence[int]) -> Activations | None:
+    """The finished capture in `folder`, if these layers are in it."""
+    found = find_activations(folder)
+    return found if found is not None and set(layers) <= set(found.manifest["layers"]) else None
 
 
 def remove_captures(folder: Path, only: Shard | None = None) -> None:
-    """Remove the captures in a run's folder, or only those of one shard; of a worker that is at work none."""
-    for path in folder.glob("activations-*"):
-        name = path.name.removeprefix("activations-").partition("-")[2] or Shard().file_name
+    """Remove a run's captures that nobody asked to keep, or only one shard's; of a worker that is at work none."""
+    for path in folder.glob(f"{WORKING}-*"):
+        name = path.name.removeprefix(f"{WORKING}-").partition("-")[2] or Shard().file_name
         if only is not None and name != only.file_name:
             continue
         with locked(folder / "cells", _fit_lock(name), wait=False) as mine:

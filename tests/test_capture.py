@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from leankv import UserError
 from leankv.capture import Activations, capture, find_activations
 from leankv.data import Blocks
-from leankv.model import LoadedModel, find_geometry, fingerprint, numerics
+from leankv.fingerprint import fingerprint
+from leankv.model import LoadedModel, find_geometry, numerics
 from leankv.progress import Silent
 from leankv.run import Run
 from tests import tiny

@@ -11,12 +11,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from leankv import __version__
+from leankv import ModelConfig, __version__, load_model
 from leankv.cli import app
 from leankv.divergence_table import DIVERGENCE_COLUMNS
+from leankv.rope import KeyRotation
 from tests import tiny
 
 COMMANDS = ["run", "capture", "train-layer", "sweep", "map", "select", "eval-ppl", "generate", "info"]
@@ -212,6 +215,49 @@ def test_capture_writes_the_layers_asked_for(experiment: Path, tmp_path: Path) -
     files = {path.name for path in Path(told["folder"]).iterdir()}
     assert files == {"layer-001.safetensors", "layer-003.safetensors", "manifest.json"}
     assert "2 layers" in succeed("capture", "--config", experiment, "-o", tmp_path, "--layers", "1,3").stdout
+
+
+@pytest.mark.parametrize("key_space", ["post-rope", "pre-rope"])
+def test_a_sweep_uses_what_was_captured(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key_space: str
+) -> None:
+    """In its key space; and leaves it for the next command."""
+    common = ("--config", experiment, "-o", tmp_path, "--key-space", key_space)
+    told = succeed_json("capture", *common)
+    first = {path: path.stat().st_mtime_ns for path in Path(told["folder"]).iterdir()}
+    assert told["depends_on"]["key_space"] == key_space
+    monkeypatch.setattr("leankv.workplace.capture", pytest.fail)
+    for shard in ("2/2", "1/2"):
+        succeed("sweep", *common, "--shard", shard)
+    succeed("map", "int:4", *common, "--layers", "1-2")
+    assert succeed_json("capture", *common, "--layers", "2") == told
+    assert {path: path.stat().st_mtime_ns for path in Path(told["folder"]).iterdir()} == first
+    assert not list(tmp_path.glob("activations-*"))
+
+
+@torch.no_grad()
+def test_captured_keys_are_in_the_key_space_asked_for(experiment: Path, llama_folder: Path, tmp_path: Path) -> None:
+    common = ("--config", experiment, "-o", tmp_path, "--layers", "1")
+    turned, plain = (
+        load_file(Path(succeed_json("capture", *common, "--key-space", space)["folder"]) / "layer-001.safetensors")
+        for space in ("pre-rope", "post-rope")
+    )
+    rotation = KeyRotation(load_model(ModelConfig(str(llama_folder), device="cpu")).model)
+    heads = plain["k"].reshape(-1, 48, 2, 16).transpose(1, 2)  # blocks, heads, tokens
+    expected = rotation.remove(1, heads, torch.arange(48)[None]).transpose(1, 2).reshape(-1, 32)
+    assert not torch.allclose(turned["k"].float(), plain["k"].float(), atol=1e-2)
+    torch.testing.assert_close(turned["k"].float(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.equal(turned["v"], plain["v"])
+
+
+def test_layers_that_were_not_captured_are_added(experiment: Path, tmp_path: Path) -> None:
+    common = ("--config", experiment, "-o", tmp_path)
+    told = succeed_json("capture", *common, "--layers", "0,2")
+    succeed("sweep", *common, "--layers", "1-2")
+    assert succeed_json("capture", *common, "--layers", "0,2") == told, "the sweep has left it alone"
+    more = succeed_json("capture", *common, "--layers", "1")
+    assert more["layers"] == [0, 1, 2]
+    assert more["folder"] == told["folder"]
 
 
 # -- eval-ppl ----------------------------------------------------------------------------------------------------------
@@ -441,6 +487,49 @@ def test_select_after_a_sweep_of_something_else(finished: Path) -> None:
     sentence = refuse("select", "-o", finished, "--set", "codec.k=pca:4")
     assert "pca:4" in sentence
     assert "ae:4x16" in sentence
+
+
+@pytest.fixture
+def swept(experiment: Path, text_file: Path, tmp_path: Path) -> Path:
+    """The folder of a sweep whose text may change."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(text_file.read_bytes())
+    common = ("--config", experiment, "--set", f"data.dataset={text}", "--codec", "mean")
+    succeed("sweep", *common, "-o", tmp_path / "swept", "--layers", "0-1")
+    return tmp_path / "swept"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [(slice(0, 300), "fitted to other text"), (slice(1000, None), "made with other selection text")],
+    ids=["calibration", "all else"],
+)
+def test_select_after_a_sweep_of_other_text(swept: Path, changed: slice, words: str) -> None:
+    """Of the same length, so that the splits are cut where they were."""
+    text = swept.parent / "text.txt"
+    letters = list(text.read_text(encoding="utf-8"))
+    letters[changed] = ["z" if letter == "a" else letter for letter in letters[changed]]
+    text.write_text("".join(letters), encoding="utf-8")
+    sentence = refuse("select", "-o", swept)
+    assert words in sentence
+    assert "run leankv sweep again" in sentence
+
+
+def test_select_after_a_sweep_on_another_device(swept: Path) -> None:
+    """Its base cell says so."""
+    (path,) = [path for path in (swept / "cells").glob("nats-selection-*") if '"codecs": {}' in path.read_text()]
+    cell = json.loads(path.read_text())
+    cell["depends_on"]["model"]["device"] = "cuda"
+    path.write_text(json.dumps(cell))
+    assert "was made with device cuda, not cpu" in refuse("select", "-o", swept)
+
+
+def test_select_after_a_sweep_that_was_begun_again(swept: Path) -> None:
+    """The table is then of the sweep before."""
+    table = pd.read_csv(swept / "sweep.csv")
+    table["base_ppl"] += 1e-6
+    table.to_csv(swept / "sweep.csv", index=False)
+    assert "begun again and not finished" in refuse("select", "-o", swept)
 
 
 @pytest.mark.parametrize("command", [("eval-ppl",), ("generate", "once there was")], ids=["eval-ppl", "generate"])

@@ -10,7 +10,7 @@ from leankv.codecs import (
     fraction_of_variance_unexplained,
     parse_spec,
 )
-from leankv.codecs.base import tensors_in
+from leankv.codecs.base import TrainingSettings, tensors_in
 from leankv.codecs.ragged import Ragged
 from leankv.errors import UserError
 from tests.codec_vectors import (
@@ -275,6 +275,31 @@ def test_a_codec_within_a_codec_is_refused_by_its_own_name() -> None:
         parse_spec("resid(pca:4,resid(mean,int:9))")
     with pytest.raises(UserError, match=r"resid.* does not suit this model: D = 25 is more than the width 24"):
         parse_spec("resid(mean,pca:25)").check_width(WIDTH)
+
+
+@pytest.mark.parametrize("text", ["resid(" * 1000, "resid(" * 9 + "mean" + ",mean)" * 9], ids=["cut", "whole"])
+def test_specs_nested_too_deep_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="nested more than 8 deep") as refused:
+        parse_spec(text)
+    assert len(str(refused.value)) < 200
+
+
+def test_specs_nested_as_deep_as_may_be_are_read() -> None:
+    assert parse_spec("resid(" * 8 + "mean" + ",mean)" * 8).family.family == "resid"
+
+
+@pytest.mark.parametrize("step", ["1e-30", "1e-7", "1e7", "0", "-1", "nan", "inf"])
+def test_steps_beyond_reason_are_answered_with_the_grammar(step: str) -> None:
+    with pytest.raises(UserError, match="step X, 1e-6 to 1e6"):
+        parse_spec(f"transform:s{step}")
+
+
+@pytest.mark.parametrize("step", ["1e-6", "1e6"])
+def test_the_least_and_the_largest_step_can_be_fitted(step: str) -> None:
+    x = 1000 * torch.randn(1, 300, WIDTH, generator=torch.Generator().manual_seed(0))
+    spec = parse_spec(f"transform:s{step}")
+    (codec,) = spec.family.fit(spec.arguments, x, x, None, TrainingSettings(1, 64, 1e-3, 0), lambda *_: None)
+    assert torch.isfinite(codec.decode(codec.encode(x[0]))).all()
 
 
 def test_specs_may_have_spaces_around_them() -> None:

@@ -1,7 +1,9 @@
 """`leankv compare`: costs and bytes of whole caches, ours and those of others."""
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,47 @@ def test_a_peer_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"leankv\[peers\]"):
         find_peers(["hqq:4"])
+
+
+def write_factory(folder: Path, name: str, source: str) -> str:
+    """A module in `folder`; `module:make` of it, as `--peer` names it."""
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    return f"{name}:make"
+
+
+def test_a_peer_of_ones_own_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another module than the one named defines the factory."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "def make(config):\n    return {}\n"
+    makers = []
+    for number in (1, 1, 2):
+        named = write_factory(tmp_path, "own_cache", source.format(number))
+        through = write_factory(tmp_path, "names_it", "from own_cache import make\n")
+        makers.append([peer.maker for peer in find_peers([named, through])])
+    assert makers[0] == makers[1]
+    assert all(before != after for before, after in zip(makers[1], makers[2], strict=True))
+    assert makers[0][0].startswith("own_cache, source ")
+
+
+def test_an_edited_peer_is_measured_again(
+    compare_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    costs = []
+    for name in ("stock", "halved"):
+        peer = write_factory(tmp_path, "own_cache", f"from {__name__} import {name} as make\n")
+        run = make_run(compare_settings, tmp_path / "run", **{"data.report_blocks": 2})
+        compare_caches(run, [], find_peers([peer]))
+        costs.append(row_of(run, peer).delta_percent)
+    assert costs[0] == 0
+    assert costs[1] != 0
+
+
+def test_a_peer_without_a_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"time:time cannot be read"):
+        find_peers(["time:time"])
 
 
 def test_a_peer_that_breaks_is_known_before_anything_is_measured(

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from leankv import LeanCache, ModelConfig, UserError, load_model
-from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry, fingerprint
+from leankv.fingerprint import fingerprint
+from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry
 from leankv.observers import RecordingCache
 from leankv.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny

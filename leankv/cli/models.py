@@ -1,6 +1,5 @@
 """Commands that look at a model: `info`, `capture`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,39 +29,27 @@ def info_command(
         OUT.print(name_value_table(f"The cache of {model}", info_rows(info)))
 
 
-@command("capture", "layers", "block_length")
+@command("capture", "layers", "block_length", "key_space")
 def capture_command(
     asked: Asked,
     blocks: Annotated[int | None, typer.Option(help="Blocks of calibration text.", show_default=False)] = None,
     json_: Json = False,
 ) -> None:
-    """Write the keys and values of the calibration text to a folder, one safetensors file a layer."""
-    from leankv.capture import capture
-    from leankv.data import TextSource
+    """Write the keys and values of the calibration text, one safetensors file a layer, for sweeps and maps to use."""
     from leankv.experiment import load_experiment
-    from leankv.model import describe, load_model
-    from leankv.notation import parse_layers
-    from leankv.store import check_output_dir
+    from leankv.workplace import Workplace
 
     extra = {} if blocks is None else {"data.calibration_blocks": blocks}
-    experiment = load_experiment(asked.config, asked.overrides(extra))
-    folder = Path(experiment.output_dir) / "activations"
-    check_output_dir(folder)
-    source = TextSource(experiment.data)
-    progress = Progress()
-    progress.say(f"loading {experiment.model.name}")
-    loaded = load_model(experiment.model)
-    layers = parse_layers(experiment.layers, len(loaded.geometry.layers))
-    data = experiment.data
-    text = source.blocks("calibration", loaded.tokenizer, data.calibration_blocks, data.block_length)
-    made_by = {"model": describe(loaded), "dataset": data.dataset, "blocks": text.hash}
-    activations = capture(loaded, text, folder, layers, experiment.protocol.batch_size, made_by, progress)
+    place = Workplace(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    activations = place.keep_captured()
+    folder, manifest = activations.folder, activations.manifest
     if json_:
-        print_json({"folder": str(folder), **activations.manifest})
+        print_json({"folder": str(folder), **manifest})
     else:
         size = sum(file.stat().st_size for file in folder.iterdir())
+        tokens = manifest["blocks"] * manifest["block_length"]
         OUT.print(
-            f"keys and values of {len(layers)} layers, {text.tokens.numel()} tokens, {size / 1e6:.1f} MB: {folder}",
+            f"keys and values of {len(manifest['layers'])} layers, {tokens} tokens, {size / 1e6:.1f} MB: {folder}",
             highlight=False,
             soft_wrap=True,
         )

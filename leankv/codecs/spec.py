@@ -1,6 +1,7 @@
 """Reading codec specs: `FAMILY`, `FAMILY:ARGUMENTS` or `FAMILY(SPEC,SPEC)`, e.g. `pca:8`, `resid(pca:8,int:2)`."""
 
 import importlib
+import itertools
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ def _families() -> Iterator[type[Codec]]:
 
 
 FAMILIES: dict[str, type[Codec]] = {family.family: family for family in sorted(_families(), key=lambda f: f.family)}
+
+MOST_NESTED = 8  # assumption: codecs behind codecs that anyone wants; deeper ones are mistakes, or mischief
+SHOWN = 80  # characters of a spec that a sentence shows
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,12 @@ def parse_spec(text: str) -> CodecSpec:
     """Read a spec.
 
     Raises:
-        UserError: unknown family or malformed arguments; the sentence shows the family's grammar, or all.
+        UserError: unknown family or malformed arguments (the sentence shows the family's grammar, or all), or nested
+            too deep.
     """
+    shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    if _nesting(text) > MOST_NESTED:
+        raise UserError(f"codec {shown} is nested more than {MOST_NESTED} deep; write a simpler one")
     name = re.split(r"[:(]", text.strip())[0]
     family = FAMILIES.get(name)
     try:
@@ -72,8 +80,27 @@ def parse_spec(text: str) -> CodecSpec:
         arguments = family.parse_arguments(match[1] or "")
     except ValueError as error:
         grammar = family.grammar if family else "; ".join(known.grammar for known in FAMILIES.values()) + "; or none"
-        raise UserError(f"codec {text!r} is not understood; write {grammar}") from error
+        raise UserError(f"codec {shown} is not understood; write {grammar}") from error
     return CodecSpec(text.strip(), family, tuple(map(parse_spec, arguments)) if family.nested else arguments)
+
+
+def _nesting(text: str) -> int:
+    """How deep parentheses stand in each other."""
+    return max(itertools.accumulate(((letter == "(") - (letter == ")") for letter in text), initial=0))
+
+
+def unfitted(parsed: CodecSpec, width: int) -> Codec:
+    """An unfitted codec on the `meta` device: names, shapes and dtypes of its tensors, which take no memory.
+
+    Raises:
+        ValueError: the arguments do not suit the width, or are beyond all sizes of tensors.
+    """
+    parsed.family.check_width(parsed.arguments, width)
+    try:
+        with torch.device("meta"):
+            return parsed.family.empty(parsed.arguments, width)
+    except (RuntimeError, TypeError) as error:  # what torch says of sizes beyond 64 bits
+        raise ValueError(f"no tensors are as large as those of {parsed.text}") from error
 
 
 def codec_from_tensors(spec: str, width: int, tensors: Mapping[str, torch.Tensor]) -> Codec:
@@ -82,8 +109,7 @@ def codec_from_tensors(spec: str, width: int, tensors: Mapping[str, torch.Tensor
     Raises:
         ValueError: names or shapes are not those that the spec has at this width; the message names the tensor.
     """
-    parsed = parse_spec(spec)
-    codec = parsed.family.empty(parsed.arguments, width)
+    codec = unfitted(parse_spec(spec), width)
     for name, expected in codec.state_dict().items():
         if name not in tensors:
             raise ValueError(f"{name} is missing")

@@ -20,6 +20,7 @@ SEEN_AT_LEAST = (
 LARGEST_TABLE = 63  # integers of at most this size have a frequency of their own in stored chunks
 LARGEST_SYMBOL = 255  # and in the search for a step
 LEAST_RATE, LARGEST_RATE = 0.02, 8.0  # bits a value
+LEAST_STEP, LARGEST_STEP = 1e-6, 1e6  # assumption: float32 vectors over the least one still make 64-bit integers
 FITTED_ROWS = 32768  # assumption: vectors enough for the ranges and the frequencies
 SEARCHED_ROWS = 4096  # assumption: and enough for the step of a rate, which is searched for in 24 rounds
 
@@ -48,7 +49,7 @@ class Transform(Codec):
 
     family = "transform"
     revision = 2  # bits counted on held-out text; the step within the synthesis
-    grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, above 0)"
+    grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, 1e-6 to 1e6)"
 
     def __init__(self, tensors: dict[str, torch.Tensor], text: str):
         """
@@ -230,7 +231,8 @@ class Transform(Codec):
         """The text itself, the rate, the step; the one that is not given is 0."""
         by_step = text.startswith("s")
         number = float(text.removeprefix("s"))
-        if not (math.isfinite(number) and (number > 0 if by_step else LEAST_RATE <= number <= LARGEST_RATE)):
+        least, largest = (LEAST_STEP, LARGEST_STEP) if by_step else (LEAST_RATE, LARGEST_RATE)
+        if not least <= number <= largest:
             raise ValueError
         return (text, 0.0, number) if by_step else (text, number, 0.0)
 
