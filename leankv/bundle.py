@@ -14,12 +14,12 @@ import safetensors.torch
 
 from leankv.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.codec_files import tensors_of
-from leankv.codecs import Codec, codec_from_tensors
+from leankv.codecs import Codec, codec_from_tensors, parse_spec
 from leankv.errors import UserError
 from leankv.rope import KeyRotation
 from leankv.store import hash_of, hash_of_file, write_bytes, write_json, write_text
 
-FORMAT = 2
+FORMAT = 3
 CONFIG_FILE, CODECS_FILE, CARD_FILE = "leankv_config.json", "codecs.safetensors", "README.md"
 
 
@@ -79,7 +79,14 @@ def save_bundle(
         "format": FORMAT,
         "model": model,
         "plan": {
-            str(layer): {part: {"spec": codec.spec, "width": codec.width} for part, codec in codecs.items()}
+            str(layer): {
+                part: {
+                    "spec": codec.spec,
+                    "width": codec.width,
+                    "revisions": parse_spec(codec.spec).revisions(),
+                }
+                for part, codec in codecs.items()
+            }
             for layer, codecs in plan.items()
         },
         "sinks": sinks,
@@ -105,7 +112,10 @@ def read_bundle_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a bundle: it has no {CONFIG_FILE}; `leankv select` writes one")
     config = read_config(path)
     if config.get("format") != FORMAT:
-        raise UserError(f"{path} has format {shown(config.get('format'))}, this version reads {FORMAT}; update leankv")
+        raise UserError(
+            f"{path} has format {shown(config.get('format'))}, this version reads {FORMAT}; make the bundle again, or "
+            "use the version of leankv that made it"
+        )
     Configuration(path, config).check(CODECS_FILE)
     return config
 

@@ -128,6 +128,7 @@ class Configuration:
                     raise self._refusal(f"{where} {part}", codec, "a table of spec and width")
                 self._entry(codec, "spec", str, "a line of text", f"{where} {part}: ")
                 self._whole(codec, "width", f"{where} {part}: ")
+                self._entry(codec, "revisions", dict, "a table of families and revisions", f"{where} {part}: ")
                 if codec["width"] != widths[int(layer)]:
                     raise self._refusal(f"{where} {part}: width", codec["width"], f"the model's {widths[int(layer)]}")
 
@@ -166,6 +167,7 @@ def read_codec_tensors(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             _check_header(path, names, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+            _check_revisions(path, codecs)
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); make or copy the bundle again") from error
@@ -186,6 +188,16 @@ def _unfitted_tensors(path: Path, problem: Problem, codec: Mapping[str, Any]) ->
         layer, part = problem
         raise UserError(f"the plan of {path.parent} has for {part} of layer {layer} what cannot be: {error}") from error
     return tensors
+
+
+def _check_revisions(path: Path, codecs: Mapping[Problem, Mapping[str, Any]]) -> None:
+    for (layer, part), codec in codecs.items():
+        revisions = parse_spec(codec["spec"]).revisions()
+        if codec["revisions"] != revisions:
+            raise UserError(
+                f"the {part} codec of layer {layer} in {path} was fitted as revision {shown(codec['revisions'])}, and "
+                f"this version decodes {shown(revisions)}; make the bundle again"
+            )
 
 
 def _check_header(path: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Any]) -> None:

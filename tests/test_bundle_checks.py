@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from leankv import LeanCache, UserError
 from leankv.bundle import CODECS_FILE, CONFIG_FILE, load_bundle, read_bundle_config, save_bundle
 from leankv.cli import app
-from leankv.codecs import Codec, parse_spec
+from leankv.codecs import Codec, Mean, parse_spec
 from leankv.codecs.base import TrainingSettings
 from leankv.experiment import flatten, load_experiment
 from leankv.fingerprint import fingerprint
@@ -106,7 +106,7 @@ def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-GOOD = {"spec": "mean", "width": 32}
+GOOD = {"spec": "mean", "width": 32, "revisions": {"mean": Mean.revision}}
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "layer 99": (put("plan", "99", {"k": GOOD}), r"layer is '99', not a layer from 0 to 3"),
     "layer -3": (put("plan", "-3", {"k": GOOD}), r"layer is '-3'"),
@@ -132,6 +132,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "spec larger": (put("plan", "1", "k", "spec", "ae:4x" + "9" * 30), r"no tensors are as large"),
     "spec too wide": (put("plan", "1", "k", "spec", "pca:99"), r"D = 99 is more than the width 32"),
     "spec of others": (put("plan", "1", "k", "spec", "int:4c"), r"1\.k\.ranges is missing"),
+    "another revision": (put("plan", "1", "k", "revisions", "ae", 99), r"k codec of layer 1 .* revision {'ae': 99}"),
+    "no revisions": (drop("plan", "1", "k", "revisions"), r"lacks plan: layer 1, part k: revisions"),
+    "revisions a number": (put("plan", "1", "k", "revisions", 1), r"revisions is 1, not a table"),
     "codec left out": (drop("plan", "3"), r"'3\.v\.analysis' belongs to no codec"),
     "codec without tensors": (put("plan", "0", {"k": GOOD}), r"0\.k\.mean is missing"),
     "no plan": (drop("plan"), r"lacks plan"),
