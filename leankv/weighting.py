@@ -14,6 +14,7 @@ A second moment of some thousand samples knows little of a direction in which it
 towards a multiple of the identity of the same trace (Ledoit and Wolf, 2004, in form; the share is fixed here).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ from leankv.observers import GradientCache
 from leankv.progress import Progress
 from leankv.rope import KeyRotation
 
-BLOCKS = 8  # assumption: 8,192 samples for 192 or 1,024 directions; a backward pass costs some three forward passes
+TOKENS = 8192  # assumption: samples enough for 192 or 1,024 directions; a backward pass costs some three forward passes
 SHRINKAGE = 0.1  # share of the identity in a metric
 
 Metrics = dict[tuple[int, str], torch.Tensor]
@@ -60,7 +61,7 @@ def weigh(
     Raises:
         UserError: no gradients come back through the weights, or the attention has an unusual form.
     """
-    some = blocks.take(range(min(BLOCKS, len(blocks))))
+    some = blocks.take(range(min(math.ceil(TOKENS / blocks.tokens.shape[1]), len(blocks))))
     if kind == "gradient":
         metrics = _gradient_moments(loaded, some, layers, rotation, sinks, progress)
     else:

@@ -4,6 +4,7 @@ Keys of stored results hold the revision. Were it left as it is, results of olde
 `python -m tests.test_revisions` writes the file anew, once the revision is raised.
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def test_numbers_of_a_family_change_with_its_revision_only(spec: str) -> None:
 def test_every_family_has_its_numbers_here() -> None:
     families = {name for spec in SPECS for name in parse_spec(spec).revisions()}
     assert families == set(FAMILIES)
+
+
+def test_a_codec_of_one_s_own_is_keyed_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it declares a revision: a file that is still being written must not find its older results."""
+    found = []
+    for constant in ("1", "2"):
+        path = tmp_path / f"own{constant}.py"
+        path.write_text(f"from leankv.codecs import Mean\nclass Own(Mean):\n    family = 'own'\n    c = {constant}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own = importlib.import_module(path.stem).Own
+        monkeypatch.setattr(own, "revision", None)
+        monkeypatch.setitem(FAMILIES, "own", own)
+        found.append(parse_spec("own").revisions()["own"])
+    assert found[0] != found[1]
+    assert all(isinstance(revision, str) for revision in found)
+    assert all(type(family.revision) is int for name, family in FAMILIES.items() if name != "own")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Autoencoder(Codec):
     """
 
     family = "ae"
+    revision = 1
     grammar = "ae:D or ae:DxH (D from 1 to the width, H from 1)"
 
     def __init__(self, stack: Stack):

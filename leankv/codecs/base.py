@@ -33,8 +33,9 @@ class Codec(torch.nn.Module, ABC):
     """
 
     family: ClassVar[str]
-    revision: ClassVar[int] = 1
-    """Raised when the numbers that fitting, encoding or decoding give change: part of the key of all that they made."""
+    revision: ClassVar[int | None] = None
+    """Raised when the numbers that fitting, encoding or decoding give change: part of the key of all that they made.
+    Without one, the source of the family's file is in that key, so whoever tries out a codec need not think of it."""
     grammar: ClassVar[str]
     """How its spec is written, with the ranges of its numbers, for error messages."""
     nested: ClassVar[bool] = False

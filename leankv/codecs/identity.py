@@ -15,6 +15,7 @@ class Identity(Codec):
     """
 
     family = "identity"
+    revision = 1
     lossless = True
     grammar = "identity"
 

@@ -36,6 +36,7 @@ class Integers(Codec):
     """
 
     family = "int"
+    revision = 1
     grammar = "int:B, int:BgG or int:Bc (B from 1 to 8, G dividing the width)"
 
     def __init__(self, width: int, bits: int, group: int | str | None, ranges: torch.Tensor | None):

@@ -15,6 +15,7 @@ class Mean(Codec):
     """
 
     family = "mean"
+    revision = 1
     grammar = "mean"
 
     def __init__(self, mean: torch.Tensor):

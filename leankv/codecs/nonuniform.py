@@ -32,6 +32,7 @@ class NonUniform(Codec):
     """
 
     family = "nuq"
+    revision = 1
     grammar = "nuq:B or nuq:B+P (B from 1 to 8; P percent of outliers, over 0 and up to 100, e.g. nuq:3+0.5)"
 
     def __init__(self, levels: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, percent: float | None):

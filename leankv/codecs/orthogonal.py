@@ -28,6 +28,7 @@ class Orthogonal(Codec):
     """
 
     family = "ortho"
+    revision = 1
     grammar = "ortho:D (D from 1 to the width)"
 
     def __init__(self, basis: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):

@@ -19,6 +19,7 @@ class PCA(Codec):
     """
 
     family = "pca"
+    revision = 1
     grammar = "pca:D (D from 1 to the width)"
 
     def __init__(self, analysis: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):

@@ -30,6 +30,7 @@ class ProductQuantizer(Codec):
     """
 
     family = "pq"
+    revision = 1
     grammar = "pq:MxB (M stretches, dividing the width; B from 1 to 8)"
 
     def __init__(self, codebook: torch.Tensor, root: torch.Tensor, mean: torch.Tensor):

@@ -36,6 +36,7 @@ class Rotated(Codec):
     """
 
     family = "rot"
+    revision = 1
     grammar = "rot:B or rot:B+qjl (B from 1 to 8)"
 
     def __init__(self, mean: torch.Tensor, levels: torch.Tensor, signs: torch.Tensor, sketch: torch.Tensor | None):

@@ -24,6 +24,7 @@ class Sparse(Codec):
     """
 
     family = "sparse"
+    revision = 1
     grammar = "sparse:P (P percent kept, a whole number from 1 to 100)"
 
     def __init__(self, percent: int, mean: torch.Tensor, importance: torch.Tensor):

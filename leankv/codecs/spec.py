@@ -1,6 +1,8 @@
 """Reading codec specs: `FAMILY`, `FAMILY:ARGUMENTS` or `FAMILY(SPEC,SPEC)`, e.g. `pca:8`, `resid(pca:8,int:2)`."""
 
+import hashlib
 import importlib
+import inspect
 import itertools
 import pkgutil
 import re
@@ -39,9 +41,9 @@ class CodecSpec:
     arguments: tuple[Any, ...]
     """As the family's `parse_arguments` gives them; of a nested family, the specs in it as `CodecSpec`."""
 
-    def revisions(self) -> dict[str, int]:
-        """family -> its revision, of this spec and of those in it."""
-        found = {self.family.family: self.family.revision}
+    def revisions(self) -> dict[str, int | str]:
+        """family -> its revision (or a hash of its file, where it has none), of this spec and of those in it."""
+        found: dict[str, int | str] = {self.family.family: self.family.revision or _source_hash(self.family)}
         for argument in self.arguments:
             if isinstance(argument, CodecSpec):
                 found |= argument.revisions()
@@ -57,6 +59,10 @@ class CodecSpec:
             self.family.check_width(self.arguments, width)
         except ValueError as error:
             raise UserError(f"codec {self.text!r} does not suit this model: {error}") from error
+
+
+def _source_hash(family: type[Codec]) -> str:
+    return hashlib.sha256(Path(inspect.getfile(family)).read_bytes()).hexdigest()[:16]
 
 
 def parse_spec(text: str) -> CodecSpec:
