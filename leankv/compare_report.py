@@ -51,7 +51,7 @@ def compare_title(table: pd.DataFrame) -> str:
     ours = table[table["peer"] == ""]
     if len(ours):
         own = ours.iloc[0]
-        windows = ", ".join(f"{window:.0f}" for window in ours["window"].unique())
+        windows = " and ".join(f"{window:.0f}" for window in ours["window"].unique())
         words += f", sinks {own.sinks:.0f}, window {windows}, {own.key_space} keys, weighting {own.weighting}"
     return f"{words}, base perplexity {first.base_ppl:.3f}"
 

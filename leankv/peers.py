@@ -41,7 +41,11 @@ AXES = {"hqq": 1, "quanto": 0}
 
 
 def _quantized(backend: str, bits: int) -> Callable[[Any], Any]:
-    """Transformers' own quantized cache: groups of 64 along the axis recommended for the backend, 128 tokens exact."""
+    """Transformers' own quantized cache: groups of 64 numbers along the axis recommended for the backend.
+
+    The first tokens it is given are quantized at once. Later ones wait, exact, until 128 have gathered; then everything
+    is quantized anew. So after whole pieces of 128 tokens nothing is exact, and in between up to 127 tokens are.
+    """
 
     def make(config: Any) -> Any:
         from transformers import QuantizedCache
@@ -53,6 +57,11 @@ def _quantized(backend: str, bits: int) -> Callable[[Any], Any]:
 
 
 def _turboquant(preset: str) -> Callable[[Any], Any]:
+    """tiny-turboquant's cache: blocks of 128 tokens are quantized once, when 256 tokens have gathered.
+
+    So the latest 128 to 255 tokens are exact. After a block was quantized those left are a view into memory of 256.
+    """
+
     def make(config: Any) -> Any:
         from tiny_turboquant import TinyKVCache
 

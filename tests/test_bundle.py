@@ -154,6 +154,8 @@ def test_the_sweep_has_one_row_a_layer(finished: Path) -> None:
     assert set(table["protocol"]) == {"strict"}
     assert set(table["key_space"]) == {"post-rope"}
     assert set(table["tokens"]) == {3 * 47}
+    assert (set(table["sinks"]), set(table["window"])) == ({0}, {0})
+    assert "protocol strict, sinks 0, window 0" in (finished / "sweep.md").read_text()
     assert set(table["bits_per_token"]) == {2 * 4 * 16}
     assert table["base_ppl"].nunique() == 1
     assert list(table["delta_ppl"]) == pytest.approx(list(table["ppl"] - table["base_ppl"]))

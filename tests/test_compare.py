@@ -253,6 +253,13 @@ def test_no_comparison_to_read(tmp_path: Path) -> None:
         read_compare(tmp_path)
 
 
+def test_a_table_of_an_older_version(finished: Run, tmp_path: Path) -> None:
+    table = read_compare(finished.folder).drop(columns="all_in_ratio")
+    table.to_csv(tmp_path / "compare.csv", index=False)
+    with pytest.raises(UserError, match=r"all_in_ratio.*leankv compare"):
+        read_compare(tmp_path)
+
+
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
