@@ -30,6 +30,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/screening.py $(WIKITEXT)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/decode.py $(WIKITEXT)
+	$(BIN)/python benchmarks/claimed_bits.py $(WIKITEXT)
 	$(BIN)/python benchmarks/gpu_70b_shape.py
 
 clean:
