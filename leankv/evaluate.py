@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from leankv.base_pass import BasePass
 from leankv.cache import LeanCache
 from leankv.data import TextSource
 from leankv.divergence import divergence_columns
@@ -65,7 +66,7 @@ def evaluate(
             base = measure_nats(model, blocks, protocol, make_base, step)
     else:
         with progress.stage("perplexity, base and bundle side by side", len(blocks)) as step:
-            pair = measure_pair(model, blocks, protocol, make_base, first_cache.fresh, step)
+            pair = measure_pair(model, blocks, protocol, BasePass(model, make_base, 0), first_cache.fresh, step)
         base = pair.base
     result: dict[str, Any] = {
         "model": loaded.name,

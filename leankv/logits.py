@@ -14,10 +14,6 @@ and enough for the product with the head's weights to run at full speed (assumpt
 def piecewise_logits(model: Any, inputs: torch.Tensor, cache: Any, count: int) -> Iterator[torch.Tensor]:
     """Run the model over `inputs` once and yield the logits of its first `count` tokens, piece by piece.
 
-    The body (all layers and the final norm) runs once, over all tokens. Then the model's own forward pass is called for
-    each piece, with the body giving that piece of what it gave: so the head and whatever the model does before and
-    behind it (scaling, soft-capping) stay the model's own, in every architecture.
-
     A model that names no body of its own (`get_decoder()` is the model) gives all its logits at once.
 
     Args:
@@ -29,16 +25,34 @@ def piecewise_logits(model: Any, inputs: torch.Tensor, cache: Any, count: int) -
     Yields:
         `[B, n, V]`, in order; B x n is at most `HEAD_ROWS`, and n at least 1.
     """
-    body = model.get_decoder()
-    if body is model:
+    if has_body(model):
+        yield from logits_of(model, inputs, body_output(model, inputs, cache), count)
+    else:
         yield model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, :count]
-        return
-    output = body(input_ids=inputs, past_key_values=cache, use_cache=True)
+
+
+def has_body(model: Any) -> bool:
+    """Whether the model names the part of it that comes before its head."""
+    return model.get_decoder() is not model
+
+
+def body_output(model: Any, inputs: torch.Tensor, cache: Any) -> Any:
+    """What the body (all layers and the final norm) gives for `inputs` `[B, T]`: its `last_hidden_state`, no more."""
+    output = model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
+    return type(output)(last_hidden_state=output.last_hidden_state)
+
+
+def logits_of(model: Any, inputs: torch.Tensor, output: Any, count: int) -> Iterator[torch.Tensor]:
+    """The logits of the first `count` tokens, piece by piece, from what the body gave for all of `inputs`.
+
+    The model's own forward pass is called for each piece, with the body giving that piece of what it gave: so the head
+    and whatever the model does beside it (scaling, soft-capping) stay the model's own, in every architecture.
+    """
     columns = max(1, HEAD_ROWS // len(inputs))
     for first in range(0, count, columns):
         last = min(first + columns, count)
         piece = type(output)(last_hidden_state=output.last_hidden_state[:, first:last])
-        with _giving(body, piece):
+        with _giving(model.get_decoder(), piece):
             logits = model(input_ids=inputs[:, first:last], use_cache=False).logits
         yield logits
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from leankv.base_pass import BasePass
 from leankv.data import Blocks
 from leankv.divergence import Divergence, divergence_from, divergence_of
 from leankv.experiment import ProtocolConfig
@@ -18,6 +19,7 @@ from leankv.perplexity import (
     feed,
     label_nats,
     log_probabilities,
+    run_through,
     sum_by_block,
 )
 
@@ -47,7 +49,7 @@ def measure_pair(
     model: Any,
     blocks: Blocks,
     protocol: ProtocolConfig,
-    make_base: Callable[[], Any],
+    base_pass: BasePass,
     make_cache: Callable[[], Any],
     on_block: Callable[[], None] = lambda: None,
 ) -> PairedRun:
@@ -60,8 +62,8 @@ def measure_pair(
         model: a causal LM in eval mode.
         blocks: `[blocks, block_length]` tokens.
         protocol: how the blocks are fed.
-        make_base: a fresh cache for a batch of blocks, of the base run.
-        make_cache: likewise of the compressed one.
+        base_pass: of this model; what it keeps of a block serves the plans to come.
+        make_cache: a fresh cache for a batch of blocks, the compressed one.
         on_block: called after each block.
 
     Raises:
@@ -75,7 +77,9 @@ def measure_pair(
     for batch in blocks.tokens.split(protocol.batch_size):
         total = torch.zeros(2, len(batch), dtype=torch.float64)
         pieces = []
-        for labels, logits in feed(model, batch.to(model.device), chunk, [make_base(), make_cache()]):
+        tokens = batch.to(model.device)
+        runs = [base_pass.run(tokens, chunk), run_through(model, make_cache())]
+        for labels, logits in feed(tokens, chunk, runs):
             nats, apart = _compared(logits[0], logits[1], labels)
             total += nats
             pieces.append(apart)

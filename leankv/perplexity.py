@@ -102,9 +102,8 @@ def measure_nats(
     chunk = chunk_length(protocol, length)
     for batch in blocks.tokens.split(protocol.batch_size):
         tokens = batch.to(model.device)
-        cache = make_cache()
         total = torch.zeros(len(batch), dtype=torch.float64)
-        for labels, (logits,) in feed(model, tokens, chunk, [cache]):
+        for labels, (logits,) in feed(tokens, chunk, [run_through(model, make_cache())]):
             total += _sum_nats(logits, labels)
         check_finite(total, len(nats), blocks)
         nats += total.tolist()
@@ -113,16 +112,20 @@ def measure_nats(
     return BlockNats(tuple(nats), length - 1, time.monotonic() - started)
 
 
+def run_through(model: Any, cache: Any) -> Callable[[torch.Tensor, int], Iterator[torch.Tensor]]:
+    """A run of the model through a fresh cache, as `feed` takes it."""
+    return lambda inputs, count: piecewise_logits(model, inputs, cache, count)
+
+
 def feed(
-    model: Any, tokens: torch.Tensor, chunk: int, caches: Sequence[Any]
+    tokens: torch.Tensor, chunk: int, runs: Sequence[Callable[[torch.Tensor, int], Iterator[torch.Tensor]]]
 ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-    """Feed blocks chunk by chunk through each of the caches, side by side.
+    """Feed blocks chunk by chunk to several runs of a model, side by side.
 
     Args:
-        model: a causal LM.
         tokens: `[B, T]`, a batch of blocks.
         chunk: tokens fed at a time.
-        caches: a fresh one a run.
+        runs: each takes the next chunk, and how many of its tokens are wanted, and gives their logits, in pieces.
 
     Yields:
         The next tokens `[B, n]`, and each run's logits for them, `[B, n, V]`, a few rows at a time.
@@ -130,9 +133,8 @@ def feed(
     # The last token of a block predicts nothing, but a whole block is fed whole.
     for first in range(0, tokens.shape[1] - 1, chunk):
         inputs, labels = tokens[:, first : first + chunk], tokens[:, first + 1 : first + chunk + 1]
-        runs = [piecewise_logits(model, inputs, cache, labels.shape[1]) for cache in caches]
         done = 0
-        for logits in zip(*runs, strict=True):
+        for logits in zip(*(run(inputs, labels.shape[1]) for run in runs), strict=True):
             rows = logits[0].shape[1]
             yield labels[:, done : done + rows], logits
             done += rows

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from leankv.base_pass import BasePass
 from leankv.cache import LeanCache, earlier_layers
 from leankv.codec_files import load_codec, save_codec
 from leankv.codecs import Codec, CodecSpec, parse_spec
@@ -72,7 +73,7 @@ class Run(Workplace):
         """
         other = copy.copy(self)
         # Made now, so that what one of the two records serves both.
-        other._selection_replay = self._selection_replay
+        other._selection_replay, other._base_pass = self._selection_replay, self._base_pass
         other.experiment = replace(self.experiment, codec=replace(self.experiment.codec, k=k, v=v))
         other.specs = _specs_of(other.experiment)
         other._stored = {}
@@ -89,6 +90,7 @@ class Run(Workplace):
         protocol = replace(self.experiment.protocol, window=window)
         other.experiment = replace(self.experiment, protocol=protocol)
         other.__dict__.pop("_selection_replay", None)  # it was recorded under the other window
+        other._base_pass = self._base_pass  # which has no window
         return other
 
     def _check_specs(self) -> None:
@@ -108,6 +110,13 @@ class Run(Workplace):
         blocks, protocol = self.blocks("selection"), self.experiment.protocol
         memory = round(self.experiment.memory_budget * 1e9)
         return Replay(self.loaded.model, blocks, protocol, memory, self.folder, self.rotation)
+
+    @cached_property
+    def _base_pass(self) -> BasePass:
+        """Many plans are set beside the base model on the same blocks, so its layers run once for each block."""
+        model = self.loaded.model
+        memory = round(self.experiment.memory_budget * 1e9)
+        return BasePass(model, lambda: LeanCache(model.config, {}), memory)
 
     # -- codecs ---------------------------------------------------------------------------------------------------
 
@@ -263,25 +272,6 @@ class Run(Workplace):
         result = self.cells.get_or_compute(f"nats-{split}", self._nats_depend_on(blocks, layers, parts), compute)
         return nats_of(result)
 
-    def measure_cache(
-        self, split: str, make_cache: Callable[[], Any], made_by: Mapping[str, str], title: str
-    ) -> BlockNats:
-        """Nats of a split's blocks, read through caches that others wrote.
-
-        Args:
-            split: `selection` or `report`.
-            make_cache: a fresh cache for a batch of blocks.
-            made_by: what the cache is, and of which version.
-            title: of the progress bar.
-        """
-        blocks, protocol = self.blocks(split), self.experiment.protocol
-
-        def compute() -> dict[str, Any]:
-            with self.progress.stage(title, len(blocks)) as step:
-                return asdict(measure_nats(self.loaded.model, blocks, protocol, make_cache, step))
-
-        return nats_of(self.cells.get_or_compute(f"nats-{split}", self._cache_depends_on(blocks, made_by), compute))
-
     def measure_pair(
         self, split: str, layers: Iterable[int], title: str, only: Sequence[int] | None = None
     ) -> PairedRun:
@@ -307,21 +297,26 @@ class Run(Workplace):
         title: str,
         only: Sequence[int] | None = None,
     ) -> PairedRun:
-        """As `measure_pair`, with caches that others wrote; the arguments are those of `measure_cache`."""
+        """As `measure_pair`, with caches that others wrote.
+
+        Args:
+            split: `selection`, `certification` or `report`.
+            make_cache: a fresh cache for a batch of blocks.
+            made_by: what the cache is, and of which version.
+            title: of the progress bar.
+            only: numbers of the blocks to measure, in this order; all of them unless given.
+        """
         blocks = self._taken(split, only)
         return self._measured_pair(blocks, make_cache, self._cache_depends_on(blocks, made_by), title)
 
     def _measured_pair(
         self, blocks: Blocks, make_cache: Callable[[], Any], depends_on: dict[str, Any], title: str
     ) -> PairedRun:
-        model = self.loaded.model
-
-        def make_base() -> LeanCache:
-            return LeanCache(model.config, {})
+        model, protocol = self.loaded.model, self.experiment.protocol
 
         def compute() -> dict[str, Any]:
             with self.progress.stage(title, len(blocks)) as step:
-                return asdict(measure_pair(model, blocks, self.experiment.protocol, make_base, make_cache, step))
+                return asdict(measure_pair(model, blocks, protocol, self._base_pass, make_cache, step))
 
         return pair_from(self.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
 

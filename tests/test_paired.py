@@ -13,6 +13,7 @@ from scipy import stats
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from leankv import UserError, logits, perplexity
+from leankv.base_pass import BasePass
 from leankv.cache import LeanCache
 from leankv.data import Blocks
 from leankv.divergence import divergence_columns, divergence_of, jackknife
@@ -61,7 +62,8 @@ def caches(model: Any, plan: Any, protocol: ProtocolConfig) -> tuple[Any, Any]:
 
 
 def pair(model: Any, blocks: Blocks, protocol: ProtocolConfig, plan: Any) -> PairedRun:
-    return measure_pair(model, blocks, protocol, *caches(model, plan, protocol))
+    make_base, make_cache = caches(model, plan, protocol)
+    return measure_pair(model, blocks, protocol, BasePass(model, make_base, 1 << 30), make_cache)
 
 
 @torch.no_grad()
@@ -117,6 +119,34 @@ def test_nats_are_those_of_separate_runs_bit_for_bit(model: Any, blocks: Blocks,
     assert measured.base.nats == base.nats
     assert measured.compressed.nats == compressed.nats
     assert measured.base.tokens == base.tokens
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}, batches of {p.batch_size}")
+@pytest.mark.parametrize("length", [29, 30, 8])
+def test_the_base_model_runs_once_for_many_plans_and_gives_the_same_bits(
+    model: Any, protocol: ProtocolConfig, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks whose last token is fed alone, or never; and with memory for one block, the others are run again."""
+    blocks = Blocks(tiny.tokens(3, length), "report", "random tokens")
+    make_base, make_cache = caches(model, plan_of(model, Rounding), protocol)
+    expected = measure_nats(model, blocks, protocol, make_base).nats
+    made: list[int] = []
+
+    def counted() -> Any:
+        made.append(1)
+        return make_base()
+
+    kept = BasePass(model, counted, 1 << 30)
+    first, second = (measure_pair(model, blocks, protocol, kept, make_cache) for _ in range(2))
+    assert first.base.nats == second.base.nats == expected
+    assert second.divergence == first.divergence
+    batches = len(blocks.tokens.split(protocol.batch_size))
+    assert len(made) == batches
+    one_block = protocol.batch_size * length * model.config.hidden_size * 4
+    short = BasePass(model, counted, one_block)
+    first, second = (measure_pair(model, blocks, protocol, short, make_cache) for _ in range(2))
+    assert first.base.nats == second.base.nats == expected
+    assert len(made) == batches + batches + batches - 1
 
 
 def test_identity_codecs_change_nothing(model: Any, blocks: Blocks) -> None:
