@@ -173,11 +173,14 @@ def fit_chain(
     names = ", ".join(sorted({spec.text for spec in specs.values()}))
     with progress.stage(f"fitting {names} layer by layer", len(earlier)) as step:
         for layer, sources in earlier.items():
-            reference = [known[source, part] for source in sources for part in PARTS]
             for part in PARTS:
                 started = time.monotonic()
                 x = fitting.read(activations, (layer, part)).to(fitting.device)
                 if part in specs:
+                    # As many layers as a cache shows it, whatever the other part looks at.
+                    looks_back = specs[part].family.layers_looked_at(specs[part].arguments)
+                    reference = [known[source, each] for source in sources[:looks_back] for each in PARTS]
+                    reference += [known[layer, "k"]] if part == "v" else []
                     r = torch.cat(reference, dim=1) if reference else x[:, :0].float()
                     metric = metrics[layer, part].to(fitting.device)[None] if metrics else None
                     (codec,) = specs[part].family.fit_beside(
@@ -199,7 +202,6 @@ def fit_chain(
                     on_fitted((layer, part), FittedCodec(codec.cpu(), _finite(fvu), [], seconds))
                 else:
                     known[layer, part] = as_context(x)
-                reference.append(known[layer, part])  # values look at their own layer's keys
             still = {source for later, own in earlier.items() if later > layer for source in own}
             known = {problem: vectors for problem, vectors in known.items() if problem[0] in still}
             step()

@@ -149,8 +149,10 @@ class PartStore:
             whole = like.new_empty(*like.shape[:2], sinks + coded + window, like.shape[3])
             if self.sink_rows is not None:
                 whole[:, :, :sinks] = self.sink_rows
-            for first in range(0, coded, PIECE):
-                last, token = min(first + PIECE, coded), self._first_coded() + first
+            # What vectors are predicted from stands beside them, so there are fewer at a time.
+            piece = max(1, PIECE // (1 + len(self.references)))
+            for first in range(0, coded, piece):
+                last, token = min(first + piece, coded), self._first_coded() + first
                 vectors = self._decode(first, last, like.device)
                 rows = vectors.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
                 if self.readers:

@@ -47,6 +47,7 @@ def fitted(
     specs: dict[str, str],
     last: int = 3,
     sinks: int = 0,
+    back: int = 2,
     memory_bytes: int = 1 << 30,
 ) -> dict[Problem, FittedCodec]:
     windows = [layer.window for layer in find_geometry(model).layers]
@@ -54,7 +55,7 @@ def fitted(
     fit_chain(
         activations,
         {part: parse_spec(text) for part, text in specs.items()},
-        {layer: earlier_layers(windows, layer, 2) for layer in range(last + 1)},
+        {layer: earlier_layers(windows, layer, back) for layer in range(last + 1)},
         Fitting(FitConfig(), torch.float32, 0, sinks, torch.device("cpu"), memory_bytes),
         {},
         found.__setitem__,
@@ -143,6 +144,29 @@ def test_a_padded_beam_search_through_a_chain_of_values_only(tmp_path: Path) -> 
     expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
     lean = LeanCache(model.config, plan, 1, 2, mask, rotation=rotation)
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
+
+
+def test_a_codec_is_fitted_to_the_layers_that_it_looks_at_itself(tmp_path: Path) -> None:
+    """Though the other part's codecs look at more."""
+    model = tiny.build("llama")
+    activations = captured(model, tmp_path / "a", None)
+    alone, beside = (fitted(model, activations, {"v": "share:-1"}, back=back) for back in (1, 2))
+    for problem, own in alone.items():
+        for name, tensor in own.codec.state_dict().items():
+            assert torch.equal(beside[problem].codec.state_dict()[name], tensor)
+
+
+def test_a_chain_decoded_in_pieces_reads_as_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    rotation = KeyRotation(model)
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}))
+    tokens = tiny.tokens(2, 30, seed=7)
+    expected = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
+    monkeypatch.setattr(
+        "leankv.part_store.PIECE", 24
+    )  # from 24 tokens at a time in the first layer to 4 in the last ones
+    got = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
+    assert (got - expected).abs().median() < 2e-3  # as above
 
 
 def test_contexts_beyond_float16_stay_finite() -> None:
