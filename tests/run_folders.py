@@ -1,5 +1,8 @@
 """What tests of real processes share: an experiment in a folder, and what a run has finished in its own."""
 
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,19 @@ def write_experiment(root: Path, n_layers: int, epochs: int, blocks: dict[str, i
     path = root / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment), encoding="utf-8")
     return path
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """A process that gives way to others, so that who watches it, to stop it at some point, is not too late."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: os.nice(10),
+    )
 
 
 def finished_files(folder: Path) -> Files:

@@ -1,7 +1,6 @@
 """`leankv run` as a real process that is killed again and again, and still ends where an undisturbed run ends."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from leankv.experiment import load_experiment
 from leankv.progress import Silent
 from leankv.run import Run
+from tests import run_folders
 from tests.run_folders import Files, finished_files, write_experiment
 
 LAYERS = 8
@@ -70,14 +70,8 @@ class Stop:
 
 
 def start(experiment: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [str(Path(sys.executable).with_name("leankv")), "run", str(experiment), "-o", str(folder)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = str(Path(sys.executable).with_name("leankv"))
+    return run_folders.start([command, "run", str(experiment), "-o", str(folder)])
 
 
 def run_to_the_end(experiment: Path, folder: Path) -> None:

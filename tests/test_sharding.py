@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -31,7 +31,7 @@ from leankv.progress import Progress, Silent
 from leankv.run import Run
 from leankv.shards import Shard
 from leankv.sweep import sweep
-from tests.run_folders import finished_files, write_experiment
+from tests.run_folders import finished_files, start, write_experiment
 
 LAYERS = 8
 TIME_OUT = 120  # seconds; a worker takes about five
@@ -75,10 +75,6 @@ def assert_swept(folder: Path, expected: Sweep) -> None:
     assert len(list(folder.glob("cells/nats-selection-*.json"))) == 1 + LAYERS
     assert len(list(folder.glob("codecs/*.safetensors"))) == 2 * LAYERS
     assert not list(folder.glob("activations-*"))
-
-
-def start(command: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(point: Callable[[], bool], process: subprocess.Popen[str]) -> None:
