@@ -9,8 +9,7 @@ from typing import Any
 import leankv
 from leankv.accounting import CONTEXT_LENGTHS, Footprint
 from leankv.bundle import save_bundle
-from leankv.cache import LeanCache
-from leankv.cache_bytes import CacheBytes, bytes_of_cache
+from leankv.cache_bytes import bytes_of_plan
 from leankv.divergence import divergence_columns
 from leankv.errors import UserError
 from leankv.experiment import Experiment, load_experiment
@@ -114,7 +113,7 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
     pair = run.measure_pair("report", chosen, "joint cost and divergence, report split")
     joint = compare(pair.base, pair.compressed)
     plan = run.plan(chosen)
-    measured_bytes = _bytes(run, chosen)
+    measured_bytes = bytes_of_plan(run, "report", chosen)
     bits = {layer: {part: codec.bits_per_token for part, codec in own.items()} for layer, own in plan.items()}
     footprint = Footprint(loaded.geometry, bits, experiment.protocol.sinks, experiment.protocol.window)
     sweep_seconds = float(read_sweep(run.folder)["seconds"].sum())
@@ -165,17 +164,6 @@ def _summary(run: Run, budget: Budget, chosen: tuple[int, ...], steps: list[Step
         "device": loaded.numerics["device"],
         "dtype": loaded.numerics["dtype"],
     }
-
-
-def _bytes(run: Run, chosen: tuple[int, ...]) -> CacheBytes:
-    """What a real cache of the chosen plan takes, filled with report text; see `leankv.cache_bytes`."""
-    protocol, plan, config = run.experiment.protocol, run.plan(chosen), run.loaded.model.config
-
-    def make_cache() -> LeanCache:
-        return LeanCache(config, plan, protocol.sinks, protocol.window, rotation=run.rotation)
-
-    key = run.nats_path("report", chosen).stem  # with all that cost and bytes depend on alike
-    return bytes_of_cache(run, "report", make_cache, key, plan, settled=protocol.sinks + protocol.window)
 
 
 def _joint(step: Step) -> bool:

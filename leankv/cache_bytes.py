@@ -19,6 +19,8 @@ from leankv.model import BYTES_16_BIT, Geometry
 from leankv.run import Run
 from leankv.step_peak import peak_bytes, watched
 
+COUNTING_REVISION = 1
+"""Raised when the bytes counted of one cache change: the ruler, the way caches are filled, the peak."""
 PIECE = 128
 """Tokens a cache is filled with at a time: the known baselines quantize groups of 128 tokens, and hold the most exact
 when they are met within one."""
@@ -78,6 +80,15 @@ def _ratio(base: int, size: int | None) -> float | None:
     return base / size if base and size is not None and size > 0 else None
 
 
+def bytes_of_plan(run: Run, split: str, layers: Iterable[int]) -> CacheBytes:
+    """What a cache of the run takes with these layers compressed; see `bytes_of_cache`."""
+    layers = sorted(layers)
+    protocol, cache = run.experiment.protocol, run.new_cache(layers)
+    key = run.nats_path(split, layers).stem  # with all that cost and bytes depend on alike
+    settled = protocol.sinks + protocol.window
+    return bytes_of_cache(run, split, cache.fresh, key, cache.plan, settled)
+
+
 def bytes_of_cache(
     run: Run,
     split: str,
@@ -103,7 +114,13 @@ def bytes_of_cache(
             loaded = run.loaded
             return asdict(measure_bytes(loaded.model, loaded.geometry, block.tokens, make_cache, plan, settled, step))
 
-    depends_on = {"model": run.model_key, "block": block.hash, "cache": cache_key, "piece": PIECE}
+    depends_on = {
+        "revision": COUNTING_REVISION,
+        "model": run.model_key,
+        "block": block.hash,
+        "cache": cache_key,
+        "piece": PIECE,
+    }
     return CacheBytes(**run.cells.get_or_compute("cache-bytes", depends_on, compute))
 
 

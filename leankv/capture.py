@@ -25,6 +25,8 @@ from leankv.progress import Progress
 from leankv.rope import KeyRotation
 from leankv.store import cannot_write, read_json, write_json
 
+CAPTURE_REVISION = 1
+"""Raised when the vectors captured of one text change: a capture that was kept may be older than the code."""
 DISK_SHARE = 0.9  # of what is free; the rest is for results, and for others
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -6,8 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from leankv.cache import LeanCache
-from leankv.cache_bytes import CacheBytes, bytes_of_cache
+from leankv.cache_bytes import CacheBytes, bytes_of_cache, bytes_of_plan
 from leankv.codecs import CodecSpec
 from leankv.compare_report import write_compare_report
 from leankv.compare_table import COLUMNS
@@ -76,15 +75,7 @@ def _row_of_codec(run: Run, spec: str, split: str) -> dict[str, Any]:
     layers = range(len(run.loaded.geometry.layers))
     protocol = run.experiment.protocol
     pair = run.measure_pair(split, layers, f"base model and {spec}, window {protocol.window}, {split} split")
-    plan = run.plan(layers)
-
-    def make_cache() -> LeanCache:
-        config = run.loaded.model.config
-        return LeanCache(config, plan, protocol.sinks, protocol.window, rotation=run.rotation)
-
-    codecs = [codec for own in plan.values() for codec in own.values()]
-    settled = protocol.sinks + protocol.window
-    bytes_ = bytes_of_cache(run, split, make_cache, run.nats_path(split, layers).stem, plan, settled)
+    codecs = [codec for own in run.plan(layers).values() for codec in own.values()]
     return {
         "method": _method(run.specs["k"]),
         "peer": "",
@@ -94,7 +85,7 @@ def _row_of_codec(run: Run, spec: str, split: str) -> dict[str, Any]:
         "sinks": protocol.sinks,
         "window": protocol.window,
         "codec_bytes": sum(codec.nbytes for codec in codecs),
-        **_figures(run, split, pair, bytes_),
+        **_figures(run, split, pair, bytes_of_plan(run, split, layers)),
     }
 
 

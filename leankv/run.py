@@ -253,15 +253,12 @@ class Run(Workplace):
         layers = sorted(layers)
         self.fitted(layers)
         blocks = self._taken(split, only)
-        protocol = self.experiment.protocol
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
-            plan = self.plan(layers, parts)
             if split == "selection":
-                return self._selection_replay.measure(plan, on_block, only, may_grow)
-            model = self.loaded.model
-            cache = LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.rotation)
-            return measure_nats(model, blocks, protocol, cache.fresh, on_block)
+                return self._selection_replay.measure(self.plan(layers, parts), on_block, only, may_grow)
+            cache = self.new_cache(layers, parts)
+            return measure_nats(self.loaded.model, blocks, self.experiment.protocol, cache.fresh, on_block)
 
         def compute() -> dict[str, Any]:
             if not title:
@@ -284,10 +281,9 @@ class Run(Workplace):
             only: numbers of the blocks to measure, in this order; all of them unless given.
         """
         layers = sorted(layers)
-        plan, protocol = self.plan(layers), self.experiment.protocol
-        cache = LeanCache(self.loaded.model.config, plan, protocol.sinks, protocol.window, rotation=self.rotation)
         blocks = self._taken(split, only)
-        return self._measured_pair(blocks, cache.fresh, self._nats_depend_on(blocks, layers), title)
+        make_cache = self.new_cache(layers).fresh
+        return self._measured_pair(blocks, make_cache, self._nats_depend_on(blocks, layers), title)
 
     def measure_cache_pair(
         self,
@@ -347,6 +343,12 @@ class Run(Workplace):
 
     def _cache_depends_on(self, blocks: Blocks, made_by: Mapping[str, str]) -> dict[str, Any]:
         return {**self._nats_depend_on(blocks, []), "cache": dict(made_by), "seed": self.experiment.seed}
+
+    def new_cache(self, layers: Iterable[int], parts: Sequence[str] = PARTS) -> LeanCache:
+        """An empty cache with these layers and parts compressed, as this run's protocol keeps sinks and window."""
+        model, protocol = self.loaded.model, self.experiment.protocol
+        plan = self.plan(layers, parts)
+        return LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.rotation)
 
     def plan(self, layers: Iterable[int], parts: Sequence[str] = PARTS) -> dict[int, dict[str, Codec]]:
         """layer -> part -> codec for these layers and parts, as `LeanCache` takes it."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from leankv.capture import Activations, capture, find_activations, groups_that_fit
+from leankv.capture import CAPTURE_REVISION, Activations, capture, find_activations, groups_that_fit
 from leankv.data import Blocks, TextSource
 from leankv.errors import UserError
 from leankv.experiment import Experiment
@@ -123,6 +123,7 @@ class Workplace:
     @cached_property
     def _capture_depends_on(self) -> dict[str, Any]:
         return {
+            "revision": CAPTURE_REVISION,
             "model": self.model_key,
             "blocks": self.blocks("calibration").hash,
             "batch_size": self.experiment.protocol.batch_size,

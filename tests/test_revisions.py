@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from leankv.cache_bytes import bytes_of_plan
 from leankv.codecs import FAMILIES, fraction_of_variance_unexplained, parse_spec
+from leankv.experiment import load_experiment
+from leankv.progress import Silent
+from leankv.run import Run
 from tests.codec_vectors import SETTINGS, vectors
 
 FILE = Path(__file__).parent / "revisions.json"
@@ -75,6 +79,30 @@ def test_a_codec_of_one_s_own_is_keyed_by_its_source(tmp_path: Path, monkeypatch
     assert found[0] != found[1]
     assert all(isinstance(revision, str) for revision in found)
     assert all(type(family.revision) is int for name, family in FAMILIES.items() if name != "own")
+
+
+def test_results_of_an_older_revision_are_not_found(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures, codecs, measurements and counted bytes: each lies elsewhere once its revision is raised."""
+
+    def places() -> list[Any]:
+        run = Run(load_experiment(None, {**settings, "codec.k": "int:4", "codec.v": "int:4"}), Silent())
+        bytes_of_plan(run, "report", [0])
+        counted = sorted((run.folder / "cells").glob("cache-bytes-*"))
+        return [run.captured([0]).folder, run.codec_path((0, "k")), run.nats_path("report", [0]), counted]
+
+    before = places()
+    assert places() == before
+    for index, name in enumerate(
+        (
+            "leankv.workplace.CAPTURE_REVISION",
+            "leankv.run.FITTING_REVISION",
+            "leankv.run.MEASURING_REVISION",
+            "leankv.cache_bytes.COUNTING_REVISION",
+        )
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, 99)
+            assert places()[index] != before[index], name
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ OTHER_OFFSET, OTHER_RANGE = 1 << 15, 1 << 16  # values outside of a table: -3276
 
 def frequencies_of(q: torch.Tensor, largest: int) -> torch.Tensor:
     """Counts of the values -K to K, and of all others, in each column of `q` `[N, J]`: `[J, 2 K + 2]`, float32."""
-    inside = q.abs() <= largest
-    symbols = torch.where(inside, q + largest, 2 * largest + 1)
-    flat = symbols + torch.arange(q.shape[1], device=q.device) * (2 * largest + 2)
+    flat = _symbols(q, largest) + torch.arange(q.shape[1], device=q.device) * (2 * largest + 2)
     counts = torch.bincount(flat.flatten(), minlength=q.shape[1] * (2 * largest + 2))
     return counts.reshape(q.shape[1], 2 * largest + 2).float()
 
@@ -36,8 +34,12 @@ def bits_of(q: torch.Tensor, frequencies: torch.Tensor) -> float:
     p = frequencies.double() + RARE
     surprise = -(p / p.sum(dim=1, keepdim=True)).log2()
     surprise[:, -1] += math.log2(OTHER_RANGE)
-    symbols = torch.where(q.abs() <= largest, q + largest, 2 * largest + 1)
-    return float(surprise.gather(1, symbols.T).sum())
+    return float(surprise.gather(1, _symbols(q, largest).T).sum())
+
+
+def _symbols(q: torch.Tensor, largest: int) -> torch.Tensor:
+    """Columns of a table of frequencies: 0 to 2 K for the values -K to K, then one for all others."""
+    return torch.where(q.abs() <= largest, q + largest, 2 * largest + 1)
 
 
 def encode_columns(q: torch.Tensor, frequencies: torch.Tensor) -> bytes:
