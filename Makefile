@@ -14,13 +14,13 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
-	$(BIN)/ruff format --check leankv tests benchmarks
-	$(BIN)/ruff check leankv tests benchmarks
+	$(BIN)/ruff format --check leankv tests benchmarks examples
+	$(BIN)/ruff check leankv tests benchmarks examples
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff format leankv tests benchmarks
-	$(BIN)/ruff check --fix leankv tests benchmarks
+	$(BIN)/ruff format leankv tests benchmarks examples
+	$(BIN)/ruff check --fix leankv tests benchmarks examples
 
 # Each script writes results/bench/NAME.json. With WikiText-2 in a folder: make bench WIKITEXT=FOLDER
 bench: $(INSTALLED)

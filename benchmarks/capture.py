@@ -7,14 +7,14 @@ import torch
 from side_by_side import report, side_by_side, timed
 from smollm2 import prepared
 
-from leankv.capture import capture
+from leankv.calibration.capture import capture
 from leankv.progress import Silent
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(Path(folder), data__calibration_blocks=8)
-        model, blocks = run.loaded.model, run.blocks("calibration")
+        workspace = prepared(Path(folder), data__calibration_blocks=8).workspace
+        model, blocks = workspace.loaded.model, workspace.blocks("calibration")
 
         @torch.no_grad()
         def bare() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
                 model.base_model(input_ids=tokens[None], use_cache=False)
 
         def captured() -> None:
-            capture(run.loaded, blocks, Path(folder) / "activations", run.layers, 1, {}, Silent()).delete()
+            own = Path(folder) / "activations"
+            capture(workspace.loaded, blocks, own, workspace.layers, 1, {}, Silent()).delete()
 
         bare()
         ratio = side_by_side(

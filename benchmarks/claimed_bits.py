@@ -14,9 +14,11 @@ import torch
 from side_by_side import RESULTS, machine, say
 from smollm2 import prepared
 
-from leankv.cache import LeanCache, LeanLayer
-from leankv.codecs import FAMILIES, parse_spec
-from leankv.codecs.base import tensors_in
+from leankv.cache.layers import LeanLayer
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import Plan, PlanSpec
+from leankv.codecs import FAMILIES, parse_recipe
+from leankv.studies.workspace import Workspace
 
 SPECS = (
     *("identity", "mean", "pca:16", "ortho:16", "ae:4", "int:4", "int:2c", "nuq:4+1", "rot:3+qjl", "pq:48x4"),
@@ -29,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "data__report_blocks": 16,
     "data__block_length": 1024,
     "codec__key_space": "pre-rope",
-    "fit__weighting": "gradient",
+    "fit__error_metric": "gradient",
     "fit__epochs": 1,
     "protocol__kind": "stream",
     "protocol__sinks": 4,
@@ -37,33 +39,33 @@ SETTINGS: dict[str, Any] = {
 
 
 @torch.no_grad()
-def real_bits(run: Any, plan: Any) -> tuple[float, float]:
+def real_bits(workspace: Workspace, plan: Plan) -> tuple[float, float]:
     """Bits a token that the codes of all layers take on the report blocks, held and stored."""
     live = stored = tokens = 0
-    for block in run.blocks("report").tokens:
-        cache = LeanCache(run.loaded.model.config, plan, sinks=4, rotation=run.rotation)
+    model = workspace.loaded.model
+    for block in workspace.blocks("report").tokens:
+        cache = LeanCache(model.config, plan, sinks=4, rotation=workspace.rotation)
         for piece in block[None].split(128, dim=1):
-            run.loaded.model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
         tokens += len(block) - 4
         for layer in cache.layers:
             assert isinstance(layer, LeanLayer)
             for part in layer.parts.values():
-                live += 8 * sum(tensor.nbytes for tensor in tensors_in(part.code or {}))
-                stored += 8 * len(part.parked()[-1])  # behind the sinks
+                live += 0 if part.code is None else 8 * part.code.nbytes
+                stored += 8 * len(part.serialized()[-1])  # behind the sinks
     return live / tokens, stored / tokens
 
 
 def main() -> None:
-    assert {name for spec in SPECS for name in parse_spec(spec).revisions()} == set(FAMILIES)
-    rows = []
+    assert {name for spec in SPECS for name in parse_recipe(spec).revisions()} == set(FAMILIES)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(Path(folder), **SETTINGS)
+        evaluator = prepared(Path(folder), **SETTINGS)
         for spec in SPECS:
-            own = run.with_codecs(spec, spec)
-            plan = own.plan(own.layers)
-            codecs = [codec for parts in plan.values() for codec in parts.values()]
+            plan = evaluator.codecs.plan(PlanSpec.uniform(spec))
+            codecs = plan.values()
             claimed = [sum(c.bits_per_token for c in codecs), sum(c.stored_bits_per_token for c in codecs)]
-            real = real_bits(own, plan)
+            real = real_bits(evaluator.workspace, plan)
             off = [abs(r / c - 1) if c else float(r > 0) for r, c in zip(real, claimed, strict=True)]
             rows.append({"codec": spec, "claimed": claimed, "real": real, "off": off, "within": max(off) <= REQUIRED})
             say(

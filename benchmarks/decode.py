@@ -14,8 +14,9 @@ from side_by_side import Ratio, report, say, side_by_side, timed
 from smollm2 import prepared
 from transformers import DynamicCache
 
-from leankv.cache import LeanCache
-from leankv.held_bytes import held_bytes
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Plan, PlanSpec
 
 CONTEXTS, GENERATED, CHUNK = (1024, 4096), 8, 512
 SEVEN_PERCENT = "resid(share:-2,transform:s0.045)"  # what the file quotes first; the others stand in its rows
@@ -25,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "data__block_length": 1024,
     "codec__key_space": "pre-rope",
     "codec__dtype": "bfloat16",
-    "fit__weighting": "gradient",
+    "fit__error_metric": "gradient",
     "fit__epochs": 1,
     "protocol__kind": "stream",
     "protocol__sinks": 4,
@@ -37,12 +38,11 @@ def main() -> None:
     table: list[dict[str, Any]] = []
     headline: Ratio
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(Path(folder), **SETTINGS)
-        model = run.loaded.model
-        text = run.blocks("calibration").tokens.flatten()
+        evaluator = prepared(Path(folder), **SETTINGS)
+        workspace, model = evaluator.workspace, evaluator.workspace.loaded.model
+        text = workspace.blocks("calibration").tokens.flatten()
         for spec in SPECS:
-            own = run.with_codecs(spec, spec)
-            plan = own.plan(own.layers)
+            plan = evaluator.codecs.plan(PlanSpec.uniform(spec))
             for context in CONTEXTS:
                 tokens = text[None, :context]
                 bytes_: dict[str, int] = {}
@@ -64,8 +64,8 @@ def main() -> None:
                     bytes_[name] = held_bytes(cache)
                     return took
 
-                def ours(plan: Any = plan, seconds: Any = seconds) -> float:
-                    return float(seconds("ours", LeanCache(model.config, plan, 4, 128, rotation=run.rotation)))
+                def ours(plan: Plan = plan, seconds: Any = seconds) -> float:
+                    return float(seconds("ours", LeanCache(model.config, plan, 4, 128, rotation=workspace.rotation)))
 
                 def stock(seconds: Any = seconds) -> float:
                     return float(seconds("stock", DynamicCache(config=model.config)))

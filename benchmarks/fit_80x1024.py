@@ -1,8 +1,8 @@
 """Fitting autoencoders for 80 layers of width 1024, K and V, against one `nn.Module` after another, 6 epochs of Adam.
 
-Both must reach the same held-out error in every layer that both fit. The vectors are made up: each problem has its own
+Both must reach the same held-out error in every layer that both fit. The vectors are made up: each site has its own
 random two-layer map from 24 numbers of falling size, with noise, an offset and a few loud channels, as keys have. The
-modules are run for every 15th problem and their time multiplied.
+modules are run for every 15th site and their time multiplied.
 """
 
 import tempfile
@@ -13,12 +13,14 @@ import torch
 from side_by_side import report, say, side_by_side, timed
 from whole_sweep import train_alone
 
-from leankv.capture import Activations
-from leankv.codecs import fraction_of_variance_unexplained, parse_spec
-from leankv.experiment import PARTS, FitConfig
-from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
+from leankv.cache.plan import PlanSpec, Site
+from leankv.calibration.activations import StoredActivations
+from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs
+from leankv.codecs import fraction_of_variance_unexplained
+from leankv.config.experiment import FitConfig
+from leankv.config.plan_table import PARTS
 from leankv.progress import Silent
-from leankv.store import write_json
+from leankv.storage.files import write_json
 
 LAYERS, WIDTH, BLOCKS, BLOCK_LENGTH = 80, 1024, 8, 1024
 EVERY = 15  # odd, so that both parts are among them
@@ -27,7 +29,7 @@ MODULE_EPOCHS, MODULE_BATCH, MODULE_LEARNING_RATE = 6, 256, 1e-3  # Adam's own d
 
 
 def vectors(layer: int, part: str) -> torch.Tensor:
-    """One problem's vectors `[tokens, 1024]`."""
+    """One site's vectors `[tokens, 1024]`."""
     generator = torch.Generator().manual_seed(2 * layer + (part == "v"))
     z = torch.randn(BLOCKS * BLOCK_LENGTH, 24, generator=generator) * torch.linspace(2, 0.2, 24)
     inner = torch.randn(24, 64, generator=generator) / 24**0.5
@@ -45,28 +47,26 @@ def main() -> None:
             safetensors.torch.save_file(both, folder / f"layer-{layer:03d}.safetensors")
         manifest = {"layers": list(range(LAYERS)), "widths": [WIDTH] * LAYERS, "blocks": BLOCKS}
         write_json(folder / "manifest.json", {**manifest, "block_length": BLOCK_LENGTH, "dtype": "bfloat16"})
-        activations = Activations(folder)
-        problems = {(layer, part): parse_spec("ae:4") for layer in range(LAYERS) for part in PARTS}
-        sampled = list(problems)[::EVERY]
+        activations = StoredActivations(folder)
+        sites = PlanSpec.uniform("ae:4").sites(LAYERS)
+        sampled = list(sites)[::EVERY]
         first_heldout = (BLOCKS - 1) * BLOCK_LENGTH
-        errors: dict[Problem, float] = {}
-        fitted: dict[Problem, FittedCodec] = {}
+        errors: dict[Site, float] = {}
+        fitted: dict[Site, FittedCodec] = {}
 
         def one_after_another() -> float:
             def train() -> None:
-                for problem in sampled:
-                    x = activations.read(*problem).float()
+                for site in sampled:
+                    x = activations.read(*site).float()
                     codec = train_alone(x[:first_heldout], MODULE_EPOCHS, MODULE_BATCH, MODULE_LEARNING_RATE)
                     heldout = x[first_heldout:]
-                    errors[problem] = fraction_of_variance_unexplained(
-                        heldout, codec.decode(codec.encode(heldout))
-                    ).item()
+                    errors[site] = fraction_of_variance_unexplained(heldout, codec.decode(codec.encode(heldout))).item()
 
-            return timed(train)[0] * len(problems) / len(sampled)
+            return timed(train)[0] * len(sites) / len(sampled)
 
         def batched() -> float:
             fitting = Fitting(OURS, torch.float32, 0, 0, torch.device("cpu"), 4 << 30)
-            return timed(lambda: fit_codecs(activations, problems, fitting, {}, fitted.__setitem__, Silent()))[0]
+            return timed(lambda: fit_codecs(activations, sites, fitting, {}, fitted.__setitem__, Silent()))[0]
 
         ratio = side_by_side(
             "fitting 160 autoencoders (80 layers of width 1024), to no worse a held-out error in any compared layer",
@@ -77,9 +77,9 @@ def main() -> None:
             repeats=2,
             notes={"tokens": BLOCKS * BLOCK_LENGTH, "modules_run": len(sampled), "our_epochs": OURS.epochs},
         )
-        worst = max(fitted[problem].fvu - errors[problem] for problem in sampled)
-        for problem in sampled:
-            say(f"layer {problem[0]} {problem[1]}: FVU {fitted[problem].fvu:.4f}, module {errors[problem]:.4f}")
+        worst = max(fitted[site].fvu - errors[site] for site in sampled)
+        for site in sampled:
+            say(f"layer {site.layer} {site.part}: FVU {fitted[site].fvu:.4f}, module {errors[site]:.4f}")
         ratio.notes["largest_excess_fvu"] = worst
         report("fit_80x1024", ratio)
         assert worst <= 0, "a layer was fitted worse than by its module"

@@ -15,14 +15,17 @@ import torch
 import transformers
 from side_by_side import RESULTS, machine, say, timed
 
-from leankv.capture import capture
-from leankv.codecs import Codec, parse_spec
-from leankv.data import Blocks
-from leankv.experiment import PARTS, FitConfig, ProtocolConfig
-from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
-from leankv.model import LoadedModel, find_geometry, numerics
+from leankv.cache.plan import PlanSpec, Site
+from leankv.calibration.capture import capture
+from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs
+from leankv.codecs import Codec
+from leankv.config.experiment import FitConfig, ProtocolConfig
+from leankv.config.plan_table import PARTS
+from leankv.data.blocks import Blocks
+from leankv.evaluation.replay import Replay
+from leankv.models.geometry import find_geometry
+from leankv.models.loading import LoadedModel, numerics
 from leankv.progress import Progress
-from leankv.replay import Replay
 
 FULL = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 REDUCED = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
@@ -76,11 +79,11 @@ def main() -> None:
     loaded = LoadedModel(model, None, "random 70B shape", find_geometry(model), "random", numerics(model))
     tokens = torch.randint(0, model.config.vocab_size, (n_blocks, length))
     blocks = Blocks(tokens, "selection", "random")
-    problems = {(layer, part): parse_spec("ae:4") for layer in range(layers) for part in PARTS}
-    plans: dict[int, dict[str, Codec]] = {layer: {} for layer in range(layers)}
+    sites = PlanSpec.uniform("ae:4").sites(layers)
+    plan: dict[Site, Codec] = {}
 
-    def keep(problem: Problem, fitted: FittedCodec) -> None:
-        plans[problem[0]][problem[1]] = fitted.codec
+    def keep(site: Site, fitted: FittedCodec) -> None:
+        plan[site] = fitted.codec
 
     @torch.no_grad()
     def bare() -> None:
@@ -88,7 +91,13 @@ def main() -> None:
             model.base_model(input_ids=row[None].to(device), use_cache=False)
 
     def stage(name: str, work: Callable[[], Any]) -> Any:
-        seconds[name], result = timed(lambda: (work(), synchronize(on_gpu))[0])
+        def finished() -> Any:
+            result = work()
+            if on_gpu:
+                torch.cuda.synchronize()  # so that times are those of finished work
+            return result
+
+        seconds[name], result = timed(finished)
         return result
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -99,11 +108,12 @@ def main() -> None:
         activations = stage("capture", lambda: capture(loaded, blocks, path, every, 1, {}, Progress()))
         stage(
             "fit",
-            lambda: fit_codecs(activations, problems, fitting, {}, keep, Progress()),
+            lambda: fit_codecs(activations, sites, fitting, {}, keep, Progress()),
         )
         replay = Replay(model, blocks, ProtocolConfig(), memory_bytes, Path(folder))
         stage("base", lambda: replay.measure({}))
-        stage("sweep", lambda: [replay.measure({layer: plans[layer]}) for layer in every])
+        alone = [{site: plan[site] for site in (Site(layer, part) for part in PARTS)} for layer in every]
+        stage("sweep", lambda: [replay.measure(own) for own in alone])
     total = sum(seconds[stage] for stage in ("capture", "fit", "base", "sweep"))
     # What the recipe needs at least: a pass to capture, one for the base, and half of one for each layer.
     needed = seconds["bare forward"] * (2 + layers / 2)
@@ -116,7 +126,7 @@ def main() -> None:
         "tokens_per_second_of_the_sweep": n_blocks * length * layers / seconds["sweep"],
         "share_of_bare_forward_passes": needed / total,
         "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
-        "codecs": sum(len(parts) for parts in plans.values()),
+        "codecs": len(plan),
         "machine": machine(),
     }
     say(json.dumps(result, indent=2))
@@ -124,12 +134,6 @@ def main() -> None:
     (RESULTS / ("gpu_70b_shape.json" if on_gpu else "gpu_70b_shape_reduced_cpu.json")).write_text(
         json.dumps(result, indent=2) + "\n"
     )
-
-
-def synchronize(on_gpu: bool) -> None:
-    """Wait for the GPU, so that times are those of finished work."""
-    if on_gpu:
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import torch
 import transformers
 from side_by_side import RESULTS, machine, say
 
-from leankv.capture import capture
-from leankv.codecs import parse_spec
-from leankv.data import Blocks
-from leankv.experiment import PARTS, FitConfig
-from leankv.fit import Fitting, fit_codecs
-from leankv.model import LoadedModel, find_geometry
+from leankv.cache.plan import PlanSpec
+from leankv.calibration.capture import capture
+from leankv.calibration.fit import Fitting, fit_codecs
+from leankv.config.experiment import FitConfig
+from leankv.data.blocks import Blocks
+from leankv.models.geometry import find_geometry
+from leankv.models.loading import LoadedModel
 from leankv.progress import Progress
 
 LAYERS, BLOCKS, BLOCK_LENGTH = 80, 98, 512  # 50,176 tokens
@@ -45,13 +46,13 @@ def main() -> None:
     with_model = peak()
     loaded = LoadedModel(model, None, "made up", find_geometry(model), "", {})
     tokens = torch.randint(0, 1024, (BLOCKS, BLOCK_LENGTH), generator=torch.Generator().manual_seed(0))
-    problems = {(layer, part): parse_spec("ae:4") for layer in range(LAYERS) for part in PARTS}
+    sites = PlanSpec.uniform("ae:4").sites(LAYERS)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path, layers = Path(folder) / "activations", list(range(LAYERS))
         activations = capture(loaded, Blocks(tokens, "calibration", "random"), path, layers, 1, {}, Progress())
         after_capture = peak()
         fitting = Fitting(FitConfig(epochs=1), torch.float32, 0, 0, torch.device("cpu"), round(BUDGET * 1e9))
-        fit_codecs(activations, problems, fitting, {}, lambda problem, fitted: None, Progress())
+        fit_codecs(activations, sites, fitting, {}, lambda site, fitted: None, Progress())
     limit = with_model + BUDGET + ALLOWANCE
     say(
         f"with the model {with_model:.2f} GB, after capturing {after_capture:.2f} GB, after fitting {peak():.2f} GB; "

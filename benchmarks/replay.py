@@ -11,19 +11,20 @@ import torch
 from side_by_side import report, say, side_by_side, timed
 from smollm2 import prepared
 
-from leankv.cache import LeanCache
-from leankv.perplexity import measure_nats
-from leankv.replay import Replay
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import Plan
+from leankv.evaluation.perplexity import measure_nats
+from leankv.evaluation.replay import Replay
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(
-            Path(folder), codec__k="pca:4", codec__v="pca:4", data__calibration_blocks=4, data__selection_blocks=1
-        )
-        run.fitted(run.layers)
-        plans = [{}, *(run.plan([layer]) for layer in run.layers)]  # the base first: costs are counted from it
-        model, blocks, protocol = run.loaded.model, run.blocks("selection"), run.experiment.protocol
+        evaluator = prepared(Path(folder), plan="pca:4", data__calibration_blocks=4, data__selection_blocks=1)
+        workspace, protocol = evaluator.workspace, evaluator.protocol
+        model, blocks = workspace.loaded.model, workspace.blocks("selection")
+        evaluator.codecs.fit([workspace.plan])
+        plans: list[Plan] = [{}]  # the base first: costs are counted from it
+        plans += [evaluator.codecs.plan(workspace.plan.only([layer])) for layer in workspace.layers]
         numbers: dict[str, list[float]] = {}
 
         def replayed() -> float:
@@ -59,7 +60,7 @@ def main() -> None:
 
         what = "exact sweep of SmolLM2-135M, K and V, evaluation only"
         notes = {
-            "layers": len(run.layers),
+            "layers": len(workspace.layers),
             "tokens": blocks.tokens.numel(),
             "codec": "pca:4",
             "dtype": str(model.dtype),

@@ -14,10 +14,10 @@ import pandas as pd
 from side_by_side import report, say, side_by_side, timed
 from smollm2 import prepared
 
-from leankv.assemble import select
-from leankv.experiment import SelectionConfig
-from leankv.run import Run
-from leankv.sweep import sweep
+from leankv.config.experiment import SelectionConfig
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.select import select
+from leankv.studies.sweep import sweep
 
 SETTINGS: dict[str, Any] = {
     "data__calibration_blocks": 32,
@@ -34,14 +34,15 @@ def main() -> None:
         exact, screened = (
             prepared(folder / kind, **SETTINGS, sweep__screen=kind == "screened") for kind in ("exact", "screened")
         )
-        exact.fitted(exact.layers)
+        exact.codecs.fit([exact.workspace.plan])
         (folder / "screened" / "codecs").symlink_to(folder / "exact" / "codecs")
-        screened.fitted(screened.layers)
         tables: dict[str, pd.DataFrame] = {}
 
-        def evaluated(kind: str, run: Run) -> float:
-            run.measure("selection", [])  # the base, with the pass that records hidden states, is common to both
-            seconds, tables[kind] = timed(lambda: sweep(run))
+        def evaluated(kind: str, evaluator: PlanEvaluator) -> float:
+            # Common to both: reading the codecs, and the base with the pass that records hidden states.
+            evaluator.codecs.fit([evaluator.workspace.plan])
+            evaluator.base()
+            seconds, tables[kind] = timed(lambda: sweep(evaluator))
             return seconds
 
         ratio = side_by_side(
@@ -58,11 +59,12 @@ def main() -> None:
         say(f"Spearman {ratio.notes['spearman']:.3f}")
         for budget in BUDGETS:
             chosen = {}
-            for kind, run in (("exact", exact), ("screened", screened)):
-                run.experiment = replace(run.experiment, selection=SelectionConfig(budget=budget))
-                chosen[kind] = select(run)["selected_layers"]
-                for cell in exact.cells.folder.glob("*.json"):  # plans that both try are measured once
-                    shutil.copy(cell, screened.cells.folder)
+            for kind, evaluator in (("exact", exact), ("screened", screened)):
+                workspace = evaluator.workspace
+                workspace.experiment = replace(workspace.experiment, selection=SelectionConfig(budget=budget))
+                chosen[kind] = select(evaluator).selected_layers
+                for cell in (folder / "exact" / "cells").glob("*.json"):  # plans that both try are measured once
+                    shutil.copy(cell, folder / "screened" / "cells")
             say(f"under {budget}: exact {chosen['exact']}, screened {chosen['screened']}")
             ratio.notes[f"chosen under {budget}"] = chosen
         report("screening", ratio)

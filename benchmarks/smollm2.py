@@ -1,21 +1,21 @@
-"""What the benchmarks on SmolLM2-135M share: the model, text, and codecs for all layers."""
+"""What the benchmarks on SmolLM2-135M share: the model, its text, and a folder."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from leankv.experiment import load_experiment
+from leankv.config.loading import load_experiment
 from leankv.progress import Progress
-from leankv.run import Run
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.workspace import Workspace
 
 
-def prepared(folder: Path, **changes: Any) -> Run:
-    """A run on SmolLM2-135M, without sinks unless `changes` say so; WikiText-2 from the folder on the command line,
+def prepared(folder: Path, **changes: Any) -> PlanEvaluator:
+    """SmolLM2-135M in a folder, without sinks unless `changes` say so; WikiText-2 from the folder on the command line,
     else gensim's Wikipedia sample.
     """
     data = {"data.dataset": "wikitext-2", "data.data_dir": sys.argv[1]} if len(sys.argv) > 1 else {}
     dataset = data or {"data.dataset": "wikipedia-sample"}
     settings = {key.replace("__", "."): value for key, value in changes.items()}
-    return Run(
-        load_experiment(None, {**dataset, "output_dir": str(folder), "protocol.sinks": 0, **settings}), Progress()
-    )
+    experiment = load_experiment(None, {**dataset, "output_dir": str(folder), "protocol.sinks": 0, **settings})
+    return PlanEvaluator(Workspace.open(experiment, Progress()))

@@ -13,11 +13,12 @@ from side_by_side import report, side_by_side, timed
 from smollm2 import prepared
 from transformers import DynamicCache
 
-from leankv.cache import LeanCache
-from leankv.codecs import Autoencoder
-from leankv.perplexity import measure_nats
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import Site
+from leankv.codecs.autoencoder import Autoencoder, AutoencoderRecipe
+from leankv.evaluation.perplexity import measure_nats
 from leankv.progress import Silent
-from leankv.sweep import sweep
+from leankv.studies.sweep import sweep
 
 EVERY = 10
 SETTINGS: dict[str, Any] = {"data__calibration_blocks": 8, "data__selection_blocks": 2}
@@ -41,14 +42,15 @@ def train_alone(x: torch.Tensor, epochs: int, batch: int, learning_rate: float) 
     weights = {"encoder": encoder, "hidden": decoder[0], "output": decoder[2]}
     stack = {f"{name}_weight": layer.weight.detach() for name, layer in weights.items()}
     stack |= {f"{name}_bias": layer.bias.detach() for name, layer in weights.items()}
-    return Autoencoder({**stack, "mean": mean, "scale": scale[None]})
+    return Autoencoder(AutoencoderRecipe(4), {**stack, "mean": mean, "scale": scale[None]})
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = prepared(Path(folder) / "naive", **SETTINGS)
-        model, protocol, fit = run.loaded.model, run.experiment.protocol, run.experiment.fit
-        calibration, selection = run.blocks("calibration"), run.blocks("selection")
+        workspace = prepared(Path(folder) / "naive", **SETTINGS).workspace
+        model, protocol, fit = workspace.loaded.model, workspace.experiment.protocol, workspace.experiment.fit
+        calibration, selection = workspace.blocks("calibration"), workspace.blocks("selection")
+        layers = workspace.layers
         heldout = max(1, round(fit.heldout_fraction * len(calibration)))
 
         @torch.no_grad()
@@ -63,22 +65,22 @@ def main() -> None:
 
         def naive() -> float:
             def layer_by_layer() -> None:
-                for layer in run.layers[::EVERY]:
+                for layer in layers[::EVERY]:
                     k, v = (
                         train_alone(x, fit.epochs, fit.batch_tokens, fit.learning_rate) for x in captured_alone(layer)
                     )
-                    plan = {layer: {"k": k, "v": v}}
+                    plan = {Site(layer, "k"): k, Site(layer, "v"): v}
                     measure_nats(model, selection, protocol, lambda plan=plan: LeanCache(model.config, plan))
 
-            done = len(run.layers[::EVERY])
+            done = len(layers[::EVERY])
             base = timed(lambda: measure_nats(model, selection, protocol, lambda: LeanCache(model.config, {})))[0]
-            return base + timed(layer_by_layer)[0] * len(run.layers) / done
+            return base + timed(layer_by_layer)[0] * len(layers) / done
 
         count = iter(range(100))
 
         def ours() -> float:
             again = prepared(Path(folder) / f"ours-{next(count)}", **SETTINGS)
-            again.progress = Silent()
+            again.workspace.progress = Silent()
             return timed(lambda: sweep(again))[0]
 
         ratio = side_by_side(
@@ -89,8 +91,8 @@ def main() -> None:
             required=5,
             repeats=2,
             notes={
-                "naive_layers_run": len(run.layers[::EVERY]),
-                "layers": len(run.layers),
+                "naive_layers_run": len(layers[::EVERY]),
+                "layers": len(layers),
                 "calibration_tokens": calibration.tokens.numel(),
                 "selection_tokens": selection.tokens.numel(),
                 "epochs": fit.epochs,

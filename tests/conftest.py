@@ -2,15 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The tensors of tiny models gain nothing from more threads, and the numbers are the same on every machine. Set before
 # torch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import yaml
 
 from tests import tiny
+
+# What imports LeanKV is imported inside fixtures: a hook that checks shapes has to be in place before, and pytest sets
+# hooks up after it has read this file.
+if TYPE_CHECKING:
+    from tests.run_folders import Sweep
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))
@@ -50,10 +56,56 @@ def settings(llama_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, A
         "data.calibration_blocks": 12,
         "data.selection_blocks": 3,
         "data.report_blocks": 4,
-        "codec.k": "ae:4x16",
-        "codec.v": "ae:4x16",
+        "plan": "ae:4x16",
         "fit.epochs": 2,
         "protocol.sinks": 0,
         "selection.budget": "50%",
         "output_dir": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture(scope="session")
+def experiment(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment file that takes a second or two; `BLOCKS` blocks of every split."""
+    from tests.run_folders import BLOCKS
+
+    path = tmp_path_factory.mktemp("experiment") / "tiny.yaml"
+    values = {
+        "model": {"name": str(llama_folder), "device": "cpu"},
+        "data": {
+            "dataset": str(text_file),
+            "block_length": 48,
+            "calibration_blocks": 8,
+            "selection_blocks": BLOCKS,
+            "report_blocks": BLOCKS,
+        },
+        "plan": "ae:4x16",
+        "fit": {"epochs": 1},
+        "selection": {"budget": "80%"},
+    }
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished `leankv run` of `experiment`."""
+    from tests.run_folders import succeed
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    succeed("run", experiment, "-o", folder, "--prompt", "once there was")
+    return folder
+
+
+@pytest.fixture
+def bundle(finished: Path) -> Path:
+    """The bundle of that run."""
+    return finished / "bundle"
+
+
+@pytest.fixture(scope="session")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> "Sweep":
+    """An experiment with a model of `LAYERS` layers, swept by one process alone."""
+    from tests.run_folders import swept_by_one
+
+    return swept_by_one(tmp_path_factory.mktemp("serial"))

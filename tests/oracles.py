@@ -1,56 +1,49 @@
 """Slow, obvious twins of the cache, a codec whose losses are easy to predict, and plans for tiny models."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from leankv.codecs import PCA, Autoencoder, Code, Codec, Identity, TrainingSettings
-from leankv.model import find_geometry
-from leankv.observers import RecordingCache
+from leankv.cache.plan import Plan, Site, codecs_by_layer
+from leankv.codecs import Code, Codec, FitData, Recipe, TrainingSettings
+from leankv.codecs.autoencoder import AutoencoderRecipe
+from leankv.codecs.base import Context, Vectors
+from leankv.codecs.identity import Identity
+from leankv.codecs.pca import PCARecipe
+from leankv.models.geometry import find_geometry
+from leankv.models.observers import RecordingCache
 from tests import tiny
+
+
+class RoundingRecipe(Recipe):
+    """Quarters."""
+
+    family = grammar = "rounding"
+
+    def fit(self, data: FitData) -> list[Codec]:
+        return [Rounding(data.train.shape[-1]) for _ in data.train]
+
+    def unfitted(self, width: int) -> Codec:
+        return Rounding(width)
 
 
 class Rounding(Codec):
     """Rounds each number by itself to a quarter, in one byte: lossy, and the same whatever rows stand beside."""
 
-    family = "rounding"
-    grammar = "rounding"
-
-    @property
-    def spec(self) -> str:
-        return "rounding"
+    def __init__(self, width: int):
+        super().__init__(RoundingRecipe(), width)
 
     @property
     def bits_per_token(self) -> int:
         return self.width * 8
 
-    def encode(self, x: torch.Tensor) -> Code:
-        return {"q": (x.float() * 4).round().clamp(-127, 127).to(torch.int8)}
+    def encode(self, x: Vectors, context: Context = None) -> Code:
+        return Code({"q": (x.float() * 4).round().clamp(-127, 127).to(torch.int8)})
 
-    def decode(self, code: Code) -> torch.Tensor:
+    def decode(self, code: Code, context: Context = None) -> Vectors:
         return code["q"].float() / 4
-
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[int],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        return [cls(train.shape[-1]) for _ in train]
-
-    @classmethod
-    def empty(cls, arguments: Sequence[int], width: int) -> Self:
-        return cls(width)
-
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int, ...]:
-        return ()
 
 
 def through(codec: Codec | None, rows: torch.Tensor) -> torch.Tensor:
@@ -112,13 +105,13 @@ class EveryRow:
 class SlowCache(DynamicCache):
     """A stock cache whose layers return what `EveryRow` says that a compressed one must."""
 
-    def __init__(self, config: Any, plan: dict[int, dict[str, Codec]], sinks: int = 0, window: int = 0):
+    def __init__(self, config: Any, plan: Plan, sinks: int = 0, window: int = 0):
         super().__init__(config=config)
         self.parts = {
             (layer, part): EveryRow(
                 codecs.get(part), sinks, window, getattr(self.layers[layer], "sliding_window", None)
             )
-            for layer, codecs in plan.items()
+            for layer, codecs in codecs_by_layer(plan).items()
             for part in ("k", "v")
         }
 
@@ -132,7 +125,7 @@ class SlowCache(DynamicCache):
 class SlowChain(DynamicCache):
     """The oracle of codecs that predict from earlier layers: all rows are kept, and coded anew at every update."""
 
-    def __init__(self, config: Any, plan: dict[int, dict[str, Codec]], sinks: int, window: int, rotation: Any = None):
+    def __init__(self, config: Any, plan: Plan, sinks: int, window: int, rotation: Any = None):
         super().__init__(config=config)
         self.plan, self.sinks, self.window, self.rotation = plan, sinks, window, rotation
         self.known: dict[tuple[int, str], torch.Tensor] = {}
@@ -145,21 +138,22 @@ class SlowChain(DynamicCache):
         for part, rows in zip(("k", "v"), super().update(k, v, layer_idx), strict=True):
             batch, heads, length, head_dim = rows.shape
             positions = torch.arange(length)[None]
-            turned = part == "k" and self.rotation is not None
-            x = self.rotation.remove(layer_idx, rows, positions) if turned else rows
+            rotated = part == "k" and self.rotation is not None
+            x = self.rotation.remove(layer_idx, rows, positions) if rotated else rows
             x = x.transpose(1, 2).reshape(batch * length, heads * head_dim).float()
-            codec = self.plan.get(layer_idx, {}).get(part)
+            codec = self.plan.get(Site(layer_idx, part))
             decoded = x
             if codec is not None:
-                reference = [self.known[layer, each] for layer in alike[: codec.looks_back] for each in ("k", "v")]
-                reference += [self.known[layer_idx, "k"]] if part == "v" and codec.looks_back else []
-                r = torch.cat([x[:, :0].half(), *reference], dim=1)
-                decoded = codec.decode_beside(codec.encode_beside(x, r), r)
+                back = codec.n_context_layers
+                context = [self.known[layer, each] for layer in alike[:back] for each in ("k", "v")]
+                context += [self.known[layer_idx, "k"]] if part == "v" and back else []
+                r = torch.cat([x[:, :0].half(), *context], dim=1)
+                decoded = codec.decode(codec.encode(x, r), r)
             self.known[layer_idx, part] = decoded.half()  # as those see it that predict from it
-            back = decoded.reshape(batch, length, heads, head_dim).transpose(1, 2)
-            back = (self.rotation.restore(layer_idx, back, positions) if turned else back).to(rows.dtype)
+            given = decoded.reshape(batch, length, heads, head_dim).transpose(1, 2)
+            given = (self.rotation.restore(layer_idx, given, positions) if rotated else given).to(rows.dtype)
             coded = (positions >= self.sinks) & (positions < length - self.window)
-            read.append(torch.where(coded[:, None, :, None], back, rows) if codec is not None else rows)
+            read.append(torch.where(coded[:, None, :, None], given, rows) if codec is not None else rows)
         return tuple(read)
 
 
@@ -176,35 +170,35 @@ def held_tensors(thing: Any) -> list[torch.Tensor]:
     return held_tensors(vars(thing))
 
 
-def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[int, dict[str, Codec]]:
+def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[Site, Codec]:
     """A plan with `make(width)` for the given parts of every layer."""
     layers = find_geometry(model).layers
-    return {number: {part: make(layer.width) for part in parts} for number, layer in enumerate(layers)}
+    return {Site(number, part): make(layer.width) for number, layer in enumerate(layers) for part in parts}
 
 
-def identity_plan(model: Any) -> dict[int, dict[str, Codec]]:
+def identity_plan(model: Any) -> dict[Site, Codec]:
     return plan_of(model, lambda width: Identity(width, model.dtype))
 
 
 @torch.no_grad()
-def recorded(model: Any, tokens: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, part) -> `[tokens, W]` of a plain forward pass."""
-    vectors: dict[tuple[int, str], torch.Tensor] = {}
+def recorded(model: Any, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
+    """Site -> `[tokens, W]` of a plain forward pass."""
+    vectors: dict[Site, torch.Tensor] = {}
 
     def record(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        vectors[layer, "k"] = k.transpose(1, 2).flatten(2).flatten(0, 1)
-        vectors[layer, "v"] = v.transpose(1, 2).flatten(2).flatten(0, 1)
+        vectors[Site(layer, "k")] = k.transpose(1, 2).flatten(2).flatten(0, 1)
+        vectors[Site(layer, "v")] = v.transpose(1, 2).flatten(2).flatten(0, 1)
 
     model(tokens, past_key_values=RecordingCache(model.config, record))
     return vectors
 
 
-def fitted_plan(model: Any, dimensions: int = 6) -> dict[int, dict[str, Codec]]:
+def fitted_plan(model: Any, dimensions: int = 6) -> dict[Site, Codec]:
     """Principal components for the keys and an autoencoder for the values of every layer, fitted on random tokens."""
     training = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=3e-3, seed=0)
-    plan: dict[int, dict[str, Codec]] = {}
-    for (layer, part), x in recorded(model, tiny.tokens(4, 40, seed=9)).items():
-        family, arguments = (PCA, (dimensions,)) if part == "k" else (Autoencoder, (dimensions, 16))
-        (codec,) = family.fit(arguments, x[None], x[None], None, training, lambda epoch, error: None)
-        plan.setdefault(layer, {})[part] = codec
+    plan: dict[Site, Codec] = {}
+    for site, x in recorded(model, tiny.tokens(4, 40, seed=9)).items():
+        recipe = PCARecipe(dimensions) if site.part == "k" else AutoencoderRecipe(dimensions, 16)
+        (codec,) = recipe.fit(FitData(x[None], x[None], training=training))
+        plan[site] = codec
     return plan

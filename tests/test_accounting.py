@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from leankv.accounting import Footprint
-from leankv.cache import LeanCache
-from leankv.codecs import Codec, TrainingSettings, parse_spec
-from leankv.model import Geometry, LayerGeometry, find_geometry
+from leankv.cache.footprint import Footprint
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import Plan, Site
+from leankv.codecs import Codec, FitData, TrainingSettings, parse_recipe
+from leankv.models.geometry import Geometry, LayerGeometry, find_geometry
 from tests import tiny
 
 SETTINGS = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=1e-3, seed=0)
@@ -25,20 +26,19 @@ def model(architecture: str) -> Any:
 
 
 def codec(spec: str, width: int) -> Codec:
-    parsed = parse_spec(spec)
     vectors = torch.randn(1, 32, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    (fitted,) = parsed.family.fit(parsed.arguments, vectors, vectors, None, SETTINGS, lambda epoch, error: None)
+    (fitted,) = parse_recipe(spec).fit(FitData(vectors, vectors, training=SETTINGS))
     return fitted
 
 
-def plan(geometry: Geometry, specs: dict[str, str], layers: range) -> dict[int, dict[str, Codec]]:
+def plan(geometry: Geometry, specs: dict[str, str], layers: range) -> Plan:
     return {
-        layer: {part: codec(spec, geometry.layers[layer].width) for part, spec in specs.items()} for layer in layers
+        Site(layer, part): codec(spec, geometry.layers[layer].width) for layer in layers for part, spec in specs.items()
     }
 
 
-def footprint(geometry: Geometry, codecs: dict[int, dict[str, Codec]], sinks: int, window: int) -> Footprint:
-    bits = {layer: {part: own.bits_per_token for part, own in parts.items()} for layer, parts in codecs.items()}
+def footprint(geometry: Geometry, codecs: Plan, sinks: int, window: int) -> Footprint:
+    bits = {site: own.bits_per_token for site, own in codecs.items()}
     return Footprint(geometry, bits, sinks, window)
 
 
@@ -92,48 +92,52 @@ def test_an_empty_plan_changes_nothing(model: Any, tokens: int) -> None:
     nothing = Footprint(find_geometry(model), {}, 4, 5)
     assert nothing.compressed_bytes(tokens) == nothing.base_bytes(tokens)
     assert nothing.cache_ratio(tokens) == 1
-    assert nothing.code_ratio() is None
 
 
 def leanllama(layers: range) -> Footprint:
     """80 layers of 8 heads x 128, some of them with K and V in 4 float16 numbers each."""
     geometry = Geometry((LayerGeometry(8, 128, None),) * 80)
-    return Footprint(geometry, {layer: {"k": 64, "v": 64} for layer in layers}, 0, 0)
+    return Footprint(geometry, {Site(layer, part): 64 for layer in layers for part in "kv"}, 0, 0)
 
 
 def test_leanllama_ratios() -> None:
     """256x in the layers compressed; 20 of 80 layers make it 1.33x for the whole cache, not 256x or 64x."""
-    assert leanllama(range(1)).code_ratio() == 256
     twenty = leanllama(range(40, 60))
-    assert twenty.code_ratio() == 256
     assert twenty.cache_ratio(4096) == pytest.approx(80 / (60 + 20 / 256))
     assert twenty.cache_ratio(4096) == pytest.approx(1.33, abs=0.005)
     assert leanllama(range(80)).cache_ratio(4096) == pytest.approx(256)
-    assert twenty.bytes_per_token() == (80 * 4096, 60 * 4096 + 20 * 16)
 
 
 def test_a_cache_counted_by_hand() -> None:
     """Ten tokens of width 8: keys in 16 bits each but for 2 sinks and a window of 3, values as they are."""
-    one = Footprint(Geometry((LayerGeometry(2, 4, None),)), {0: {"k": 16}}, sinks=2, window=3)
+    one = Footprint(Geometry((LayerGeometry(2, 4, None),)), {Site(0, "k"): 16}, sinks=2, window=3)
     assert one.base_bytes(10) == 2 * 10 * 16
     assert one.compressed_bytes(10) == 10 * 16 + 5 * 16 + 5 * 2
     assert one.cache_ratio(10) == 320 / 250
-    assert one.code_ratio() == 8
 
 
 def test_a_sliding_window_counted_by_hand() -> None:
     """A window of 12 holds 11 tokens; of 4 sinks one is left after 14 tokens, and none after 15."""
-    one = Footprint(Geometry((LayerGeometry(1, 8, 12),)), {0: {"k": 16, "v": 16}}, sinks=4, window=0)
+    one = Footprint(Geometry((LayerGeometry(1, 8, 12),)), {Site(0, "k"): 16, Site(0, "v"): 16}, sinks=4, window=0)
     assert one.base_bytes(100) == 2 * 11 * 16
     assert one.compressed_bytes(11) == 2 * (4 * 16 + 7 * 2)
     assert one.compressed_bytes(14) == 2 * (1 * 16 + 10 * 2)
     assert one.compressed_bytes(15) == one.compressed_bytes(100) == 2 * 11 * 2
 
 
-def test_codes_of_no_bytes_have_no_ratio() -> None:
+def test_codes_of_no_bytes_leave_the_other_part() -> None:
     geometry = Geometry((LayerGeometry(1, 8, None),))
-    assert Footprint(geometry, {0: {"k": 0, "v": 0}}, 0, 0).code_ratio() is None
-    assert Footprint(geometry, {0: {"k": 0}}, 0, 0).cache_ratio(50) == 2
+    assert Footprint(geometry, {Site(0, "k"): 0}, 0, 0).cache_ratio(50) == 2
+
+
+def test_keys_and_values_of_different_widths_counted_by_hand() -> None:
+    """Keys of 2 heads of 4 numbers in 16 bits, values of 2 heads of 3 numbers as they are."""
+    layer = LayerGeometry(2, 4, None, v_head_dim=3)
+    assert [layer.width_of(part) for part in "kv"] == [8, 6]
+    one = Footprint(Geometry((layer,)), {Site(0, "k"): 16}, sinks=0, window=0)
+    assert one.base_bytes(10) == 10 * (16 + 12)
+    assert one.compressed_bytes(10) == 10 * (2 + 12)
+    assert one.geometry.bytes_per_token == 16 + 12
 
 
 layer_geometries = st.builds(LayerGeometry, st.integers(1, 4), st.sampled_from([2, 8]), st.none() | st.integers(2, 30))
@@ -143,23 +147,13 @@ layer_geometries = st.builds(LayerGeometry, st.integers(1, 4), st.sampled_from([
 def footprints(draw: st.DrawFn) -> Footprint:
     """Any geometry under a plan whose codes are no larger than what they stand for."""
     layers = tuple(draw(st.lists(layer_geometries, min_size=1, max_size=5)))
-    bits: dict[int, dict[str, int]] = {}
+    bits: dict[Site, float] = {}
     for layer in draw(st.sets(st.integers(0, len(layers) - 1))):
         parts = draw(st.sets(st.sampled_from("kv"), min_size=1))
-        bits[layer] = {part: draw(st.integers(0, 16 * layers[layer].width)) for part in parts}
+        bits |= {Site(layer, part): draw(st.integers(0, 16 * layers[layer].width)) for part in sorted(parts)}
     return Footprint(Geometry(layers), bits, draw(st.integers(0, 8)), draw(st.integers(0, 8)))
 
 
 @given(footprints(), st.integers(1, 100))
 def test_a_smaller_code_never_makes_a_larger_cache(footprint: Footprint, tokens: int) -> None:
     assert 0 <= footprint.compressed_bytes(tokens) <= footprint.base_bytes(tokens)
-
-
-@given(footprints(), st.integers(100, 200))
-def test_bytes_per_token_are_what_one_more_token_adds(footprint: Footprint, tokens: int) -> None:
-    """In layers that see everything; a full sliding window does not grow."""
-    layers = tuple(LayerGeometry(layer.kv_heads, layer.head_dim, None) for layer in footprint.geometry.layers)
-    full = Footprint(Geometry(layers), footprint.bits, footprint.sinks, footprint.window)
-    uncompressed, compressed = full.bytes_per_token()
-    assert full.base_bytes(tokens + 1) - full.base_bytes(tokens) == uncompressed
-    assert full.compressed_bytes(tokens + 1) - full.compressed_bytes(tokens) == pytest.approx(compressed)

@@ -13,14 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from leankv import LeanCache, ModelConfig, UserError, load_model
-from leankv.assemble import select
-from leankv.bundle import load_bundle, read_bundle_config
-from leankv.data import TextSource
-from leankv.experiment import load_experiment
-from leankv.model import LoadedModel
+from leankv.cache.bundle import load_bundle, read_bundle_config
+from leankv.cache.plan import Site
+from leankv.config.loading import load_experiment
+from leankv.data.splits import TextSource
+from leankv.models.loading import LoadedModel
 from leankv.progress import Silent
-from leankv.run import Run
-from leankv.sweep import sweep
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.select import select
+from leankv.studies.sweep import sweep
+from leankv.studies.workspace import Workspace
 from tests import tiny
 
 SUMMARY_KEYS = {
@@ -71,12 +73,17 @@ SWEEP_COLUMNS = [  # those that are always filled; a last one holds predictions 
 ]
 
 
+def evaluator_of(config: Path | None, overrides: dict[str, Any]) -> PlanEvaluator:
+    return PlanEvaluator(Workspace.open(load_experiment(config, overrides), Silent()))
+
+
 def run_all(overrides: dict[str, Any]) -> Path:
     """Sweep and select; the run's folder."""
-    run = Run(load_experiment(None, overrides), Silent())
-    sweep(run)
-    select(run)
-    return run.folder
+    evaluator = evaluator_of(None, overrides)
+    sweep(evaluator)
+    select(evaluator)
+    assert evaluator.workspace.folder is not None
+    return evaluator.workspace.folder
 
 
 _finished: list[Path] = []
@@ -104,7 +111,7 @@ def loaded(llama_folder: Path) -> LoadedModel:
 def refusal(bundle: Path, model: Any) -> str:
     """The sentence that refuses a bundle."""
     with pytest.raises(UserError) as caught:
-        LeanCache.from_pretrained(bundle, model)
+        load_bundle(bundle, model)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -196,7 +203,7 @@ def test_the_joint_cost_is_that_of_the_loaded_bundle(finished: Path, bundle: Pat
 
     summary = json.loads((finished / "summary.json").read_text())
     assert perplexity(lambda: None) == pytest.approx(summary["base_ppl"], rel=1e-5)
-    compressed = perplexity(lambda: LeanCache.from_pretrained(bundle, loaded.model))
+    compressed = perplexity(load_bundle(bundle, loaded.model).new_cache)
     assert compressed == pytest.approx(summary["ppl"], rel=1e-5)
     assert abs(compressed - summary["base_ppl"]) > 1e-3
 
@@ -206,8 +213,7 @@ def test_a_run_of_values_under_stream(settings: dict[str, Any], loaded: LoadedMo
     folder = run_all(
         {
             **settings,
-            "codec.k": "none",
-            "codec.v": "pca:8",
+            "plan": {"v": "pca:8"},
             "codec.dtype": "float16",
             "protocol.kind": "stream",
             "protocol.sinks": 2,
@@ -219,13 +225,11 @@ def test_a_run_of_values_under_stream(settings: dict[str, Any], loaded: LoadedMo
     assert summary["codec"] == "k=none v=pca:8"
     assert summary["code_ratio"] == 4.0
     opened = load_bundle(folder / "bundle", loaded.model)
-    assert {layer: set(parts) for layer, parts in opened.plan.items()} == {
-        layer: {"v"} for layer in summary["selected_layers"]
-    }
-    codec = next(iter(opened.plan.values()))["v"]
+    assert set(opened.plan) == {Site(layer, "v") for layer in summary["selected_layers"]}
+    codec = next(iter(opened.plan.values()))
     assert {parameter.dtype for parameter in codec.parameters()} == {torch.float16}
-    cache = LeanCache.from_pretrained(folder / "bundle", loaded.model)
-    assert (cache.sinks, cache.window) == (2, 5)
+    cache = opened.new_cache()
+    assert (cache.sinks, cache.window) == (opened.sinks, opened.window) == (2, 5)
     table = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     assert set(table["codec_k"]) == {"none"}
     assert (table["fvu_k"] == 0).all()
@@ -242,10 +246,10 @@ def test_a_choice_of_no_layers_leaves_no_bundle_of_an_earlier_one(finished: Path
         "selection.budget": "0.001",
         "selection.layers": str(int(dearest["layer"])),
     }
-    summary = select(Run(load_experiment(folder / "experiment.yaml", changes), Silent()))
-    assert summary["selected_layers"] == []
-    assert summary["delta_ppl"] == 0
-    assert summary["code_ratio"] is None
+    summary = select(evaluator_of(folder / "experiment.yaml", changes))
+    assert summary.selected_layers == ()
+    assert summary.delta_ppl == 0
+    assert summary.code_ratio is None
     assert not (folder / "bundle" / "leankv_config.json").exists()
 
 
@@ -255,7 +259,7 @@ def test_a_choice_of_no_layers_leaves_no_bundle_of_an_earlier_one(finished: Path
 def test_the_bundle_loads_and_generates(bundle: Path, loaded: LoadedModel) -> None:
     summary = json.loads((bundle / "leankv_config.json").read_text())["results"]
     inputs = loaded.tokenizer("once there was", return_tensors="pt")
-    caches = [LeanCache.from_pretrained(bundle, loaded.model), LeanCache(loaded.model.config, {})]
+    caches = [load_bundle(bundle, loaded.model).new_cache(), LeanCache(loaded.model.config, {})]
     outputs = [
         loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False) for cache in caches
     ]
@@ -265,18 +269,20 @@ def test_the_bundle_loads_and_generates(bundle: Path, loaded: LoadedModel) -> No
 
 
 def test_sinks_and_window_may_be_overridden(bundle: Path, loaded: LoadedModel) -> None:
-    cache = LeanCache.from_pretrained(bundle, loaded.model, sinks=3, window=7)
-    assert (cache.sinks, cache.window) == (3, 7)
+    opened = load_bundle(bundle, loaded.model)
+    caches = [opened.new_cache(sinks=3, window=7), opened.new_cache(window=7), opened.new_cache()]
+    assert [(cache.sinks, cache.window) for cache in caches] == [(3, 7), (0, 7), (0, 0)]
 
 
 def test_codecs_come_back_as_they_were_fitted(finished: Path, bundle: Path, loaded: LoadedModel) -> None:
-    run = Run(load_experiment(finished / "experiment.yaml", {}), Silent())
+    evaluator = evaluator_of(finished / "experiment.yaml", {})
     opened = load_bundle(bundle, loaded.model)
-    for layer, parts in opened.plan.items():
-        for part, codec in parts.items():
-            fitted = run.plan([layer])[layer][part].state_dict()
-            assert set(fitted) == set(codec.state_dict())
-            assert all(torch.equal(tensor, fitted[name]) for name, tensor in codec.state_dict().items())
+    fitted = evaluator.codecs.plan(opened.spec)
+    assert set(fitted) == set(opened.plan) != set()
+    for site, codec in opened.plan.items():
+        tensors = fitted[site].state_dict()
+        assert set(tensors) == set(codec.state_dict())
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in codec.state_dict().items())
 
 
 def test_another_model_is_refused(bundle: Path, llama_folder: Path) -> None:
@@ -294,8 +300,8 @@ def test_a_model_of_another_shape_is_refused(bundle: Path, change: dict[str, int
 
 
 def test_the_same_model_in_another_dtype_is_taken(bundle: Path) -> None:
-    LeanCache.from_pretrained(bundle, tiny.build("llama"))
-    LeanCache.from_pretrained(bundle, tiny.build("llama").to(torch.bfloat16))
+    for model in (tiny.build("llama"), tiny.build("llama").to(torch.bfloat16)):
+        assert load_bundle(bundle, model).new_cache().get_seq_length() == 0
 
 
 @pytest.mark.parametrize("at", [3, 40, -1], ids=["length", "header", "data"])
@@ -361,5 +367,5 @@ def test_the_code_on_the_card_runs(bundle: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_bundle_knows_its_experiment(finished: Path, bundle: Path) -> None:
     config = read_bundle_config(bundle)
-    assert config["experiment"]["codec"]["k"] == "ae:4x16"
+    assert config["experiment"]["plan"] == "ae:4x16"
     assert config["results"] == json.loads((finished / "summary.json").read_text())

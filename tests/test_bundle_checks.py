@@ -15,22 +15,23 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from leankv import LeanCache, UserError
-from leankv.bundle import CODECS_FILE, CONFIG_FILE, load_bundle, read_bundle_config, save_bundle
+from leankv import UserError
+from leankv.cache.bundle import CODECS_FILE, CONFIG_FILE, Bundle, load_bundle, read_bundle_config
+from leankv.cache.plan import Plan, Site
 from leankv.cli import app
-from leankv.codecs import Codec, Mean, parse_spec
-from leankv.codecs.base import TrainingSettings
-from leankv.experiment import flatten, load_experiment
-from leankv.fingerprint import fingerprint
-from leankv.store import hash_of, hash_of_file
+from leankv.codecs import Codec, FitData, TrainingSettings, parse_recipe
+from leankv.codecs.mean import MeanRecipe
+from leankv.config.loading import flatten, load_experiment
+from leankv.models.fingerprint import fingerprint
+from leankv.storage.files import hash_of, hash_of_file
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
 
 
 def fitted(text: str) -> Codec:
-    spec, x = parse_spec(text), torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0))
-    (codec,) = spec.family.fit(spec.arguments, x, x, None, TrainingSettings(1, 64, 1e-3, 0), lambda *_: None)
+    x = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0))
+    (codec,) = parse_recipe(text).fit(FitData(x, x, training=TrainingSettings(1, 64, 1e-3, 0)))
     return codec
 
 
@@ -43,11 +44,15 @@ def model() -> Any:
 def whole(model: Any, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good bundle for the tiny Llama."""
     folder = tmp_path_factory.mktemp("whole") / "bundle"
-    plan = {1: {"k": fitted("ae:4x8"), "v": fitted("resid(mean,int:4)")}, 3: {"v": fitted("transform:1")}}
+    plan: Plan = {
+        Site(1, "k"): fitted("ae:4x8"),
+        Site(1, "v"): fitted("resid(mean,int:4)"),
+        Site(3, "v"): fitted("transform:1"),
+    }
     layers = [{"kv_heads": 2, "head_dim": 16, "window": None}] * 4
     made_for = {"name": str(llama_folder), "fingerprint": fingerprint(model), "layers": layers}
     experiment = asdict(load_experiment(None, {"model.name": str(llama_folder), "model.device": "cpu"}))
-    save_bundle(folder, plan, 2, 8, "post-rope", made_for, experiment, {}, "A card.")
+    Bundle(plan, 2, 8, None, model.config, made_for, experiment, {}).save(folder, "A card.")
     return folder
 
 
@@ -67,7 +72,7 @@ def rewritten(whole: Path, folder: Path, config: Any, tensors: Tensors | None = 
 
 def refusal(folder: Path, model: Any) -> str:
     with pytest.raises(UserError) as caught:
-        LeanCache.from_pretrained(folder, model)
+        load_bundle(folder, model)
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert len(sentence) < 1000
@@ -78,8 +83,8 @@ def test_a_good_bundle_is_taken(whole: Path, tmp_path: Path, model: Any) -> None
     """Also once it went through the hands of these tests."""
     config = read_bundle_config(whole)
     opened = load_bundle(rewritten(whole, tmp_path / "again", config), model)
-    assert {layer: set(parts) for layer, parts in opened.plan.items()} == {1: {"k", "v"}, 3: {"v"}}
-    cache = LeanCache.from_pretrained(whole, model)
+    assert set(opened.plan) == {Site(1, "k"), Site(1, "v"), Site(3, "v")}
+    cache = load_bundle(whole, model).new_cache()
     with torch.no_grad():
         assert torch.isfinite(model(tiny.tokens(1, 30), past_key_values=cache).logits).all()
 
@@ -106,7 +111,7 @@ def drop(*path: Any) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-GOOD = {"spec": "mean", "width": 32, "revisions": {"mean": Mean.revision}}
+GOOD = {"spec": "mean", "width": 32, "revisions": {"mean": MeanRecipe.revision}}
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "layer 99": (put("plan", "99", {"k": GOOD}), r"layer is '99', not a layer from 0 to 3"),
     "layer -3": (put("plan", "-3", {"k": GOOD}), r"layer is '-3'"),
@@ -287,7 +292,7 @@ def test_any_configuration_is_taken_or_refused(whole: Path, tmp_path: Path, mode
         folder = rewritten(whole, tmp_path / "bundle", mutated(config, rng))
         try:
             load_experiment(None, flatten(read_bundle_config(folder)["experiment"]))
-            cache = LeanCache.from_pretrained(folder, model)
+            cache = load_bundle(folder, model).new_cache()
         except UserError:
             continue
         taken += 1

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from leankv.cache import LeanCache, LeanLayer
+from leankv.cache.layers import LeanLayer
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Site
 from leankv.codecs import Codec
-from leankv.held_bytes import held_bytes
-from leankv.model import find_geometry
-from leankv.rope import KeyRotation
+from leankv.models.geometry import find_geometry
 from tests import tiny
 from tests.oracles import EveryRow, Rounding, SlowCache, fitted_plan, held_tensors, identity_plan, plan_of, through
 
@@ -154,12 +155,13 @@ def test_values_only_plans_keep_keys_exact(model: Any) -> None:
         k, v = torch.randn(shape), torch.randn(shape)
         keys, values = cache.update(k, v, layer)
         assert torch.equal(keys, k)
-        assert torch.equal(values, through(plan[layer]["v"], v))
+        assert torch.equal(values, through(plan[Site(layer, "v")], v))
         assert not torch.equal(values, v)
 
 
 def test_layers_outside_the_plan_are_the_stock_ones(model: Any) -> None:
-    cache = LeanCache(model.config, {1: plan_of(model, Rounding)[1]}, sinks=1)
+    plan = {site: codec for site, codec in plan_of(model, Rounding).items() if site.layer == 1}
+    cache = LeanCache(model.config, plan, sinks=1)
     stock = DynamicCache(config=model.config)
     for layer in (0, 2, 3):
         assert type(cache.layers[layer]) is type(stock.layers[layer])
@@ -209,7 +211,8 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
     config = tiny.ARCHITECTURES["gemma3"]()
     heads, head_dim = 2, 16
     codecs: dict[str, Codec] = {part: Rounding(heads * head_dim) for part in parts}
-    cache, stock = LeanCache(config, {layer: codecs}, sinks, window), DynamicCache(config=config)
+    plan = {Site(layer, part): codec for part, codec in codecs.items()}
+    cache, stock = LeanCache(config, plan, sinks, window), DynamicCache(config=config)
     lean, plain = cache.layers[layer], stock.layers[layer]
     assert isinstance(lean, LeanLayer)
     sliding = SLIDING_WINDOW if layer == 0 else None
@@ -268,8 +271,8 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
 def test_no_original_rows_stay_beyond_sinks_and_window(chunks: list[int], sinks: int, window: int) -> None:
     """Every float tensor that the cache can reach is as short as sinks or window; the rest is one byte a number."""
     config = tiny.ARCHITECTURES["gemma3"]()
-    codecs = [{"k": Rounding(32), "v": Rounding(32)} for _ in range(4)]
-    cache = LeanCache(config, dict(enumerate(codecs)), sinks, window)
+    plan = {Site(layer, part): Rounding(32) for layer in range(4) for part in ("k", "v")}
+    cache = LeanCache(config, plan, sinks, window)
     for length in chunks:
         for layer in range(4):
             cache.update(torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16), layer)
@@ -297,7 +300,7 @@ def test_memory_is_saved(model: Any) -> None:
 
 def test_cropping_more_than_was_recorded_is_refused_as_by_the_stock_cache() -> None:
     config = tiny.ARCHITECTURES["mistral"]()
-    cache = LeanCache(config, {0: {"k": Rounding(32), "v": Rounding(32)}})
+    cache = LeanCache(config, {Site(0, "k"): Rounding(32), Site(0, "v"): Rounding(32)})
     cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), 0)
     with pytest.raises(RuntimeError):
         cache.layers[0].crop(-1)
@@ -345,7 +348,7 @@ def test_cropping_more_than_there_is_leaves_an_empty_cache(model: Any, first: in
 def test_tokens_that_left_the_window_stay_codes_after_a_crop() -> None:
     """And what is left after it are the very codes, sinks and rows that were there before."""
     config = tiny.ARCHITECTURES["llama"]()
-    layer = LeanCache(config, {0: {"k": Rounding(32), "v": Rounding(32)}}, sinks=2, window=5).layers[0]
+    layer = LeanCache(config, {Site(0, "k"): Rounding(32), Site(0, "v"): Rounding(32)}, sinks=2, window=5).layers[0]
     k, v, new = torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 1, 16)
     before = layer.update(k, v)
     layer.crop(-4)
@@ -385,65 +388,5 @@ def test_a_copy_branches_off_and_shares_the_codecs(model: Any, sinks: int, windo
             model(prompt, past_key_values=alone)
             expected = model(tokens, past_key_values=alone).logits
             assert torch.equal(model(tokens, past_key_values=branch).logits, expected)
-    for layer, codecs in plan.items():
-        for part, codec in codecs.items():
-            assert branches[1].plan[layer][part] is branches[1].layers[layer].parts[part].codec is codec
-
-
-# -- sinks under left padding ------------------------------------------------------------------------------------------
-
-
-def test_left_padded_rows_keep_their_own_sinks_exact() -> None:
-    """Each row's first tokens after its padding come back exact, as they do when the row is alone."""
-    config, sinks = tiny.ARCHITECTURES["llama"](), 3
-    codecs: dict[str, Codec] = {"k": Rounding(32), "v": Rounding(32)}
-    paddings = (0, 4, 9)
-    mask = torch.ones(3, 20, dtype=torch.int64)
-    for row, padding in enumerate(paddings):
-        mask[row, :padding] = 0
-    k, v = torch.randn(3, 2, 20, 16), torch.randn(3, 2, 20, 16)
-    together = LeanCache(config, {0: codecs}, sinks, attention_mask=mask).update(k, v, 0)
-    for row, padding in enumerate(paddings):
-        alone = LeanCache(config, {0: codecs}, sinks).update(k[[row], :, padding:], v[[row], :, padding:], 0)
-        for batched, single, original in zip(together, alone, (k, v), strict=True):
-            own = slice(padding, padding + sinks)
-            assert torch.equal(batched[row, :, own], original[row, :, own])
-            assert torch.equal(batched[row, :, own], single[0, :, :sinks])
-    # The row with the longest padding loses nothing and gains nothing beside the others.
-    assert torch.equal(together[0][2, :, 9:], alone[0][0])
-
-
-def test_equally_padded_rows_generate_as_they_do_alone(architecture: str) -> None:
-    """Two rows under the same padding: logits as without padding, to rounding."""
-    model = tiny.build(architecture)
-    plan = plan_of(model, Rounding)
-    tokens, padding, sinks = tiny.tokens(2, LONG), 6, 3
-    padded = torch.cat([torch.zeros(2, padding, dtype=torch.int64), tokens], dim=1)
-    mask = (torch.arange(padding + LONG) >= padding).long().expand(2, -1)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    with torch.no_grad():
-        cache = LeanCache(model.config, plan, sinks, attention_mask=mask)
-        got = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, padding:]
-        expected = model(tokens, past_key_values=LeanCache(model.config, plan, sinks)).logits
-    # Rounding codes may flip in the last bit of a key, hence a few wider differences.
-    assert (got - expected).abs().median() < 1e-4
-
-
-@pytest.mark.parametrize("again", [LeanCache.fresh, lambda cache: (cache.reset(), cache)[1]], ids=["fresh", "reset"])
-def test_a_cache_for_another_run_of_a_padded_batch_reads_the_same(architecture: str, again: Any) -> None:
-    """After beams, which repeat the rows."""
-    model = tiny.build(architecture)
-    tokens, mask = tiny.tokens(2, LONG), torch.ones(2, LONG, dtype=torch.int64)
-    tokens[1, :4], mask[1, :4] = 0, 0
-    rotation = None if architecture == "gpt2" else KeyRotation(model)
-    cache = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
-    with torch.no_grad():
-        expected = model(tokens, attention_mask=mask, past_key_values=again(cache)).logits
-        cache = again(cache)
-        model.generate(tokens, attention_mask=mask, past_key_values=cache, num_beams=3, max_new_tokens=3)
-        cache = again(again(cache))
-        assert (cache.sinks, cache.get_seq_length()) == (3, 0)
-        assert torch.equal(model(tokens, attention_mask=mask, past_key_values=cache).logits, expected)
-        # The same numbers of tokens exact in each row as in a cache that is made for this batch.
-        made = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
-        assert torch.equal(model(tokens, attention_mask=mask, past_key_values=made).logits, expected)
+    for (layer, part), codec in plan.items():
+        assert branches[1].plan[Site(layer, part)] is branches[1].layers[layer].parts[part].codec is codec

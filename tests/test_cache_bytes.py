@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from leankv.cache import LeanCache
-from leankv.cache_bytes import PIECE, CacheBytes, codec_memory, measure_bytes
-from leankv.codecs import Codec, TrainingSettings, codec_from_tensors, parse_spec
-from leankv.held_bytes import held_bytes
-from leankv.model import find_geometry
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Plan, Site
+from leankv.codecs import Codec, FitData, TrainingSettings, codec_from_tensors, parse_recipe
+from leankv.evaluation.cache_bytes import PIECE, CacheBytes, codec_memory, measure_bytes
+from leankv.models.geometry import find_geometry
 from tests import tiny
 
 SETTINGS = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=1e-3, seed=0)
@@ -18,9 +19,8 @@ LAYERS, WIDTH = 4, 32  # of the tiny Llama
 
 
 def codec(spec: str) -> Codec:
-    parsed = parse_spec(spec)
     vectors = torch.randn(1, 256, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
-    (fitted,) = parsed.family.fit(parsed.arguments, vectors, vectors, None, SETTINGS, lambda epoch, error: None)
+    (fitted,) = parse_recipe(spec).fit(FitData(vectors, vectors, training=SETTINGS))
     return fitted
 
 
@@ -29,7 +29,7 @@ def llama() -> Any:
     return tiny.build("llama").bfloat16()
 
 
-def measured(model: Any, plan: Any, context: int, sinks: int = 0, window: int = 0) -> CacheBytes:
+def measured(model: Any, plan: Plan, context: int, sinks: int = 0, window: int = 0) -> CacheBytes:
     def make_cache() -> LeanCache:
         return LeanCache(model.config, plan, sinks, window)
 
@@ -38,7 +38,7 @@ def measured(model: Any, plan: Any, context: int, sinks: int = 0, window: int = 
 
 def test_a_cache_counted_by_hand(llama: Any) -> None:
     """Keys of two layers in 4 float16 numbers each but for 2 sinks and a window of 5; 300 tokens, no whole pieces."""
-    plan = {layer: {"k": codec("pca:4")} for layer in (1, 2)}
+    plan = {Site(layer, "k"): codec("pca:4") for layer in (1, 2)}
     bytes_ = measured(llama, plan, 300, sinks=2, window=5)
     vector, code = 2 * WIDTH, 2 * 4
     assert bytes_.context == 300
@@ -52,7 +52,7 @@ def test_a_cache_counted_by_hand(llama: Any) -> None:
 
 def test_the_context_decides_what_is_known(llama: Any) -> None:
     """Where half a fill is still held exact, growth is not that of codes."""
-    plan = {0: {"k": codec("int:4"), "v": codec("int:4")}}
+    plan = {Site(0, part): codec("int:4") for part in "kv"}
     assert measured(llama, plan, 40, window=21).code_ratio_live is None
     assert measured(llama, plan, 40, window=20).code_ratio_live == pytest.approx(
         32 * 16 / codec("int:4").bits_per_token
@@ -61,7 +61,7 @@ def test_the_context_decides_what_is_known(llama: Any) -> None:
 
 
 def test_a_codec_of_no_bytes(llama: Any) -> None:
-    plan = {layer: {part: codec("mean") for part in "kv"} for layer in range(LAYERS)}
+    plan = {Site(layer, part): codec("mean") for layer in range(LAYERS) for part in "kv"}
     bytes_ = measured(llama, plan, 20)
     assert (bytes_.held, bytes_.cache_ratio, bytes_.code_ratio_live) == (0, None, None)
     assert bytes_.all_in_ratio is not None
@@ -88,7 +88,7 @@ def test_steps_beyond_the_last_learned_position() -> None:
 @pytest.mark.parametrize("spec", ["identity", "transform:2"])
 def test_a_step_takes_what_it_decodes(llama: Any, spec: str) -> None:
     """A codec's step decodes a layer's keys and values into tensors of their own; the stock one copies them to grow."""
-    plan = {layer: {part: codec(spec) for part in "kv"} for layer in range(LAYERS)}
+    plan = {Site(layer, part): codec(spec) for layer in range(LAYERS) for part in "kv"}
     context = 500
     coded, stock = measured(llama, plan, context), measured(llama, {}, context)
     layer = 2 * context * WIDTH * 2
@@ -99,7 +99,7 @@ def test_a_step_takes_what_it_decodes(llama: Any, spec: str) -> None:
 def test_memory_of_codecs_has_what_decoding_builds() -> None:
     """Parameters, and the tables beside them, each storage once."""
     fitted = codec("transform:2")
-    loaded = codec_from_tensors(fitted.spec, WIDTH, fitted.state_dict())
+    loaded = codec_from_tensors(fitted.recipe.text, WIDTH, fitted.state_dict())
     before = codec_memory([loaded])
     loaded.decode(loaded.encode(torch.randn(3, WIDTH)))
     after = codec_memory([loaded, loaded])

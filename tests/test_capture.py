@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from leankv import UserError
-from leankv.capture import Activations, capture, find_activations
-from leankv.data import Blocks
-from leankv.fingerprint import fingerprint
-from leankv.model import LoadedModel, find_geometry, numerics
+from leankv.calibration.activations import StoredActivations, find_activations
+from leankv.calibration.capture import capture, vectors_in_memory
+from leankv.data.blocks import Blocks
+from leankv.models.fingerprint import fingerprint
+from leankv.models.geometry import find_geometry
+from leankv.models.loading import LoadedModel, numerics
 from leankv.progress import Silent
-from leankv.run import Run
 from tests import tiny
+from tests.run_folders import evaluator_of
 
 
 def loaded(model: Any) -> LoadedModel:
@@ -30,7 +32,7 @@ def blocks(length: int, count: int = 5) -> Blocks:
 
 def captured(
     model: Any, text: Blocks, folder: Path, layers: tuple[int, ...] = (0, 1, 2, 3), batch_size: int = 1
-) -> Activations:
+) -> StoredActivations:
     return capture(loaded(model), text, folder, layers, batch_size, {"about": "a test"}, Silent())
 
 
@@ -92,6 +94,19 @@ def test_batches_of_blocks_are_written_in_the_same_order(model: Any, tmp_path: P
             torch.testing.assert_close(two.read(layer, part), one.read(layer, part), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_capture_in_memory_is_the_one_on_disk(model: Any, tmp_path: Path, batch_size: int) -> None:
+    """Vectors, and all that a manifest says but what is of the clock and of the folder."""
+    text, layers = blocks(20), (1, 3)
+    stored = captured(model, text, tmp_path / "activations", layers, batch_size)
+    held = vectors_in_memory(loaded(model), text, layers, batch_size, Silent())
+    for layer in layers:
+        for part in ("k", "v"):
+            assert torch.equal(held.read(layer, part), stored.read(layer, part))
+    for name in ("layers", "widths", "parts", "blocks", "block_length", "dtype"):
+        assert held.manifest[name] == stored.manifest[name]
+
+
 def test_bfloat16_activations_stay_bfloat16(tmp_path: Path) -> None:
     model = tiny.build("llama").to(torch.bfloat16)
     text = blocks(9, count=2)
@@ -129,6 +144,8 @@ def test_numbers_that_are_not_finite_are_named_with_layer_and_part(tmp_path: Pat
     with pytest.raises(UserError, match="layer 2 .*part " + part) as caught:
         captured(model, blocks(10), tmp_path / "activations")
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="layer 2 .*part " + part):
+        vectors_in_memory(loaded(model), blocks(10), (0, 1, 2, 3), 1, Silent())
     assert find_activations(tmp_path / "activations") is None
 
 
@@ -164,14 +181,13 @@ def test_a_capture_that_is_half_deleted_is_not_found(tmp_path: Path, monkeypatch
     assert find_activations(activations.folder) is None
 
 
-def test_a_stopped_runs_capture_is_used_again(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_runs_capture_is_used_again(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Capturing costs a pass over the model, fitting may be stopped."""
-    from leankv.experiment import load_experiment
-
-    run = Run(load_experiment(None, settings), Silent())
-    first = run.captured([0, 1, 2, 3])
-    monkeypatch.setattr("leankv.workplace.capture", pytest.fail)
-    assert Run(load_experiment(None, settings), Silent()).captured([1, 2]) == first
+    first = evaluator_of(settings, tmp_path).codecs.activations.of([0, 1, 2, 3])
+    monkeypatch.setattr("leankv.studies.activation_store.capture", pytest.fail)
+    assert evaluator_of(settings, tmp_path).codecs.activations.of([1, 2]) == first
 
 
 def test_files_are_closed_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

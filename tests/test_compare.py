@@ -1,9 +1,7 @@
 """`leankv compare`: costs and bytes of whole caches, ours and those of others."""
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,23 @@ import pandas as pd
 import pytest
 import torch
 from transformers import DynamicCache
-from typer.testing import CliRunner
 
-from leankv.cache import LeanCache
-from leankv.cli import app
-from leankv.compare_caches import compare_caches, row_words
-from leankv.compare_report import compare_markdown, compare_title, cost_rows, divergence_rows
-from leankv.compare_table import COLUMNS, read_compare
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import PlanSpec
+from leankv.config.presets import COMPARE_SPECS
 from leankv.errors import UserError
-from leankv.experiment import COMPARE_SPECS, load_experiment
-from leankv.held_bytes import held_bytes
-from leankv.peers import PEERS, find_peers, try_peer
-from leankv.perplexity import measure_nats
-from leankv.progress import Silent
-from leankv.rate_map import check_specs
-from leankv.run import Run
-from tests import tiny
+from leankv.evaluation.baselines import find_baselines
+from leankv.evaluation.perplexity import measure_nats
+from leankv.report.columns import COMPARE_COLUMNS, read_compare
+from leankv.report.compare import compare_markdown, compare_title, cost_rows, divergence_rows
+from leankv.studies.compare import compare_caches, format_row, plans_of
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.rate_map import parse_recipes
+from tests.run_folders import evaluator_of, folder_of, invoke, write_factory
 
 SPECS = ["int:4g8", "transform:1"]
+PLANS = plans_of(parse_recipes(SPECS))
 CONTEXT = 512  # so long that half of it is two groups of the baselines
 STOCK = f"{__name__}:stock"
 HALVED = f"{__name__}:halved"
@@ -36,7 +33,7 @@ BROKEN = f"{__name__}:broken"
 
 
 def stock(config: Any) -> Any:
-    """A peer that loses nothing and saves nothing."""
+    """A baseline that loses nothing and saves nothing."""
     return DynamicCache(config=config)
 
 
@@ -75,19 +72,15 @@ def compare_settings(llama_folder: Path, text_file: Path) -> dict[str, Any]:
     }
 
 
-def make_run(settings: dict[str, Any], folder: Path, **changes: Any) -> Run:
-    return Run(load_experiment(None, {**settings, "output_dir": str(folder), **changes}), Silent())
-
-
 @pytest.fixture(scope="module")
-def finished(compare_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(compare_settings, tmp_path_factory.mktemp("compare"))
-    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
-    return run
+def finished(compare_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> PlanEvaluator:
+    evaluator = evaluator_of(compare_settings, tmp_path_factory.mktemp("compare"))
+    compare_caches(evaluator, PLANS, find_baselines([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
+    return evaluator
 
 
-def row_of(run: Run, spec: str, window: int = 8) -> Any:
-    table = read_compare(run.folder)
+def row_of(evaluator: PlanEvaluator, spec: str, window: int = 8) -> Any:
+    table = read_compare(folder_of(evaluator))
     (row,) = table[(table["spec"] == spec) & table["window"].isin([window, math.nan])].itertuples()
     return row
 
@@ -95,12 +88,12 @@ def row_of(run: Run, spec: str, window: int = 8) -> Any:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_for_every_cache(finished: Run) -> None:
-    table = read_compare(finished.folder)
-    assert list(table.columns) == list(COLUMNS)
+def test_a_row_for_every_cache(finished: PlanEvaluator) -> None:
+    table = read_compare(folder_of(finished))
+    assert list(table.columns) == list(COMPARE_COLUMNS)
     ours = [spec for spec in SPECS for _ in (8, 0)]
     assert list(table["spec"]) == [*ours, STOCK, HALVED, "turboquant:safe", "hqq:4"]
-    assert list(table["peer"] == "") == [True] * 4 + [False] * 4
+    assert list(table["baseline"] == "") == [True] * 4 + [False] * 4
     assert list(table["window"].iloc[:4]) == [8, 0, 8, 0]
     assert set(table["tokens"]) == {3 * (CONTEXT - 1)}
     assert (set(table["split"]), set(table["blocks"]), set(table["context"])) == ({"report"}, {3}, {CONTEXT})
@@ -110,10 +103,10 @@ def test_a_row_for_every_cache(finished: Run) -> None:
     assert (table["delta_percent"] <= table["high"]).all()
 
 
-def test_costs_are_those_of_all_layers_on_report_text(finished: Run) -> None:
-    own = finished.with_codecs("int:4g8", "int:4g8")
-    model, blocks, protocol = own.loaded.model, own.blocks("report"), own.experiment.protocol
-    plan = own.plan(range(4))
+def test_costs_are_those_of_all_layers_on_report_text(finished: PlanEvaluator) -> None:
+    workspace, plan = finished.workspace, finished.codecs.plan(PLANS["int:4g8"])
+    model, blocks, protocol = workspace.loaded.model, workspace.blocks("report"), finished.protocol
+    assert len(plan) == 8
     base = measure_nats(model, blocks, protocol, lambda: DynamicCache(config=model.config)).perplexity
     ppl = measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
     row = row_of(finished, "int:4g8")
@@ -122,49 +115,65 @@ def test_costs_are_those_of_all_layers_on_report_text(finished: Run) -> None:
     assert row.delta_percent == pytest.approx(100 * (ppl / base - 1), rel=1e-6)
 
 
-def test_a_cache_that_changes_nothing_costs_nothing(finished: Run) -> None:
+def test_a_cache_that_changes_nothing_costs_nothing(finished: PlanEvaluator) -> None:
     """Its bytes are those of float32 vectors: twice the 16-bit ones."""
     row = row_of(finished, STOCK)
     assert row.delta_percent == 0
     assert row.code_ratio_live == row.code_ratio_stored == row.cache_ratio == 0.5
 
 
-def test_divergence_stands_beside_every_cost(finished: Run) -> None:
+def test_divergence_stands_beside_every_cost(finished: PlanEvaluator) -> None:
     """A cache that changes nothing strays nowhere; others do, and the table for people says how far."""
     same, other = row_of(finished, STOCK), row_of(finished, "int:4g8")
     assert (same.kl, same.kl_p999, same.top1, same.rms_dp) == (0, 0, 100, 0)
     assert 0 < other.kl_low < other.kl < other.kl_high
     assert other.kl_median < other.kl_p99 < other.kl_p999
     assert other.top1 < 100
-    header, rows = divergence_rows(read_compare(finished.folder))
+    header, rows = divergence_rows(read_compare(folder_of(finished)))
     assert {"Mean KLD", "Same top p"} < set(header)
     (cells,) = [row for row in rows if row[:2] == ["int:4g8", "8"]]
     assert cells[header.index("Same top p")] == f"{other.top1:.2f} %"
 
 
-def test_a_peer_in_half_the_bytes(finished: Run) -> None:
+def test_a_plan_of_several_recipes_is_a_row(compare_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Under the name that it is given; its cost and its bits are those of its own codecs, each site's."""
+    spec = PlanSpec.uniform("pca:8").with_layers([0, 2], k="int:4g8").with_layers([3], v="none")
+    evaluator = evaluator_of(compare_settings, tmp_path, **{"data.block_length": 64})
+    table = compare_caches(evaluator, {"mixed": spec})
+    (row,) = table.itertuples()
+    assert (row.spec, row.method) == ("mixed", "plan")
+    plan, model = evaluator.codecs.plan(spec), evaluator.workspace.loaded.model
+    assert {site: codec.recipe.text for site, codec in plan.items()} == {
+        **{(layer, "k"): "int:4g8" if layer in (0, 2) else "pca:8" for layer in range(4)},
+        **{(layer, "v"): "pca:8" for layer in range(3)},
+    }
+    blocks = evaluator.workspace.blocks("report")
+    ppl = measure_nats(model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    assert row.ppl == pytest.approx(ppl, rel=1e-9)
+    assert row.codec_bytes == sum(codec.nbytes for codec in plan.values())
+    bits = sum(codec.bits_per_token for codec in plan.values())
+    assert row.code_ratio_live == pytest.approx(7 * 32 * 16 / bits)
+
+
+def test_a_baseline_in_half_the_bytes(finished: PlanEvaluator) -> None:
     row = row_of(finished, HALVED)
     assert row.code_ratio_live == row.cache_ratio == 1
     assert row.delta_percent != 0
 
 
-def test_ratios_are_those_of_the_codes(finished: Run) -> None:
+def test_ratios_are_those_of_the_codes(finished: PlanEvaluator) -> None:
     """4 bits a number, and a scale and a zero of 16 bits for 8 numbers."""
     row = row_of(finished, "int:4g8")
-    plan = finished.with_codecs("int:4g8", "int:4g8").plan(range(4))
-    bits = {codec.bits_per_token for own in plan.values() for codec in own.values()}
+    bits = {codec.bits_per_token for codec in finished.codecs.plan(PLANS["int:4g8"]).values()}
     assert row.code_ratio_live == pytest.approx(32 * 16 / bits.pop())
     assert not bits
     transform = row_of(finished, "transform:1")
     assert transform.code_ratio_stored > transform.code_ratio_live
-    assert transform.codec_bytes == sum(
-        codec.nbytes
-        for own in finished.with_codecs("transform:1", "transform:1").plan(range(4)).values()
-        for codec in own.values()
-    )
+    fitted = finished.codecs.plan(PLANS["transform:1"])
+    assert transform.codec_bytes == sum(codec.nbytes for codec in fitted.values())
 
 
-def test_peers_with_packages_of_their_own(finished: Run) -> None:
+def test_baselines_with_packages_of_their_own(finished: PlanEvaluator) -> None:
     """As the report's notes say of them: at whole groups HQQ holds codes alone, TurboQuant 256 tokens exact."""
     hqq, turbo = row_of(finished, "hqq:4"), row_of(finished, "turboquant:safe")
     assert hqq.code_ratio_live > 2
@@ -177,47 +186,50 @@ def test_peers_with_packages_of_their_own(finished: Run) -> None:
 
 
 def test_a_finished_comparison_is_only_looked_up(
-    finished: Run, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    finished: PlanEvaluator, compare_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = (finished.folder / "compare.csv").read_bytes()
+    folder = folder_of(finished)
+    before = (folder / "compare.csv").read_bytes()
     for name in (
-        "leankv.run.measure_nats",
-        "leankv.run.measure_pair",
-        "leankv.cache_bytes.measure_bytes",
-        "leankv.workplace.capture",
-        "leankv.run.fit_codecs",
+        "leankv.studies.plan_evaluator.measure_nats",
+        "leankv.studies.plan_evaluator.measure_pair",
+        "leankv.studies.stored_bytes.measure_bytes",
+        "leankv.studies.activation_store.capture",
+        "leankv.studies.codec_store.fit_codecs",
+        "leankv.studies.codec_store.fit_in_context",
     ):
         monkeypatch.setattr(name, pytest.fail)
-    run = make_run(compare_settings, finished.folder)
-    compare_caches(run, SPECS, find_peers([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
-    assert (finished.folder / "compare.csv").read_bytes() == before
+    again = evaluator_of(compare_settings, folder)
+    compare_caches(again, PLANS, find_baselines([STOCK, HALVED, "turboquant:safe", "hqq:4"]), windows=[8, 0])
+    assert (folder / "compare.csv").read_bytes() == before
 
 
 def test_a_strict_comparison(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     strict = {"protocol.kind": "strict", "protocol.window": 0}
-    run = make_run(compare_settings, tmp_path, **strict)
-    table = compare_caches(run, ["identity"], [])
+    evaluator, plans = evaluator_of(compare_settings, tmp_path, **strict), {"all of it": PlanSpec.uniform("identity")}
+    table = compare_caches(evaluator, plans)
+    assert table["spec"].tolist() == ["all of it"]
     assert table["delta_percent"].tolist() == [0]
     with pytest.raises(UserError, match="--protocol stream"):
-        compare_caches(run, ["identity"], find_peers([STOCK]))
+        compare_caches(evaluator, plans, find_baselines([STOCK]))
     with pytest.raises(UserError, match="no exact window"):
-        compare_caches(run, ["identity"], [], windows=[0, 8])
+        compare_caches(evaluator, plans, windows=[0, 8])
     assert "protocol strict, sinks 2, window 0" in compare_title(table)
 
 
 def test_a_comparison_to_choose_with(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     """On selection text, and said so."""
-    run = make_run(compare_settings, tmp_path, **{"data.block_length": 64})
-    table = compare_caches(run, ["int:4"], [], split="selection")
-    model, protocol = run.loaded.model, run.experiment.protocol
-    plan = run.with_codecs("int:4", "int:4").plan(range(4))
-    ppl = measure_nats(model, run.blocks("selection"), protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    evaluator, spec = evaluator_of(compare_settings, tmp_path, **{"data.block_length": 64}), PlanSpec.uniform("int:4")
+    table = compare_caches(evaluator, {"int:4": spec}, split="selection")
+    model, blocks = evaluator.workspace.loaded.model, evaluator.workspace.blocks("selection")
+    plan = evaluator.codecs.plan(spec)
+    ppl = measure_nats(model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
     assert table["ppl"].tolist() == pytest.approx([ppl], rel=1e-9)
     assert table["tokens"].tolist() == [2 * 63]
     assert "2 blocks of 64 tokens of the selection split" in compare_title(table)
 
 
-def test_a_window_of_none_is_a_row_of_its_own(finished: Run) -> None:
+def test_a_window_of_none_is_a_row_of_its_own(finished: PlanEvaluator) -> None:
     """Codecs are the same; more of the cache is codes, and the cost is higher."""
     with_window, without = row_of(finished, "int:4g8"), row_of(finished, "int:4g8", window=0)
     assert without.held_bytes < with_window.held_bytes
@@ -225,7 +237,7 @@ def test_a_window_of_none_is_a_row_of_its_own(finished: Run) -> None:
     assert without.codec_bytes == with_window.codec_bytes
 
 
-def test_ratios_stand_at_the_context_of_the_costs(finished: Run) -> None:
+def test_ratios_stand_at_the_context_of_the_costs(finished: PlanEvaluator) -> None:
     row = row_of(finished, "transform:1")
     base = CONTEXT * 4 * 2 * 32 * 2
     assert row.cache_ratio == base / row.held_bytes
@@ -237,15 +249,16 @@ def test_ratios_stand_at_the_context_of_the_costs(finished: Run) -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def test_the_report(finished: Run) -> None:
-    markdown = (finished.folder / "compare.md").read_text(encoding="utf-8")
-    table = read_compare(finished.folder)
+def test_the_report(finished: PlanEvaluator) -> None:
+    folder = folder_of(finished)
+    markdown = (folder / "compare.md").read_text(encoding="utf-8")
+    table = read_compare(folder_of(finished))
     assert markdown == compare_markdown(table)
     for spec in table["spec"]:
         assert f"| {spec} |" in markdown
     costs = [float(row[2]) for row in cost_rows(table)[1]]
     assert costs == sorted(costs)
-    assert (finished.folder / "figures" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "figures" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_comparison_to_read(tmp_path: Path) -> None:
@@ -253,8 +266,8 @@ def test_no_comparison_to_read(tmp_path: Path) -> None:
         read_compare(tmp_path)
 
 
-def test_a_table_of_an_older_version(finished: Run, tmp_path: Path) -> None:
-    table = read_compare(finished.folder).drop(columns="all_in_ratio")
+def test_a_table_of_an_older_version(finished: PlanEvaluator, tmp_path: Path) -> None:
+    table = read_compare(folder_of(finished)).drop(columns="all_in_ratio")
     table.to_csv(tmp_path / "compare.csv", index=False)
     with pytest.raises(UserError, match=r"all_in_ratio.*leankv compare"):
         read_compare(tmp_path)
@@ -277,136 +290,81 @@ def test_a_storage_counts_once() -> None:
     assert held_bytes([torch.nn.Linear(3, 3)]) == 0
 
 
-# -- peers -------------------------------------------------------------------------------------------------------------
+# -- baselines of one's own -------------------------------------------------------------------------------------------
 
 
-def test_all_peers_once() -> None:
-    assert [peer.spec for peer in find_peers(["all", "hqq:4", STOCK])] == [*PEERS, STOCK]
-
-
-@pytest.mark.parametrize("text", ["hqq:5", "nonsense", ":", "nowhere.to.be:found", f"{__name__}:missing", "math:pi"])
-def test_a_peer_that_there_is_not(text: str) -> None:
-    with pytest.raises(UserError, match=text.split(":")[0] or "module:factory"):
-        find_peers([text])
-
-
-def test_a_peer_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"leankv\[peers\]"):
-        find_peers(["hqq:4"])
-
-
-def write_factory(folder: Path, name: str, source: str) -> str:
-    """A module in `folder`; `module:make` of it, as `--peer` names it."""
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    sys.modules.pop(name, None)
-    importlib.invalidate_caches()
-    return f"{name}:make"
-
-
-def test_a_peer_of_ones_own_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another module than the one named defines the factory."""
-    monkeypatch.syspath_prepend(tmp_path)
-    source = "def make(config):\n    return {}\n"
-    makers = []
-    for number in (1, 1, 2):
-        named = write_factory(tmp_path, "own_cache", source.format(number))
-        through = write_factory(tmp_path, "names_it", "from own_cache import make\n")
-        makers.append([peer.maker for peer in find_peers([named, through])])
-    assert makers[0] == makers[1]
-    assert all(before != after for before, after in zip(makers[1], makers[2], strict=True))
-    assert makers[0][0].startswith("own_cache, source ")
-
-
-def test_an_edited_peer_is_measured_again(
+def test_an_edited_baseline_is_measured_again(
     compare_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     costs = []
     for name in ("stock", "halved"):
-        peer = write_factory(tmp_path, "own_cache", f"from {__name__} import {name} as make\n")
-        run = make_run(compare_settings, tmp_path / "run", **{"data.report_blocks": 2})
-        compare_caches(run, [], find_peers([peer]))
-        costs.append(row_of(run, peer).delta_percent)
+        baseline = write_factory(tmp_path, "own_cache", f"from {__name__} import {name} as make\n")
+        evaluator = evaluator_of(compare_settings, tmp_path / "run", **{"data.report_blocks": 2})
+        compare_caches(evaluator, {}, find_baselines([baseline]))
+        costs.append(row_of(evaluator, baseline).delta_percent)
     assert costs[0] == 0
     assert costs[1] != 0
 
 
-def test_a_peer_without_a_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"time:time cannot be read"):
-        find_peers(["time:time"])
-
-
-def test_a_peer_that_breaks_is_known_before_anything_is_measured(
+def test_a_baseline_that_breaks_is_known_before_anything_is_measured(
     compare_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = make_run(compare_settings, tmp_path)
+    evaluator = evaluator_of(compare_settings, tmp_path)
     with pytest.raises(UserError, match="no such luck") as refusal:
-        compare_caches(run, SPECS, find_peers([STOCK, BROKEN]))
+        compare_caches(evaluator, PLANS, find_baselines([STOCK, BROKEN]))
     assert BROKEN in str(refusal.value)
     assert "second line" not in str(refusal.value)
     assert not list((tmp_path / "cells").glob("nats-*"))
 
 
-def test_a_peer_that_knows_no_sliding_windows() -> None:
-    """Transformers' own quantized cache is for full attention only."""
-    from types import SimpleNamespace
-
-    loaded: Any = SimpleNamespace(model=tiny.build("gemma3"))
-    (peer,) = find_peers(["hqq:4"])
-    with pytest.raises(UserError, match=r"hqq:4.*sliding"):
-        try_peer(peer, loaded, tiny.tokens(1, 32), 16)
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
 def test_the_command(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     """One line, with settings of its own where no experiment is named."""
     given = ("-o", tmp_path, "-m", compare_settings["model.name"], "--dataset", compare_settings["data.dataset"])
     sets = ("--block-length", 64, "--set", "data.calibration_blocks=6", "--blocks", 2, "--set", "protocol.chunk=16")
-    arguments = ("int:2", "--peer", STOCK, *given, *sets, "--window", 0, "--window", 8, "--device", "cpu")
-    shown = invoke(*arguments)
+    arguments = ("int:2", "--baseline", STOCK, *given, *sets, "--window", 0, "--window", 8, "--device", "cpu")
+    shown = invoke("compare", *arguments)
     assert shown.exit_code == 0, shown.output
     assert "compare.csv" in shown.stdout
     assert max(map(len, shown.stdout.splitlines()[:-1])) <= 100
-    rows = json.loads(invoke(*arguments, "--json").stdout)
+    rows = json.loads(invoke("compare", *arguments, "--json").stdout)
     assert [(row["spec"], row["window"]) for row in rows] == [("int:2", 0), ("int:2", 8), (STOCK, None)]
     assert rows[0]["key_space"] == "pre-rope"
-    assert rows[0]["weighting"] == "gradient"
+    assert rows[0]["error_metric"] == "gradient"
     assert math.isfinite(rows[0]["ppl"])
-    strict = invoke(
-        "int:2", "--protocol", "strict", *given, *sets, "--device", "cpu", "-o", tmp_path / "strict", "--json"
-    )
-    assert json.loads(strict.stdout)[0]["window"] == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"k": "int:2", "v": "mean", "layers": {"0": "none"}}', encoding="utf-8")
+    (row,) = json.loads(invoke("compare", "--plan", plan, *arguments[3:], "--json").stdout)[:1]
+    assert (row["spec"], row["method"]) == (str(plan), "plan")
+    strict = ("int:2", "--protocol", "strict", *given, *sets, "--device", "cpu", "-o", tmp_path / "strict", "--json")
+    assert json.loads(invoke("compare", *strict).stdout)[0]["window"] == 0
 
 
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     for arguments, words in (
         (("nonsense:3",), "nonsense:3"),
         (("none",), "identity"),
-        (("mean", "--peer", "nobody"), "nobody"),
+        (("mean", "--baseline", "nobody"), "nobody"),
         (("mean", "--blocks", "0"), "report_blocks"),
         (("mean", "--blocks", "0", "--split", "selection"), "selection_blocks"),
         (("mean", "--split", "calibration"), "selection"),
         (("mean", "--protocol", "strict", "--window", "8"), "window"),
     ):
-        shown = invoke(*arguments, "-o", tmp_path)
+        shown = invoke("compare", *arguments, "-o", tmp_path)
         assert shown.exit_code == 2
         assert words in shown.stderr
 
 
 def test_specs_of_the_command_parse() -> None:
-    assert check_specs(COMPARE_SPECS) == list(COMPARE_SPECS)
+    assert [recipe.text for recipe in parse_recipes(COMPARE_SPECS)] == list(COMPARE_SPECS)
 
 
 def test_rows_without_interval_or_ratios() -> None:
     unknown = dict.fromkeys(("low", "high", "code_ratio_live", "cache_ratio", "all_in_ratio"))
-    row = dict.fromkeys(COLUMNS, 1.0) | {"spec": "mean", "peer": "", **unknown}
+    row = dict.fromkeys(COMPARE_COLUMNS, 1.0) | {"spec": "mean", "baseline": "", **unknown}
     (cells,) = cost_rows(pd.DataFrame([row]))[1]
     assert cells[:5] == ["mean", "1", "+1.00", "not known", "-"]
-    assert "cache ratio -, all-in ratio -" in row_words(row)
+    assert "cache ratio -, all-in ratio -" in format_row(row)

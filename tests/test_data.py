@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from leankv.data import Blocks, TextSource
+from leankv.config.experiment import SPLITS, DataConfig
+from leankv.data.blocks import Blocks
+from leankv.data.splits import TextSource
 from leankv.errors import UserError
-from leankv.experiment import SPLITS, DataConfig
 from tests import tiny
 
 DOCUMENTS = [f"document {number} says {tiny.text(60, seed=number).split(chr(10))[0]}" for number in range(60)]

@@ -10,8 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leankv.errors import UserError
-from leankv.experiment import (
+from leankv.config.experiment import (
     CodecConfig,
     DataConfig,
     Experiment,
@@ -19,10 +18,9 @@ from leankv.experiment import (
     ModelConfig,
     ProtocolConfig,
     SelectionConfig,
-    flatten,
-    load_experiment,
-    parse_override,
 )
+from leankv.config.loading import flatten, load_experiment, parse_override
+from leankv.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -55,7 +53,15 @@ experiments = st.builds(
         certification_blocks=numbers,
         report_blocks=numbers,
     ),
-    codec=st.builds(CodecConfig, k=st.sampled_from(["none", "ae:4", "pca:8"]), v=st.just("mean"), dtype=dtypes),
+    plan=st.sampled_from(["ae:4", {"k": "none", "v": "mean"}])
+    | st.builds(
+        lambda k, layers: {"k": k, "v": "mean", "layers": layers},
+        st.sampled_from(["none", "pca:8"]),
+        st.dictionaries(
+            st.sampled_from(["0", "3-5", "0,9"]), st.sampled_from(["none", "int:4", {"k": "none"}]), min_size=1
+        ),
+    ),
+    codec=st.builds(CodecConfig, dtype=dtypes),
     fit=st.builds(
         FitConfig,
         epochs=numbers,
@@ -73,6 +79,9 @@ experiments = st.builds(
     seed=st.integers(0, 2**31),
     output_dir=words,
 )
+
+
+MIXED = {"k": "none", "v": "ae:4", "layers": {"0-1": "none", "5": {"k": "int:4"}}}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -133,10 +142,10 @@ def test_experiments_that_come_with_leankv() -> None:
 
 def test_leanllamas_recipe_is_the_one_asked_for() -> None:
     seed = load_experiment(EXPERIMENTS / "llama-3.3-70b-nf4.yaml", {})
-    assert (seed.codec.k, seed.codec.v, seed.codec.dtype) == ("ae:4", "ae:4", "float32")
+    assert (seed.plan, seed.codec.dtype) == ("ae:4", "float32")
     assert (seed.fit.epochs, seed.selection.budget, seed.model.load_in_4bit) == (6, "2.5", True)
     second = load_experiment(EXPERIMENTS / "llama-3.1-8b-nf4-values.yaml", {})
-    assert (second.codec.k, second.codec.v, second.codec.dtype) == ("none", "ae:4", "float16")
+    assert (second.plan, second.codec.dtype) == ({"k": "none", "v": "ae:4"}, "float16")
     assert second.selection.budget == "7%"
 
 
@@ -148,7 +157,9 @@ def test_leanllamas_recipe_is_the_one_asked_for() -> None:
         ("layers: 12\n", "layers", "12"),
         ("fit:\n  learning_rate: 3e-3\n", "fit.learning_rate", 0.003),
         ("fit:\n  learning_rate: 1\n", "fit.learning_rate", 1.0),
-        ("codec:\n  k: null\n", "codec.k", "none"),
+        ("plan: {v: int:4}\n", "plan", {"k": "none", "v": "int:4"}),
+        ("plan: {k: int:4, v: int:4}\n", "plan", "int:4"),
+        ("plan:\n  v: ae:4\n  layers: {0-1: null, 5: {k: int:4}}\n", "plan", MIXED),
         ("model:\n  revision: null\n", "model.revision", None),
         ("model: {load_in_4bit: yes}\n", "model.load_in_4bit", True),
     ],
@@ -164,9 +175,9 @@ def test_values_may_be_written_as_people_write_them(tmp_path: Path, text: str, k
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\nfit:\n  epochs: 3\n  batch_tokens: 32\n")
-    experiment = load_experiment(path, {"fit.epochs": 9, "codec.k": "none"})
+    experiment = load_experiment(path, {"fit.epochs": 9, "plan.k": "none"})
     assert (experiment.seed, experiment.fit.epochs, experiment.fit.batch_tokens) == (1, 9, 32)
-    assert (experiment.codec.k, experiment.codec.v) == ("none", CodecConfig().v)
+    assert experiment.plan == {"k": "none", "v": Experiment().plan}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +206,30 @@ def test_an_override_of_no_setting_is_answered_with_the_settings(key: str) -> No
     sentence = refusal(None, {key: 3})
     assert repr(key) in sentence
     assert "fit.epochs" in sentence
+
+
+# -- experiments of version 0.1 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("codec:\n  k: ae:4\n  v: ae:4\n", "ae:4"),
+        ("codec:\n  k: null\n", {"k": "none", "v": "ae:4"}),
+        ("codec:\n  v: none\n  k: int:4\n", {"k": "int:4", "v": "none"}),
+    ],
+)
+def test_codecs_that_stand_where_version_0_1_wrote_them(tmp_path: Path, text: str, plan: Any) -> None:
+    assert load_experiment(write(tmp_path, text), {}).plan == plan
+
+
+def test_settings_under_their_former_names(tmp_path: Path) -> None:
+    """In a file and as overrides, which bundles hold."""
+    text = "fit:\n  weighting: gradient\ncodec:\n  k: none\n  v: pca:8\n  dtype: float16\n"
+    experiment = load_experiment(write(tmp_path, text), {})
+    assert experiment.fit.error_metric == "gradient"
+    assert (experiment.plan, experiment.codec.dtype) == ({"k": "none", "v": "pca:8"}, "float16")
+    assert load_experiment(None, flatten(yaml.safe_load(text))) == experiment
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -337,7 +372,9 @@ def test_a_value_out_of_range_is_named_with_its_key(key: str, value: Any) -> Non
     ("overrides", "words"),
     [
         ({"protocol.kind": "strict", "protocol.window": 4}, "protocol.window"),
-        ({"codec.k": "none", "codec.v": "none"}, "both none"),
+        ({"plan": "none"}, "nothing would be compressed"),
+        ({"plan.k": "none", "plan.v": "none"}, "nothing would be compressed"),
+        ({"plan": {"k": "none", "layers": {"0-3": {"v": "none"}}}}, "nothing would be compressed"),
         ({"selection.budget": "-1"}, "budget"),
         ({"selection.layers": "5-3"}, "backwards"),
         ({"layers": "first"}, "list of layers"),

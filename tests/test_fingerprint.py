@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from leankv import ModelConfig, UserError, load_model
-from leankv.fingerprint import fingerprint
+from leankv.models.fingerprint import fingerprint
 from tests import tiny
 
 

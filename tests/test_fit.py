@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
-from leankv.capture import Activations, capture
-from leankv.codecs import Autoencoder, fraction_of_variance_unexplained, parse_spec
-from leankv.data import Blocks
+from leankv.cache.plan import Site
+from leankv.calibration.activations import Activations, ActivationsInMemory
+from leankv.calibration.capture import capture
+from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs
+from leankv.codecs import fraction_of_variance_unexplained, parse_recipe
+from leankv.codecs.autoencoder import Autoencoder
+from leankv.config.experiment import FitConfig
+from leankv.data.blocks import Blocks
 from leankv.errors import UserError
-from leankv.experiment import FitConfig
-from leankv.fit import FittedCodec, Fitting, Problem, fit_codecs
-from leankv.model import LoadedModel, find_geometry
+from leankv.models.geometry import find_geometry
+from leankv.models.loading import LoadedModel
 from leankv.progress import Silent, Stage
-from leankv.store import write_json
 from tests import tiny
 
 BLOCKS, BLOCK_LENGTH = 10, 32
-PROBLEMS = [(layer, part) for layer in range(4) for part in ("k", "v")]
+SITES = [Site(layer, part) for layer in range(4) for part in ("k", "v")]
 MEMORY = 1 << 30
 CLOSED_FORM = ("pca:4", "mean", "int:2c", "nuq:2+5", "rot:2", "pq:8x4", "sparse:20", "resid(pca:2,int:2g8)")
 SETTINGS = FitConfig(epochs=3, batch_tokens=48, learning_rate=3e-3, heldout_fraction=0.2)
@@ -54,14 +56,9 @@ def captured(tmp_path: Path) -> Activations:
     return capture(loaded, blocks, tmp_path / "captured", range(4), 2, {}, Silent())
 
 
-def changed(activations: Activations, folder: Path, change: Any) -> Activations:
+def changed(activations: Activations, change: Any) -> Activations:
     """The same activations after `change(tensor)`, `[tokens, W]` to `[tokens, W]`."""
-    folder.mkdir()
-    for layer in range(4):
-        tensors = {part: change(activations.read(layer, part)).contiguous() for part in ("k", "v")}
-        safetensors.torch.save_file(tensors, folder / f"layer-{layer:03d}.safetensors")
-    write_json(folder / "manifest.json", activations.manifest)
-    return Activations(folder)
+    return ActivationsInMemory(activations.manifest, {site: change(activations.read(*site)) for site in SITES})
 
 
 def fitting(
@@ -76,17 +73,17 @@ def fitting(
 
 def fit(
     activations: Activations,
-    problems: list[Problem] = PROBLEMS,
+    sites: list[Site] = SITES,
     spec: str = "ae:4x16",
     settings: FitConfig = SETTINGS,
     dtype: torch.dtype = torch.float32,
     progress: Silent | None = None,
     memory_bytes: int = MEMORY,
-) -> dict[Problem, FittedCodec]:
-    fitted: dict[Problem, FittedCodec] = {}
+) -> dict[Site, FittedCodec]:
+    fitted: dict[Site, FittedCodec] = {}
     fit_codecs(
         activations,
-        {problem: parse_spec(spec) for problem in problems},
+        {site: parse_recipe(spec) for site in sites},
         fitting(settings, dtype, memory_bytes=memory_bytes),
         {},
         fitted.__setitem__,
@@ -158,9 +155,9 @@ def trained_alone(x: torch.Tensor, start: Any, settings: FitConfig, seed: int) -
 def test_a_batched_fit_gives_what_training_alone_gives(captured: Activations, epochs: int) -> None:
     settings = replace(SETTINGS, epochs=epochs)
     starts = fit(captured, settings=replace(settings, epochs=0))
-    for problem, fitted in fit(captured, settings=settings).items():
-        x = captured.read(*problem)
-        reconstruct, errors = trained_alone(x, starts[problem].codec, settings, seed=5)
+    for site, fitted in fit(captured, settings=settings).items():
+        x = captured.read(*site)
+        reconstruct, errors = trained_alone(x, starts[site].codec, settings, seed=5)
         assert fitted.fvu_by_epoch == pytest.approx(errors[1:], rel=1e-4)
         expected = reconstruct(x)
         decoded = fitted.codec.decode(fitted.codec.encode(x))
@@ -172,24 +169,24 @@ def test_the_best_epoch_is_kept_where_later_ones_are_worse(captured: Activations
     settings = replace(SETTINGS, epochs=20, batch_tokens=8, learning_rate=3e-2, heldout_fraction=0.9)
     starts = fit(captured, settings=replace(settings, epochs=0))
     before_the_last = 0
-    for problem, fitted in fit(captured, settings=settings).items():
-        x = captured.read(*problem)
-        reconstruct, errors = trained_alone(x, starts[problem].codec, settings, seed=5)
+    for site, fitted in fit(captured, settings=settings).items():
+        x = captured.read(*site)
+        reconstruct, errors = trained_alone(x, starts[site].codec, settings, seed=5)
         before_the_last += errors.index(min(errors)) < settings.epochs
         expected = reconstruct(x)
         decoded = fitted.codec.decode(fitted.codec.encode(x))
         # Twenty epochs of such steps carry differences of rounding far.
         assert (decoded - expected).norm() <= 1e-3 * expected.norm()
         assert fitted.fvu == pytest.approx(min(errors), rel=1e-3)
-    assert before_the_last, "the case shows nothing if every problem's last epoch is its best"
+    assert before_the_last, "the case shows nothing if every site's last epoch is its best"
 
 
 @pytest.mark.parametrize("hidden", [16, 5])
 def test_the_start_is_a_regression_on_principal_components(captured: Activations, hidden: int) -> None:
     """Nearly the subspace that holds most variance; its output is where the squared error is flat."""
-    for problem, fitted in fit(captured, spec=f"ae:4x{hidden}", settings=replace(SETTINGS, epochs=0)).items():
+    for site, fitted in fit(captured, spec=f"ae:4x{hidden}", settings=replace(SETTINGS, epochs=0)).items():
         codec: Any = fitted.codec
-        x = captured.read(*problem)[: first_heldout(SETTINGS)]
+        x = captured.read(*site)[: first_heldout(SETTINGS)]
         u = (x - codec.mean) / codec.scale
         basis = torch.linalg.qr(codec.encoder_weight.T).Q
         best = torch.linalg.svdvals(u)[:4].square().sum()
@@ -203,24 +200,24 @@ def test_the_start_is_a_regression_on_principal_components(captured: Activations
 
 
 @pytest.mark.parametrize("spec", [*CLOSED_FORM, "ae:4x16", "ortho:4", "resid(ae:2x8,nuq:2+5)"])
-def test_heldout_blocks_change_no_parameter(captured: Activations, tmp_path: Path, spec: str) -> None:
+def test_heldout_blocks_change_no_parameter(captured: Activations, spec: str) -> None:
     """Where there is no epoch to choose, nothing of the held-out blocks may show."""
     settings = replace(SETTINGS, epochs=0)
     heldout = first_heldout(settings)
-    other = changed(captured, tmp_path / "other", lambda x: torch.cat([x[:heldout], 7 * x[heldout:] + 1]))
+    other = changed(captured, lambda x: torch.cat([x[:heldout], 7 * x[heldout:] + 1]))
     before, after = fit(captured, spec=spec, settings=settings), fit(other, spec=spec, settings=settings)
-    for problem in PROBLEMS:
-        for name, tensor in before[problem].codec.state_dict().items():
-            assert torch.equal(after[problem].codec.state_dict()[name], tensor)
-        assert after[problem].fvu != before[problem].fvu
+    for site in SITES:
+        for name, tensor in before[site].codec.state_dict().items():
+            assert torch.equal(after[site].codec.state_dict()[name], tensor)
+        assert after[site].fvu != before[site].fvu
 
 
 @pytest.mark.parametrize(("fraction", "blocks"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.99, 9)])
 def test_whole_blocks_are_held_out_and_some_are_left_to_fit_to(
-    captured: Activations, tmp_path: Path, fraction: float, blocks: int
+    captured: Activations, fraction: float, blocks: int
 ) -> None:
-    marked = changed(captured, tmp_path / "marked", lambda x: torch.arange(len(x)).float()[:, None].expand(x.shape))
-    fitted = fit(marked, [(0, "k")], "mean", replace(SETTINGS, heldout_fraction=fraction))[0, "k"]
+    marked = changed(captured, lambda x: torch.arange(len(x)).float()[:, None].expand(x.shape))
+    fitted = fit(marked, [Site(0, "k")], "mean", replace(SETTINGS, heldout_fraction=fraction))[Site(0, "k")]
     last = (BLOCKS - blocks) * BLOCK_LENGTH - 1
     torch.testing.assert_close(fitted.codec.state_dict()["mean"], torch.full((32,), last / 2))
 
@@ -234,14 +231,14 @@ def test_there_is_one_error_an_epoch_for_trained_codecs_and_none_for_others(capt
             ("resid(ae:2x8,pca:1)", epochs),
             ("resid(ae:2x8,ae:2x8)", 2 * epochs),
         ):
-            assert {len(f.fvu_by_epoch) for f in fit(captured, [(0, "k")], spec, settings).values()} == {reports}
+            assert {len(f.fvu_by_epoch) for f in fit(captured, [Site(0, "k")], spec, settings).values()} == {reports}
     for spec in CLOSED_FORM:
-        assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, [(0, "k")], spec).values()} == {0}
+        assert {len(fitted.fvu_by_epoch) for fitted in fit(captured, [Site(0, "k")], spec).values()} == {0}
 
 
 def test_the_error_is_that_of_the_heldout_blocks_through_the_finished_codec(captured: Activations) -> None:
-    for problem, fitted in fit(captured, dtype=torch.float16).items():
-        heldout = captured.read(*problem)[first_heldout(SETTINGS) :]
+    for site, fitted in fit(captured, dtype=torch.float16).items():
+        heldout = captured.read(*site)[first_heldout(SETTINGS) :]
         decoded = fitted.codec.decode(fitted.codec.encode(heldout))
         assert fitted.fvu == fraction_of_variance_unexplained(heldout, decoded).item()
         assert fitted.fvu > 0
@@ -251,7 +248,7 @@ def test_the_error_is_that_of_the_heldout_blocks_through_the_finished_codec(capt
 def test_parameters_take_the_precision_asked_for_and_statistics_keep_theirs(
     captured: Activations, dtype: torch.dtype
 ) -> None:
-    codec = fit(captured, [(1, "v")], dtype=dtype)[1, "v"].codec
+    codec = fit(captured, [Site(1, "v")], dtype=dtype)[Site(1, "v")].codec
     assert isinstance(codec, Autoencoder)
     assert {parameter.dtype for parameter in codec.parameters()} == {dtype}
     assert codec.mean.dtype == codec.scale.dtype == torch.float32
@@ -271,35 +268,39 @@ def test_fitting_in_groups_changes_nothing(captured: Activations, spec: str) -> 
     in_groups = fit(captured, spec=spec, progress=apart, memory_bytes=least_memory(captured, spec))
     assert len(together.titles) == 1
     assert len(apart.titles) > 1
-    for problem in PROBLEMS:
-        assert in_groups[problem].fvu_by_epoch == whole[problem].fvu_by_epoch
-        for name, tensor in whole[problem].codec.state_dict().items():
-            assert torch.equal(in_groups[problem].codec.state_dict()[name], tensor), f"{name} of {problem}"
+    for site in SITES:
+        assert in_groups[site].fvu_by_epoch == whole[site].fvu_by_epoch
+        for name, tensor in whole[site].codec.state_dict().items():
+            assert torch.equal(in_groups[site].codec.state_dict()[name], tensor), f"{name} of {site}"
 
 
 def test_a_budget_that_holds_no_layer_is_refused_with_the_least_that_does(captured: Activations) -> None:
     least = least_memory(captured, "ae:4x16")
     with pytest.raises(UserError, match="--memory-budget"):
         fit(captured, memory_bytes=least - 2_000)
-    assert set(fit(captured, memory_bytes=least)) == set(PROBLEMS)
+    assert set(fit(captured, memory_bytes=least)) == set(SITES)
 
 
 def test_each_part_may_have_a_codec_of_its_own(captured: Activations) -> None:
-    fitted: dict[Problem, FittedCodec] = {}
-    problems = {(2, "k"): parse_spec("pca:3"), (2, "v"): parse_spec("ae:2x8"), (0, "k"): parse_spec("mean")}
-    fit_codecs(captured, problems, fitting(), {}, fitted.__setitem__, Silent())
-    assert {problem: f.codec.spec for problem, f in fitted.items()} == {
-        (2, "k"): "pca:3",
-        (2, "v"): "ae:2x8",
-        (0, "k"): "mean",
+    fitted: dict[Site, FittedCodec] = {}
+    sites = {
+        Site(2, "k"): parse_recipe("pca:3"),
+        Site(2, "v"): parse_recipe("ae:2x8"),
+        Site(0, "k"): parse_recipe("mean"),
+    }
+    fit_codecs(captured, sites, fitting(), {}, fitted.__setitem__, Silent())
+    assert {site: f.codec.recipe.text for site, f in fitted.items()} == {
+        Site(2, "k"): "pca:3",
+        Site(2, "v"): "ae:2x8",
+        Site(0, "k"): "mean",
     }
 
 
 def test_the_seed_decides_the_weights(captured: Activations) -> None:
-    problem = {(0, "k"): parse_spec("ae:4x16")}
+    site = {Site(0, "k"): parse_recipe("ae:4x16")}
     codecs: list[Any] = []
     for seed in (1, 1, 2):
-        fit_codecs(captured, problem, fitting(seed=seed), {}, lambda _, own: codecs.append(own.codec), Silent())
+        fit_codecs(captured, site, fitting(seed=seed), {}, lambda _, own: codecs.append(own.codec), Silent())
     assert torch.equal(codecs[0].encoder_weight, codecs[1].encoder_weight)
     assert not torch.equal(codecs[0].encoder_weight, codecs[2].encoder_weight)
 
@@ -307,8 +308,8 @@ def test_the_seed_decides_the_weights(captured: Activations) -> None:
 @pytest.mark.parametrize("sinks", [3, BLOCK_LENGTH])
 def test_tokens_that_are_kept_exact_are_not_fitted_to(captured: Activations, sinks: int) -> None:
     """Unless that leaves none."""
-    fitted: dict[Problem, FittedCodec] = {}
-    fit_codecs(captured, {(1, "k"): parse_spec("mean")}, fitting(sinks=sinks), {}, fitted.__setitem__, Silent())
+    fitted: dict[Site, FittedCodec] = {}
+    fit_codecs(captured, {Site(1, "k"): parse_recipe("mean")}, fitting(sinks=sinks), {}, fitted.__setitem__, Silent())
     x = captured.read(1, "k")[: first_heldout(SETTINGS)].unflatten(0, (-1, BLOCK_LENGTH))
     expected = x[:, sinks % BLOCK_LENGTH :].flatten(0, 1).mean(dim=0)
-    torch.testing.assert_close(fitted[1, "k"].codec.state_dict()["mean"], expected)
+    torch.testing.assert_close(fitted[Site(1, "k")].codec.state_dict()["mean"], expected)

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 
 from leankv import UserError
-from leankv.cache import LeanCache
-from leankv.data import Blocks
-from leankv.free_run import agreement, free_run, prompts_of
-from leankv.report import free_run_rows
+from leankv.cache.lean_cache import LeanCache
+from leankv.data.blocks import Blocks
+from leankv.evaluation.free_run import agreement, free_run, prompts_of
+from leankv.report.evaluation import free_run_rows
 from tests import tiny
 from tests.oracles import Rounding, SlowCache, identity_plan, plan_of
 
@@ -55,7 +55,7 @@ def test_identity_codecs_say_the_same(model: Any, prompts: torch.Tensor) -> None
     assert ran.equal_interval == (100, 100)
     assert ran.first_difference == NEW_TOKENS
     assert ran.without_difference == ran.prompts == len(prompts)
-    assert ("first difference, median", "none") in free_run_rows(vars(ran))
+    assert ("first difference, median", "none") in free_run_rows(ran)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -105,13 +105,13 @@ def test_the_figures_of_known_agreements() -> None:
     assert ran.first_difference == 1.5  # of 4 (none), 2, 0 and 1
     assert ran.without_difference == 1
     assert (ran.prompts, ran.prompt_tokens, ran.new_tokens) == (4, 7, 4)
-    assert ("first difference, median", "after 1.5 equal tokens") in free_run_rows(vars(ran))
+    assert ("first difference, median", "after 1.5 equal tokens") in free_run_rows(ran)
 
 
 def test_one_prompt_has_no_interval() -> None:
     ran = agreement(torch.tensor([[True, False]]), 3)
     assert ran.equal_interval is None
-    assert any("not known" in text for _, text in free_run_rows(vars(ran)))
+    assert any("not known" in text for _, text in free_run_rows(ran))
 
 
 def test_prompts_are_the_first_halves_and_stay_within_the_models_positions() -> None:

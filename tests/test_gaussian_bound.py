@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leankv.gaussian_bound import decibels_over_bound, least_error
+from leankv.evaluation.rate_distortion import decibels_over_bound, least_error
 
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40)
 BITS = st.floats(0, 300)

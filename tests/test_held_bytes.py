@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from leankv.cache import LeanCache, LeanLayer
+from leankv.cache.layers import LeanLayer
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Site
 from leankv.codecs import Codec
-from leankv.codecs.base import tensors_in
-from leankv.held_bytes import held_bytes
-from leankv.rope import KeyRotation
+from leankv.models.rope import KeyRotation
 from tests import tiny
 from tests.codec_vectors import WIDTH, fit, vectors
 from tests.test_codecs import SPECS
@@ -44,9 +45,9 @@ def codes_and_rows(cache: LeanCache) -> int:
     for layer in cache.layers:
         assert isinstance(layer, LeanLayer)
         for part in layer.parts.values():
-            codes = tensors_in(part.code or {})
+            codes = part.code.tensors() if part.code is not None else []
             coded = len(part) - SINKS - (0 if part.window_rows is None else part.window_rows.shape[2])
-            assert all(len(t) == BATCH for t in (part.code or {}).values())
+            assert part.code is None or part.code.shape == (BATCH, coded)
             total += sum(t.numel() * t.element_size() for t in codes) + BATCH * (len(part) - coded) * WIDTH * 4
     return total
 
@@ -60,7 +61,7 @@ def narrow() -> Any:
 @pytest.fixture(scope="session")
 def codecs() -> dict[str, Codec]:
     """spec -> a codec fitted to it."""
-    train = vectors(problems=1, tokens=128)
+    train = vectors(sites=1, tokens=128)
     return {spec: fit(spec, train)[0] for spec in SPECS}
 
 
@@ -72,7 +73,7 @@ def test_a_cache_counts_every_byte_that_it_holds(
 ) -> None:
     """After growth, in one piece and token by token, crop, a change of beams, and as a copy."""
     rotation = KeyRotation(narrow) if key_space == "pre-rope" else None
-    plan = {layer: {"k": codecs[spec], "v": codecs[spec]} for layer in range(LAYERS)}
+    plan = {Site(layer, part): codecs[spec] for layer in range(LAYERS) for part in "kv"}
     cache = LeanCache(narrow.config, plan, SINKS, WINDOW, rotation=rotation)
     assert cache.nbytes() == seen_by_the_collector(cache) == 0
 
@@ -97,11 +98,11 @@ def test_a_cache_counts_every_byte_that_it_holds(
 def test_nothing_but_codes_grows_with_the_text(narrow: Any, codecs: dict[str, Codec], spec: str) -> None:
     """A rotation that kept tables, or a store that kept what it decoded, would."""
     rotation = KeyRotation(narrow)
-    cache = LeanCache(narrow.config, {layer: {"k": codecs[spec]} for layer in range(LAYERS)}, rotation=rotation)
+    cache = LeanCache(narrow.config, {Site(layer, "k"): codecs[spec] for layer in range(LAYERS)}, rotation=rotation)
     for chunk in tiny.tokens(1, 300).split(100, dim=1):
         narrow(chunk, past_key_values=cache)
         rows = sum(layer.parts["v"].window_rows.nbytes for layer in cache.layers)
-        codes = sum(t.nbytes for layer in cache.layers for t in tensors_in(layer.parts["k"].code))
+        codes = sum(layer.parts["k"].code.nbytes for layer in cache.layers)
         assert cache.nbytes() == rows + codes
         assert held_bytes(rotation) == 0
 

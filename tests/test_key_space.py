@@ -1,4 +1,4 @@
-"""Keys encoded un-rotated: the rotation and its way back, in caches, in a run and in a bundle."""
+"""Keys encoded pre-RoPE: the rotation and its way back, in caches, in a run and in a bundle."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,18 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from leankv.assemble import select
-from leankv.bundle import read_bundle_config
-from leankv.cache import LeanCache
-from leankv.codecs import Identity
+from leankv.cache.bundle import load_bundle, read_bundle_config
+from leankv.cache.lean_cache import LeanCache
+from leankv.codecs.identity import Identity
+from leankv.config.loading import load_experiment
 from leankv.errors import UserError
-from leankv.experiment import load_experiment
-from leankv.perplexity import measure_nats
+from leankv.evaluation.perplexity import measure_nats
+from leankv.models.rope import KeyRotation
 from leankv.progress import Silent
-from leankv.rope import KeyRotation
-from leankv.run import Run
-from leankv.sweep import sweep
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.select import select
+from leankv.studies.sweep import sweep
+from leankv.studies.workspace import Workspace
 from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of, recorded
 
@@ -37,7 +38,7 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 
 
-def turned(vectors: torch.Tensor, heads: int = 2) -> torch.Tensor:
+def as_cached(vectors: torch.Tensor, heads: int = 2) -> torch.Tensor:
     """`[T, W]` -> `[1, heads, T, head_dim]`."""
     return vectors.unflatten(1, (heads, -1)).transpose(0, 1)[None]
 
@@ -54,7 +55,7 @@ def test_what_is_taken_off_keys_is_put_back(name: str) -> None:
     positions = torch.arange(60)[None]
     for (layer, part), vectors in recorded(model, tokens).items():
         if part == "k":
-            keys = turned(vectors)
+            keys = as_cached(vectors)
             back = rotation.restore(layer, rotation.remove(layer, keys, positions), positions)
             torch.testing.assert_close(back, keys, rtol=1e-5, atol=1e-5)
 
@@ -63,13 +64,13 @@ def test_what_is_taken_off_keys_is_put_back(name: str) -> None:
 def test_unrotated_keys_of_the_first_layer_know_nothing_of_their_place(name: str) -> None:
     """The same token everywhere has one un-rotated key, and as many cached ones as places."""
     model = built(name)
-    keys = turned(recorded(model, torch.full((1, 30), 7))[0, "k"])
+    keys = as_cached(recorded(model, torch.full((1, 30), 7))[0, "k"])
     plain = KeyRotation(model).remove(0, keys, torch.arange(30)[None])
     assert (plain - plain[:, :, :1]).norm() < 1e-4 * plain.norm()
     assert (keys - keys[:, :, :1]).norm() > 0.1 * keys.norm()
 
 
-def test_gradients_turn_as_the_chain_rule_says() -> None:
+def test_gradients_rotate_as_the_chain_rule_says() -> None:
     """Also under yarn, where the tables are no pure rotation."""
     model = built("yarn")
     rotation, positions = KeyRotation(model), torch.arange(9)[None]
@@ -141,7 +142,7 @@ def test_a_pass_outside_no_grad_gives_the_same_numbers(name: str, window: int) -
     assert graded.nbytes() == plain.nbytes()
 
 
-def test_keys_turn_alike_in_pieces_and_in_rows_of_their_own() -> None:
+def test_keys_rotate_alike_in_pieces_and_in_rows_of_their_own() -> None:
     """Tables are made for what is asked: the same bits, whatever stands beside it."""
     rotation = KeyRotation(tiny.build("gemma3"))
     keys = torch.randn(2, 2, 50, 16)
@@ -194,31 +195,33 @@ class Told(Silent):
 def test_auto_stays_post_rope_where_it_must_and_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["model.name"] = str(tiny.save(tmp_path / "gpt2", tiny.build("gpt2")))
     told = Told()
-    run = Run(load_experiment(None, {**settings, "codec.key_space": "auto"}), told)
-    assert run.key_space == "post-rope"
+    workspace = Workspace.open(load_experiment(None, {**settings, "codec.key_space": "auto"}), told)
+    assert workspace.key_space == "post-rope"
     assert any("post-rope" in line for line in told.lines)
-    demanded = Run(
-        load_experiment(None, {**settings, "codec.key_space": "pre-rope", "output_dir": str(tmp_path / "b")}), Silent()
-    )
+    changes = {"codec.key_space": "pre-rope", "output_dir": str(tmp_path / "b")}
+    demanded = Workspace.open(load_experiment(None, {**settings, **changes}), Silent())
     with pytest.raises(UserError, match="not found"):
         _ = demanded.rotation
 
 
 def test_a_run_in_pre_rope_space_ends_in_a_bundle_that_reads_the_same(settings: dict[str, Any]) -> None:
-    changes = {"codec.k": "resid(share:-1,transform:s0.2)", "codec.v": "resid(share:-1,transform:s0.2)"}
-    changes |= {"codec.key_space": "auto", "protocol.kind": "stream", "protocol.sinks": 2, "protocol.window": 8}
-    run = Run(load_experiment(None, {**settings, **changes, "protocol.chunk": 16}), Silent())
-    table = sweep(run)
+    changes = {"plan": "resid(share:-1,transform:s0.2)", "codec.key_space": "auto", "protocol.kind": "stream"}
+    changes |= {"protocol.sinks": 2, "protocol.window": 8, "protocol.chunk": 16}
+    workspace = Workspace.open(load_experiment(None, {**settings, **changes}), Silent())
+    evaluator, folder = PlanEvaluator(workspace), workspace.folder
+    assert folder is not None
+    table = sweep(evaluator)
     assert set(table["key_space"]) == {"pre-rope"}
-    summary = select(run)
-    assert (summary["key_space"], summary["selected_layers"]) == ("pre-rope", summary["selected_layers"])
-    assert summary["selected_layers"]
-    assert read_bundle_config(run.folder / "bundle")["key_space"] == "pre-rope"
-    model = run.loaded.model
-    cache = LeanCache.from_pretrained(run.folder / "bundle", model)
-    measured = measure_nats(model, run.blocks("report"), run.experiment.protocol, cache.fresh)
-    assert measured.nats == run.measure("report", summary["selected_layers"]).nats
-    assert not list(run.folder.glob("activations-*"))
+    summary = select(evaluator)
+    assert (summary.key_space, summary.selected_layers) == ("pre-rope", summary.selected_layers)
+    assert summary.selected_layers
+    assert read_bundle_config(folder / "bundle")["key_space"] == "pre-rope"
+    model = workspace.loaded.model
+    bundle = load_bundle(folder / "bundle", model)
+    assert bundle.key_space == "pre-rope"
+    measured = measure_nats(model, workspace.blocks("report"), evaluator.protocol, bundle.new_cache().fresh)
+    assert measured.nats == evaluator.nats(workspace.plan.only(summary.selected_layers), "report").nats
+    assert not list(folder.glob("activations-*"))
 
 
 def test_a_partly_rotary_model_is_rotated_in_part() -> None:
@@ -235,6 +238,6 @@ def test_a_partly_rotary_model_is_rotated_in_part() -> None:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    keys = turned(recorded(model, torch.full((1, 20), 7))[0, "k"])
+    keys = as_cached(recorded(model, torch.full((1, 20), 7))[0, "k"])
     plain = KeyRotation(model).remove(0, keys, torch.arange(20)[None])
     assert (plain - plain[:, :, :1]).norm() < 1e-4 * plain.norm()

@@ -11,10 +11,11 @@ import torch
 import transformers
 
 from leankv import LeanCache, ModelConfig, UserError, load_model
-from leankv.fingerprint import fingerprint
-from leankv.model import EMBEDDED_PACKAGE, LayerGeometry, find_geometry
-from leankv.observers import RecordingCache
-from leankv.rope import CONVENTIONS, find_conventions, rotate, unrotate
+from leankv.models.fingerprint import fingerprint
+from leankv.models.geometry import LayerGeometry, find_geometry
+from leankv.models.loading import EMBEDDED_PACKAGE
+from leankv.models.observers import RecordingCache
+from leankv.models.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
 
 GEOMETRIES = {
@@ -98,6 +99,14 @@ def test_latent_attention_is_named_as_the_reason() -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(REFUSED["deepseek_v3"]()).eval()
     with pytest.raises(UserError, match="latent attention"):
+        find_geometry(model)
+
+
+def test_keys_wider_than_values_are_refused_without_latents_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(REFUSED["deepseek_v3"]()).eval()
+    monkeypatch.setattr("leankv.models.geometry.has_latent_attention", lambda config: False)
+    with pytest.raises(UserError, match=r"keys of 1 x 16 and values of 1 x 8 numbers.* of one width"):
         find_geometry(model)
 
 

@@ -12,19 +12,20 @@ import torch
 from scipy import stats
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
-from leankv import UserError, logits, perplexity
-from leankv.base_pass import BasePass
-from leankv.cache import LeanCache
-from leankv.data import Blocks
-from leankv.divergence import divergence_columns, divergence_of, jackknife
-from leankv.divergence_table import DIVERGENCE_COLUMNS, divergence_rows
-from leankv.experiment import ProtocolConfig, load_experiment
-from leankv.paired import PairedRun, measure_pair, pair_from
-from leankv.perplexity import measure_nats
-from leankv.progress import Progress
-from leankv.run import Run
+from leankv import UserError
+from leankv.cache.lean_cache import LeanCache
+from leankv.config.experiment import ProtocolConfig
+from leankv.data.blocks import Blocks
+from leankv.evaluation import perplexity
+from leankv.evaluation.base_pass import BasePass
+from leankv.evaluation.divergence import divergence_columns, divergence_of, jackknife
+from leankv.evaluation.paired import PairedRun, measure_pair, pair_from
+from leankv.evaluation.perplexity import measure_nats
+from leankv.models import logits
+from leankv.report.divergence import DIVERGENCE_COLUMNS, divergence_rows
 from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of
+from tests.run_folders import evaluator_of
 
 PROTOCOLS = [
     ProtocolConfig("strict", sinks=0),
@@ -45,7 +46,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces shorter than these blocks, so that there are several, and the last one is short."""
     monkeypatch.setattr(logits, "HEAD_ROWS", 12)
     monkeypatch.setattr(perplexity, "LOGIT_ROWS", 5)
-    monkeypatch.setattr("leankv.paired.LOGIT_ROWS", 5)
+    monkeypatch.setattr("leankv.evaluation.paired.LOGIT_ROWS", 5)
 
 
 @pytest.fixture
@@ -294,26 +295,29 @@ def test_a_token_that_both_rule_out_counts_nothing(blocks: Blocks) -> None:
 
 
 @pytest.mark.parametrize("split", ["selection", "report"])
-def test_a_run_stores_its_pairs(settings: dict[str, Any], split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(load_experiment(None, {**settings, "codec.k": "int:4", "codec.v": "int:4"}), Progress())
-    measured = run.measure_pair(split, [1, 2], "pair")
-    assert measured.base.nats == run.measure(split, []).nats
-    assert measured.compressed.nats == run.measure(split, [1, 2]).nats
+def test_pairs_are_stored(
+    settings: dict[str, Any], tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = evaluator_of(settings, tmp_path, plan="int:4")
+    plan, config = evaluator.workspace.plan, evaluator.workspace.loaded.model.config
+    measured = evaluator.pair(plan.only([1, 2]), split, "pair")
+    assert measured.base.nats == evaluator.base(split).nats
+    assert measured.compressed.nats == evaluator.nats(plan.only([1, 2]), split).nats
     assert measured.divergence.kl.value > 0
-    some = run.measure_pair(split, [1, 2], "pair", only=[1])
+    some = evaluator.pair(plan.only([1, 2]), split, "pair", block_ids=[1])
     assert some.base.nats == measured.base.nats[1:2]
-    by_others = run.measure_cache_pair(split, lambda: DynamicCache(config=run.loaded.model.config), {"peer": "x"}, "x")
+    by_others = evaluator.baseline_pair(lambda: DynamicCache(config=config), {"baseline": "x"}, split, "x")
     assert by_others.divergence.kl.value == 0
     assert by_others.base.nats == measured.base.nats
 
     def never(*args: Any) -> None:
         raise AssertionError("what was stored is measured again")
 
-    monkeypatch.setattr("leankv.run.measure_pair", never)
-    assert run.measure_pair(split, [2, 1], "pair") == measured
+    monkeypatch.setattr("leankv.studies.plan_evaluator.measure_pair", never)
+    assert evaluator.pair(plan.only([2, 1]), split, "pair") == measured
     with pytest.raises(AssertionError):
-        run.measure_pair(split, [1], "pair")
-    (cell,) = [path for path in Path(run.folder, "cells").glob(f"pair-{split}-*") if "peer" in path.read_text()]
+        evaluator.pair(plan.only([1]), split, "pair")
+    (cell,) = [path for path in (tmp_path / "cells").glob(f"pair-{split}-*") if "baseline" in path.read_text()]
     assert cell.stat().st_size < 8_000
 
 

@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 
 from leankv import UserError
-from leankv.cache import LeanCache
-from leankv.data import Blocks
-from leankv.experiment import ProtocolConfig
-from leankv.perplexity import BlockNats, compare, measure_nats
+from leankv.cache.lean_cache import LeanCache
+from leankv.config.experiment import ProtocolConfig
+from leankv.data.blocks import Blocks
+from leankv.evaluation.perplexity import BlockNats, compare, measure_nats
 from tests import tiny
 from tests.oracles import Rounding, SlowCache, fitted_plan, identity_plan, plan_of
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from leankv.cache import LeanCache
-from leankv.experiment import load_experiment
-from leankv.observers import GradientCache, RecordingCache
-from leankv.prediction import predict_costs
+from leankv.cache.lean_cache import LeanCache
+from leankv.config.loading import load_experiment
+from leankv.models.observers import GradientCache, RecordingCache
 from leankv.progress import Silent
-from leankv.report import prediction_words, sweep_markdown
-from leankv.run import Run
-from leankv.sweep import sweep
+from leankv.report.sweep import format_prediction, sweep_markdown
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.predict import predict_costs
+from leankv.studies.sweep import sweep
+from leankv.studies.workspace import Workspace
 from tests import tiny
 
 
@@ -54,18 +55,19 @@ def test_gradients_are_those_of_the_cached_vectors(model: Any, part: str) -> Non
         assert gradient[at].item() == pytest.approx(((up - down) / 1e-2).item(), rel=2e-2, abs=5e-3)
 
 
-def run_with(settings: dict[str, Any], **changes: Any) -> Run:
-    return Run(load_experiment(None, {**settings, **{k.replace("__", "."): v for k, v in changes.items()}}), Silent())
+def run_with(settings: dict[str, Any], **changes: Any) -> PlanEvaluator:
+    overrides = {**settings, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return PlanEvaluator(Workspace.open(load_experiment(None, overrides), Silent()))
 
 
 def test_a_lossless_codec_is_predicted_to_cost_nothing(settings: dict[str, Any]) -> None:
-    run = run_with(settings, codec__k="identity", codec__v="identity")
+    run = run_with(settings, plan="identity")
     assert predict_costs(run, 10.0) == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
 
 
 def test_a_coarser_codec_is_predicted_to_cost_more(settings: dict[str, Any], tmp_path: Path) -> None:
-    coarse = run_with(settings, codec__k="mean", codec__v="mean")
-    fine = run_with(settings, codec__k="pca:16", codec__v="pca:16", output_dir=str(tmp_path / "fine"))
+    coarse = run_with(settings, plan="mean")
+    fine = run_with(settings, plan="pca:16", output_dir=str(tmp_path / "fine"))
     cost = {name: predict_costs(run, 10.0) for name, run in {"coarse": coarse, "fine": fine}.items()}
     assert all(cost["coarse"][layer] > cost["fine"][layer] > 0 for layer in range(4))
 
@@ -87,16 +89,17 @@ def test_codecs_that_look_back_are_predicted_from_the_error_that_their_layer_alo
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a pass of the model itself through a cache with that layer alone compressed."""
-    monkeypatch.setattr("leankv.prediction.BLOCKS", 1)
-    codecs = {"codec__k": "share:-2", "codec__v": "resid(share:-2,pca:4)"}
-    run = run_with(settings, model__dtype="float32", protocol__sinks=3, **codecs)
+    monkeypatch.setattr("leankv.studies.predict.BLOCKS", 1)
+    plan = {"k": "share:-2", "v": "resid(share:-2,pca:4)"}
+    run = run_with(settings, model__dtype="float32", protocol__sinks=3, plan=plan)
     predicted = predict_costs(run, 10.0)
-    tokens, model = run.blocks("calibration").tokens[-1:], run.loaded.model
+    workspace = run.workspace
+    tokens, model = workspace.blocks("calibration").tokens[-1:], workspace.loaded.model
     gradients = GradientCache(model.config)
     logits = model(tokens, past_key_values=gradients).logits
     cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").backward()
     for layer in range(4):
-        cache = LeanCache(model.config, run.plan([layer]), sinks=3)
+        cache = LeanCache(model.config, run.codecs.plan(workspace.plan.only([layer])), sinks=3)
         read = watched(cache.layers[layer], monkeypatch)
         with torch.no_grad():
             model(tokens, past_key_values=cache)  # up to this layer the states are the exact ones
@@ -113,7 +116,7 @@ def test_codecs_that_look_back_are_predicted_from_the_error_that_their_layer_alo
 def test_predictions_stand_beside_measurements(settings: dict[str, Any]) -> None:
     table = sweep(run_with(settings, sweep__predict=True))
     assert (table["predicted_delta_ppl"] > 0).all()
-    words = prediction_words(table)
+    words = format_prediction(table)
     assert words is not None
     assert words in sweep_markdown(table).replace("Costs predicted", "costs predicted")
 
@@ -135,10 +138,11 @@ def test_a_screened_sweep_spends_less_and_says_how_much(settings: dict[str, Any]
 
 def test_a_stopped_screening_measures_nothing_again(settings: dict[str, Any]) -> None:
     first = run_with(settings, data__selection_blocks=6, sweep__screen=True)
-    table = sweep(first)
-    cells = {path: path.stat().st_mtime_ns for path in (first.folder / "cells").glob("*.json")}
+    table, folder = sweep(first), first.workspace.folder
+    assert folder is not None
+    cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     again = sweep(run_with(settings, data__selection_blocks=6, sweep__screen=True))
     pd.testing.assert_frame_equal(table, again)
-    assert cells == {path: path.stat().st_mtime_ns for path in (first.folder / "cells").glob("*.json")}
+    assert cells == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     kinds = [json.loads(path.read_text())["kind"] for path in cells]
     assert set(kinds) == {"capture", "nats-selection"}

@@ -1,19 +1,21 @@
 """Suffix replay gives the numbers of a full pass, bit for bit."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from leankv.cache import LeanCache, Plan
-from leankv.capture import DISK_SHARE
-from leankv.data import Blocks
-from leankv.experiment import ModelConfig, ProtocolConfig
-from leankv.model import load_model
-from leankv.perplexity import measure_nats
-from leankv.replay import Replay
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import Plan
+from leankv.config.experiment import ModelConfig, ProtocolConfig
+from leankv.data.blocks import Blocks
+from leankv.evaluation.perplexity import measure_nats
+from leankv.evaluation.replay import Replay
+from leankv.models.loading import load_model
+from leankv.storage.files import DISK_SHARE
 from tests import tiny
 from tests.oracles import fitted_plan
 
@@ -27,10 +29,14 @@ BLOCKS = Blocks(tiny.tokens(3, 30), "selection", "random")
 MEMORY = 1 << 30
 
 
+def of_layers(codecs: Plan, layers: Sequence[int]) -> Plan:
+    """The codecs of these layers."""
+    return {site: codec for site, codec in codecs.items() if site.layer in layers}
+
+
 def lossy_plan(model: Any, layers: tuple[int, ...]) -> Plan:
     """Fitted codecs for these layers."""
-    codecs = fitted_plan(model, dimensions=2)
-    return {layer: codecs[layer] for layer in layers}
+    return of_layers(fitted_plan(model, dimensions=2), layers)
 
 
 def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, ...]:
@@ -47,21 +53,23 @@ def test_every_single_layer_and_a_growing_plan_match_full_passes(
     replay = Replay(model, BLOCKS, protocol, MEMORY, tmp_path)
     codecs = lossy_plan(model, (0, 1, 2, 3))
     for chosen in [(), (3,), (0,), (2,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
-        plan = {layer: codecs[layer] for layer in chosen}
-        assert replay.measure(plan, may_grow=bool(chosen[1:])).nats == full_pass(model, plan, protocol), chosen
+        plan = of_layers(codecs, chosen)
+        assert replay.measure(plan, extends_to_supersets=bool(chosen[1:])).nats == full_pass(model, plan, protocol), (
+            chosen
+        )
 
 
 def test_layers_before_the_first_change_are_not_run(tmp_path: Path) -> None:
     model = tiny.build("llama")
     replay = Replay(model, BLOCKS, PROTOCOLS[0], MEMORY, tmp_path)
     codecs = lossy_plan(model, (1, 2, 3))
-    replay.measure({2: codecs[2]}, may_grow=True)
+    replay.measure(of_layers(codecs, [2]), extends_to_supersets=True)
     runs = [0] * 4
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
-    replay.measure({2: codecs[2], 3: codecs[3]}, may_grow=True)  # grows the plan measured last
+    replay.measure(of_layers(codecs, [2, 3]), extends_to_supersets=True)  # grows the plan measured last
     assert runs == [0, 0, 0, 3]
-    replay.measure({2: codecs[2], 1: codecs[1]})  # {2, 3} was left out
+    replay.measure(of_layers(codecs, [1, 2]))  # {2, 3} was left out
     assert runs == [0, 3, 3, 6]
 
 
@@ -69,8 +77,8 @@ def test_hidden_states_spill_to_files_that_vanish(model: Any, tmp_path: Path) ->
     replay = Replay(model, BLOCKS, PROTOCOLS[2], 0, tmp_path)
     codecs = lossy_plan(model, (1, 3))
     for chosen in [(1,), (3,), (1, 3)]:
-        plan = {layer: codecs[layer] for layer in chosen}
-        assert replay.measure(plan, may_grow=True).nats == full_pass(model, plan, PROTOCOLS[2])
+        plan = of_layers(codecs, chosen)
+        assert replay.measure(plan, extends_to_supersets=True).nats == full_pass(model, plan, PROTOCOLS[2])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +103,7 @@ def test_some_blocks_in_any_order_match_a_full_pass(protocol: ProtocolConfig, tm
     replay = Replay(model, BLOCKS, replace(protocol, batch_size=1), MEMORY, tmp_path)
     plan = lossy_plan(model, (2,))
     whole = full_pass(model, plan, replace(protocol, batch_size=1))
-    assert replay.measure(plan, only=[2, 0]).nats == (whole[2], whole[0])
+    assert replay.measure(plan, block_ids=[2, 0]).nats == (whole[2], whole[0])
     assert replay.measure(plan).nats == whole
 
 
@@ -106,13 +114,15 @@ def test_where_the_disk_is_too_small_some_layers_are_kept(
     config = model.config.get_text_config(decoder=True)
     of_all = len(model_layers := list(range(4))) * BLOCKS.tokens.numel() * config.hidden_size * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=int(of_all / (every - 0.5) / DISK_SHARE))
-    monkeypatch.setattr("leankv.replay.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("leankv.storage.files.shutil.disk_usage", lambda folder: usage)
     replay = Replay(model, BLOCKS, PROTOCOLS[1], 0, tmp_path)
     assert replay.every == every
     codecs = lossy_plan(model, tuple(model_layers))
     for chosen in [(3,), (2,), (1,), (1, 3), (1, 2, 3)]:
-        plan = {layer: codecs[layer] for layer in chosen}
-        assert replay.measure(plan, may_grow=bool(chosen[1:])).nats == full_pass(model, plan, PROTOCOLS[1]), chosen
+        plan = of_layers(codecs, chosen)
+        assert replay.measure(plan, extends_to_supersets=bool(chosen[1:])).nats == full_pass(
+            model, plan, PROTOCOLS[1]
+        ), chosen
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
@@ -122,5 +132,7 @@ def test_a_quantized_model_replays_bit_for_bit(protocol: ProtocolConfig, tmp_pat
     replay = Replay(model, BLOCKS, protocol, MEMORY, tmp_path)
     codecs = lossy_plan(model, (0, 2, 3))
     for chosen in [(3,), (0,), (2,), (2, 3)]:
-        plan = {layer: codecs[layer] for layer in chosen}
-        assert replay.measure(plan, may_grow=bool(chosen[1:])).nats == full_pass(model, plan, protocol), chosen
+        plan = of_layers(codecs, chosen)
+        assert replay.measure(plan, extends_to_supersets=bool(chosen[1:])).nats == full_pass(model, plan, protocol), (
+            chosen
+        )

@@ -15,14 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from leankv.experiment import load_experiment
-from leankv.progress import Silent
-from leankv.run import Run
 from tests import run_folders
-from tests.run_folders import Files, finished_files, write_experiment
-
-LAYERS = 8
-TIME_OUT = 120  # seconds; a run takes about ten
+from tests.run_folders import LAYERS, TIME_OUT, Files, evaluator_of, finished_files, write_experiment
 
 
 def count(folder: Path, pattern: str) -> int:
@@ -163,18 +157,21 @@ def test_an_interrupted_run_says_so_in_one_line(history: History) -> None:
     assert stop.stderr.rstrip().endswith(lines[0])
 
 
-@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4"])
-def test_codecs_that_are_fitted_later_have_the_same_bits(settings: dict[str, Any], spec: str) -> None:
+@pytest.mark.parametrize("spec", ["ae:4x16", "pca:4", "resid(share:-1,int:4)"])
+def test_codecs_that_are_fitted_later_have_the_same_bits(settings: dict[str, Any], tmp_path: Path, spec: str) -> None:
     """A run that is killed between two codec files fits the rest in a smaller batch: that must not show."""
-    experiment = load_experiment(None, {**settings, "codec.k": spec, "codec.v": spec})
-    run = Run(experiment, Silent())
-    run.fitted(range(4))
-    paths = sorted((run.folder / "codecs").iterdir())
+
+    def fit() -> None:
+        evaluator = evaluator_of(settings, tmp_path, plan=spec)
+        evaluator.codecs.fit([evaluator.workspace.plan])
+
+    fit()
+    paths = sorted((tmp_path / "codecs").iterdir())
     before = [load_file(path) for path in paths]
     for lost in (paths[2:5], paths[:7]):
         for path in lost:
             path.unlink()
-        Run(experiment, Silent()).fitted(range(4))
+        fit()
         for path, expected in zip(paths, before, strict=True):
             tensors = load_file(path)
             assert tensors.keys() == expected.keys()

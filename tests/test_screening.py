@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leankv.perplexity import t_interval
-from leankv.screening import FIRST_BLOCKS, Estimate, estimates_of, screen
+from leankv.search.statistics import t_interval
+from leankv.search.successive_halving import FIRST_BLOCKS, Estimate, estimates_of, screen
 
 
 def true_costs(seed: int, layers: int) -> numpy.ndarray:

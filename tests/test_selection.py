@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leankv.config.notation import Budget, parse_layers
 from leankv.errors import UserError
-from leankv.notation import Budget, parse_layers
-from leankv.selection import select_layers
+from leankv.search.greedy import select_layers
 
 Measure = Callable[[tuple[int, ...]], float]
 

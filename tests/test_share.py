@@ -1,4 +1,4 @@
-"""Codecs that predict from earlier layers: fitted in a chain, and read in a cache, against slow twins."""
+"""Codecs that predict from earlier layers: fitted given what a plan leaves of those, and read in a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -7,24 +7,30 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from leankv.cache import LeanCache, earlier_layers
-from leankv.capture import Activations, capture
-from leankv.codecs import Codec, parse_spec
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.part_store import PartStore
+from leankv.cache.plan import Plan, PlanSpec, Site
+from leankv.calibration.activations import Activations
+from leankv.calibration.capture import capture
+from leankv.calibration.fit import FittedCodec, Fitting
+from leankv.calibration.fit_in_context import SiteInContext, fit_in_context
+from leankv.codecs import Codec, FitData, TrainingSettings, parse_recipe
 from leankv.codecs.share import as_context
-from leankv.data import Blocks
+from leankv.config.experiment import FitConfig, ProtocolConfig
+from leankv.data.blocks import Blocks
 from leankv.errors import UserError
-from leankv.experiment import FitConfig, ProtocolConfig
-from leankv.fit import FittedCodec, Fitting, Problem, fit_chain
-from leankv.model import LoadedModel, find_geometry
-from leankv.part_store import PartStore
-from leankv.perplexity import measure_nats
+from leankv.evaluation.perplexity import measure_nats
+from leankv.evaluation.replay import Replay
+from leankv.models.geometry import find_geometry
+from leankv.models.loading import LoadedModel
+from leankv.models.rope import KeyRotation
+from leankv.models.structure import earlier_layers
 from leankv.progress import Silent
-from leankv.replay import Replay
-from leankv.rope import KeyRotation
 from tests import tiny
 from tests.oracles import SlowChain, held_tensors
 
 SPEC = "resid(share:-2,transform:s0.3)"
+SHARED = "resid(share:-1,int:3)"
 BLOCKS = Blocks(tiny.tokens(3, 40, seed=3), "selection", "random")
 
 
@@ -41,35 +47,45 @@ def captured(model: Any, folder: Path, rotation: KeyRotation | None) -> Activati
     return capture(loaded(model), blocks, folder, range(4), 2, {}, Silent(), rotation)
 
 
+def context_of(model: Any, spec: PlanSpec, site: Site) -> list[Site]:
+    """The sites that a plan's recipe for `site` predicts from."""
+    recipe, windows = spec[site], [layer.window for layer in find_geometry(model).layers]
+    if recipe is None or not recipe.n_context_layers:
+        return []
+    layers = earlier_layers(windows, site.layer, recipe.n_context_layers)
+    return [Site(layer, part) for layer in layers for part in "kv"] + [Site(site.layer, "k")] * (site.part == "v")
+
+
 def fitted(
     model: Any,
     activations: Activations,
-    specs: dict[str, str],
-    last: int = 3,
-    sinks: int = 0,
-    back: int = 2,
+    spec: PlanSpec,
+    layers: int = 4,
     memory_bytes: int = 1 << 30,
-) -> dict[Problem, FittedCodec]:
-    windows = [layer.window for layer in find_geometry(model).layers]
-    found: dict[Problem, FittedCodec] = {}
-    fit_chain(
+    known: Plan | None = None,
+) -> dict[Site, FittedCodec]:
+    """The codecs of a plan's sites in the first `layers` layers; those that are `known` are fitted already."""
+    found: dict[Site, FittedCodec] = {}
+    fit_in_context(
         activations,
-        {part: parse_spec(text) for part, text in specs.items()},
-        {layer: earlier_layers(windows, layer, back) for layer in range(last + 1)},
-        Fitting(FitConfig(), torch.float32, 0, sinks, torch.device("cpu"), memory_bytes),
+        {
+            site: SiteInContext(spec[site], (known or {}).get(site), context_of(model, spec, site))
+            for site in (Site(layer, part) for layer in range(layers) for part in "kv")
+        },
+        Fitting(FitConfig(), torch.float32, 0, 0, torch.device("cpu"), memory_bytes),
         {},
         found.__setitem__,
-        Silent(),
     )
     return found
 
 
-def plan_of(found: dict[Problem, FittedCodec], layers: tuple[int, ...] = (0, 1, 2, 3)) -> dict[int, dict[str, Codec]]:
-    plan: dict[int, dict[str, Codec]] = {}
-    for (layer, part), own in found.items():
-        if layer in layers:
-            plan.setdefault(layer, {})[part] = own.codec
-    return plan
+def plan_of(found: dict[Site, FittedCodec]) -> dict[Site, Codec]:
+    return {site: own.codec for site, own in found.items()}
+
+
+def same_tensors(one: FittedCodec, other: FittedCodec) -> bool:
+    tensors, others = one.codec.state_dict(), other.codec.state_dict()
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 @torch.no_grad()
@@ -90,7 +106,8 @@ def test_a_chain_of_codecs_reads_as_its_oracle_does(
     """Uncompressed layers that are looked at included; a batch of two; what is shown to readers is gone afterwards."""
     model = tiny.build(name)
     rotation = rotation_of(name, model)
-    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}), layers)
+    spec = PlanSpec.uniform(SPEC).only(layers)
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     tokens = tiny.tokens(2, 11, seed=7)
     cache = LeanCache(model.config, plan, sinks, window, rotation=rotation)
     slow = SlowChain(model.config, plan, sinks, window, rotation)
@@ -104,7 +121,7 @@ def test_a_chain_of_codecs_reads_as_its_oracle_does(
     again = logits(model, cache, tokens, chunks)
     assert torch.equal(again, first)
     assert cache.nbytes() == held
-    codes = [t for layer in plan for part in cache.layers[layer].parts.values() for t in held_tensors(part)]
+    codes = [t for layer in layers for part in cache.layers[layer].parts.values() for t in held_tensors(part)]
     assert all(t.dtype in (torch.uint8, model.dtype) for t in codes)
 
 
@@ -116,7 +133,7 @@ def test_what_readers_need_takes_16_bits_and_is_gone_after_the_step(
     model = tiny.build("llama", num_hidden_layers=6)
     rotation = KeyRotation(model)
     activations = capture(loaded(model), BLOCKS, tmp_path / "a", range(6), 2, {}, Silent(), rotation)
-    plan = plan_of(fitted(model, activations, dict.fromkeys(parts, SPEC), last=5), tuple(range(6)))
+    plan = plan_of(fitted(model, activations, PlanSpec.uniform(SPEC).only(range(6), parts), layers=6))
     cache = LeanCache(model.config, plan, rotation=rotation)
     held: list[tuple[int, int]] = []
     read = PartStore.read
@@ -137,7 +154,8 @@ def test_what_readers_need_takes_16_bits_and_is_gone_after_the_step(
 def test_a_padded_beam_search_through_a_chain_of_values_only(tmp_path: Path) -> None:
     model = tiny.build("llama")
     rotation = KeyRotation(model)
-    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"v": "resid(share:-2,identity)"}))
+    spec = PlanSpec.uniform(v="resid(share:-2,identity)")
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     tokens, mask = tiny.tokens(2, 11), torch.ones(2, 11, dtype=torch.int64)
     tokens[0, :4], mask[0, :4] = 0, 0
     settings = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
@@ -146,24 +164,73 @@ def test_a_padded_beam_search_through_a_chain_of_values_only(tmp_path: Path) -> 
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
 
 
-def test_a_codec_is_fitted_to_the_layers_that_it_looks_at_itself(tmp_path: Path) -> None:
-    """Though the other part's codecs look at more."""
+def upstream(model: Any, spec: PlanSpec, site: Site) -> set[Site]:
+    """The sites that a site's codec was fitted to, directly and through others."""
+    own = context_of(model, spec, site)
+    return {*own, *(further for source in own for further in upstream(model, spec, source))}
+
+
+MIXED = (
+    PlanSpec.uniform(k="int:3", v=SHARED)
+    .with_layers([1], k="none")
+    .with_layers([2], v="pca:4")
+    .with_layers([3], k="share:-2")
+)
+"""Integers, components, exact keys, and codecs that predict from one layer and from two."""
+
+
+@pytest.mark.parametrize("spec", [PlanSpec.uniform(SHARED), MIXED], ids=["uniform", "mixed"])
+def test_a_codec_depends_on_the_plan_s_sites_upstream_and_on_nothing_else(tmp_path: Path, spec: PlanSpec) -> None:
     model = tiny.build("llama")
     activations = captured(model, tmp_path / "a", None)
-    alone, beside = (fitted(model, activations, {"v": "share:-1"}, back=back) for back in (1, 2))
-    for problem, own in alone.items():
-        for name, tensor in own.codec.state_dict().items():
-            assert torch.equal(beside[problem].codec.state_dict()[name], tensor)
+    before = fitted(model, activations, spec)
+    for changed in (Site(layer, part) for layer in range(4) for part in "kv"):
+        for recipe in {None, parse_recipe("int:2")} - {spec[changed]}:
+            after = fitted(model, activations, spec.with_sites({changed: recipe}))
+            for site in (before.keys() & after.keys()) - {changed}:
+                depends = changed in upstream(model, spec, site)
+                assert same_tensors(before[site], after[site]) != depends, (site, changed, recipe)
+
+
+def test_codecs_that_are_fitted_already_serve_as_context(tmp_path: Path) -> None:
+    """Those behind them are the same as if all had been fitted together, and none is fitted again."""
+    model = tiny.build("llama")
+    activations = captured(model, tmp_path / "a", None)
+    whole = fitted(model, activations, MIXED)
+    known = {site: codec for site, codec in plan_of(whole).items() if site.layer < 2}
+    rest = fitted(model, activations, MIXED, known=known)
+    assert rest.keys() == whole.keys() - known.keys()
+    assert all(same_tensors(own, whole[site]) for site, own in rest.items())
+
+
+def test_alone_a_codec_is_fitted_to_exact_vectors(tmp_path: Path) -> None:
+    """In 16 bits, as a cache shows them; and not to what another plan leaves of them."""
+    model = tiny.build("llama")
+    activations = captured(model, tmp_path / "a", None)
+    found = fitted(model, activations, PlanSpec.uniform(SHARED).only([3]))
+    assert set(found) == {Site(3, "k"), Site(3, "v")}
+    rows = 7 * 40  # the last of the eight blocks is held out
+    x = activations.read(3, "k")[None]
+    context = torch.cat([activations.read(2, "k"), activations.read(2, "v")], dim=1).half()[None]
+    training = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=1e-2, seed=0)
+    data = FitData(
+        x[:, :rows], x[:, rows:], context=context[:, :rows], heldout_context=context[:, rows:], training=training
+    )
+    (expected,) = parse_recipe(SHARED).fit(data)
+    own = found[Site(3, "k")].codec.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected.state_dict().items())
+    whole = fitted(model, activations, PlanSpec.uniform(SHARED))
+    assert not same_tensors(whole[Site(3, "k")], found[Site(3, "k")])
 
 
 def test_a_chain_decoded_in_pieces_reads_as_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama")
     rotation = KeyRotation(model)
-    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}))
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), PlanSpec.uniform(SPEC)))
     tokens = tiny.tokens(2, 30, seed=7)
     expected = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
     monkeypatch.setattr(
-        "leankv.part_store.PIECE", 24
+        "leankv.cache.part_store.PIECE", 24
     )  # from 24 tokens at a time in the first layer to 4 in the last ones
     got = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
     assert (got - expected).abs().median() < 2e-3  # as above
@@ -177,58 +244,58 @@ def test_contexts_beyond_float16_stay_finite() -> None:
 def test_replay_runs_the_layers_that_are_looked_at(tmp_path: Path, layers: tuple[int, ...]) -> None:
     model = tiny.build("llama")
     rotation = KeyRotation(model)
-    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), {"k": SPEC, "v": SPEC}), layers)
+    spec = PlanSpec.uniform(SPEC).only(layers)
+    plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     protocol = ProtocolConfig("stream", 2, 4, 16)
     cache = LeanCache(model.config, plan, 2, 4, rotation=rotation)
     replay = Replay(model, BLOCKS, protocol, 1 << 30, tmp_path, rotation)
     expected = measure_nats(model, BLOCKS, protocol, cache.fresh).nats
     assert replay.measure(plan).nats == expected
-    without_the_last = {layer: plan[layer] for layer in layers[:-1]}
-    replay.measure(without_the_last, may_grow=True)
+    without_the_last = {site: codec for site, codec in plan.items() if site.layer in layers[:-1]}
+    replay.measure(without_the_last, extends_to_supersets=True)
     assert replay.measure(plan).nats == expected
 
 
-def test_codecs_are_fitted_beside_what_the_layers_before_give(tmp_path: Path) -> None:
+def test_codecs_are_fitted_given_what_the_layers_before_decode_to(tmp_path: Path) -> None:
     """The regression of each layer on decoded vectors, by the library; and a part without a codec is read exact."""
     model = tiny.build("llama")
     activations = captured(model, tmp_path / "a", None)
-    found = fitted(model, activations, {"v": "resid(share:-1,int:3)"})
+    found = fitted(model, activations, PlanSpec.uniform(v=SHARED))
     rows = 7 * 40  # the last of the eight blocks is held out
     for layer in (1, 3):
-        codec: Any = found[layer, "v"].codec
-        before: Any = found[layer - 1, "v"].codec
-        assert (layer, "k") not in found
+        codec: Any = found[Site(layer, "v")].codec
+        before: Any = found[Site(layer - 1, "v")].codec
+        assert Site(layer, "k") not in found
         decoded = activations.read(layer - 1, "v")
         if layer == 1:  # the only layer whose predecessor looks at nothing but its own keys
             own = activations.read(0, "k").half()
-            decoded = before.decode_beside(before.encode_beside(decoded, own), own)
-            reference = torch.cat([own, decoded.half(), activations.read(1, "k").half()], dim=1)[:rows].float()
+            decoded = before.decode(before.encode(decoded, own), own)
+            context = torch.cat([own, decoded.half(), activations.read(1, "k").half()], dim=1)[:rows].float()
             x = activations.read(1, "v")[:rows]
-            centred = (reference - reference.mean(dim=0)).double()
+            centred = (context - context.mean(dim=0)).double()
             expected = torch.linalg.lstsq(centred, (x - x.mean(dim=0)).double()).solution
-            predicted = codec.first.decode_beside(codec.first.encode(x), reference)
+            predicted = codec.first.decode(codec.first.encode(x), context)
             torch.testing.assert_close(predicted, (centred @ expected).float() + x.mean(dim=0), rtol=0.02, atol=0.02)
 
 
 def test_a_chain_up_to_a_layer_does_not_depend_on_those_behind_it(tmp_path: Path) -> None:
     model = tiny.build("llama")
     activations = captured(model, tmp_path / "a", None)
-    short, whole = (fitted(model, activations, {"k": SPEC, "v": SPEC}, last) for last in (1, 3))
-    for problem, own in short.items():
-        for name, tensor in own.codec.state_dict().items():
-            assert torch.equal(whole[problem].codec.state_dict()[name], tensor)
+    short, whole = (fitted(model, activations, PlanSpec.uniform(SPEC), layers) for layers in (2, 4))
+    assert len(short) == 4
+    assert all(same_tensors(own, whole[site]) for site, own in short.items())
 
 
 def test_a_chain_keeps_to_the_memory_budget_or_names_the_least_that_works(tmp_path: Path) -> None:
     model = tiny.build("llama")
     activations = captured(model, tmp_path / "a", None)
     with pytest.raises(UserError, match="--memory-budget") as refused:
-        fitted(model, activations, {"k": SPEC, "v": SPEC}, memory_bytes=100_000)
+        fitted(model, activations, PlanSpec.uniform(SPEC), memory_bytes=100_000)
     least = round(1e9 * float(str(refused.value).rpartition(" ")[2]))
     assert least > 8 * 40 * 32 * 2 * 5, "five parts of context, at the very least"
-    fitted(model, activations, {"k": SPEC, "v": SPEC}, memory_bytes=least)
+    fitted(model, activations, PlanSpec.uniform(SPEC), memory_bytes=least)
     with pytest.raises(UserError, match="--memory-budget"):
-        fitted(model, activations, {"k": SPEC, "v": SPEC}, memory_bytes=least - 2000)
+        fitted(model, activations, PlanSpec.uniform(SPEC), memory_bytes=least - 2000)
 
 
 def test_layers_with_another_window_are_passed_over() -> None:

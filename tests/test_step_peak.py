@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from leankv.step_peak import peak_bytes, watched
+from leankv.evaluation.step_peak import peak_bytes, watched
 
 CPU = torch.device("cpu")
 

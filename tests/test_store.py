@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leankv.errors import UserError
-from leankv.store import (
-    Cells,
+from leankv.storage.cells import Cells, StoredCells
+from leankv.storage.files import (
     check_output_dir,
     hash_of,
     hash_of_file,
@@ -141,7 +141,7 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path) -> None:
 
 WRITE_FOREVER = """
 import itertools, pathlib, sys
-from leankv.store import write_json
+from leankv.storage.files import write_json
 
 for number in itertools.count():
     write_json(pathlib.Path(sys.argv[1]), {"digits": str(number % 10) * 2_000_000})
@@ -161,7 +161,7 @@ def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path: Path) -> N
         digits = json.loads(path.read_text())["digits"]
         assert len(digits) == 2_000_000
         assert len(set(digits)) == 1
-    cells = Cells(tmp_path)
+    cells = StoredCells(tmp_path)
     assert cells.get_or_compute("nats", {"x": 1}, lambda: {"y": 2}) == {"y": 2}
 
 
@@ -189,15 +189,21 @@ class Counter:
         return {"call": next(self.calls)}
 
 
+@pytest.fixture(params=["in memory", "stored"])
+def cells(request: pytest.FixtureRequest, tmp_path: Path) -> Cells:
+    """No cells yet, where a sweep without a folder has them and where one with a folder has."""
+    return Cells() if request.param == "in memory" else StoredCells(tmp_path)
+
+
 def test_a_cell_is_computed_once(tmp_path: Path) -> None:
     compute = Counter()
     for _ in range(3):
-        assert Cells(tmp_path).get_or_compute("nats", {"seed": 1, "layers": [1, 2]}, compute) == {"call": 1}
-    assert Cells(tmp_path).get_or_compute("nats", {"layers": [1, 2], "seed": 1}, compute) == {"call": 1}
+        assert StoredCells(tmp_path).get_or_compute("nats", {"seed": 1, "layers": [1, 2]}, compute) == {"call": 1}
+    assert StoredCells(tmp_path).get_or_compute("nats", {"layers": [1, 2], "seed": 1}, compute) == {"call": 1}
 
 
-def test_a_cell_is_computed_again_when_what_it_depends_on_changes(tmp_path: Path) -> None:
-    cells, compute = Cells(tmp_path), Counter()
+def test_a_cell_is_computed_again_when_what_it_depends_on_changes(cells: Cells) -> None:
+    compute = Counter()
     assert cells.get_or_compute("nats", {"seed": 1}, compute) == {"call": 1}
     assert cells.get_or_compute("nats", {"seed": 2}, compute) == {"call": 2}
     assert cells.get_or_compute("other", {"seed": 1}, compute) == {"call": 3}
@@ -205,15 +211,21 @@ def test_a_cell_is_computed_again_when_what_it_depends_on_changes(tmp_path: Path
 
 
 def test_a_cell_explains_itself(tmp_path: Path) -> None:
-    Cells(tmp_path).get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 2.5})
+    StoredCells(tmp_path).get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 2.5})
     (path,) = tmp_path.glob("[!.]*")
     assert path.name.startswith("nats-")
     assert read_json(path) == {"kind": "nats", "depends_on": {"seed": 1}, "result": {"ppl": 2.5}}
 
 
-def test_a_computation_that_fails_stores_nothing(tmp_path: Path) -> None:
-    cells = Cells(tmp_path)
+def test_a_cell_is_there_once_it_is_computed(cells: Cells) -> None:
+    assert not cells.has("nats", {"seed": 1})
+    cells.get_or_compute("nats", {"seed": 1}, Counter())
+    assert cells.has("nats", {"seed": 1})
+    assert not cells.has("nats", {"seed": 2})
+    assert not cells.has("other", {"seed": 1})
 
+
+def test_a_computation_that_fails_stores_nothing(cells: Cells) -> None:
     def fail() -> dict[str, Any]:
         raise RuntimeError("bug")
 
@@ -223,7 +235,7 @@ def test_a_computation_that_fails_stores_nothing(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_are_ignored(tmp_path: Path) -> None:
-    cells = Cells(tmp_path)
+    cells = StoredCells(tmp_path)
     cells.get_or_compute("nats", {"seed": 1}, lambda: {"ppl": 1.0})
     (path,) = tmp_path.glob("[!.]*")
     path.rename(tmp_path / f".{path.name}.abc123.tmp")

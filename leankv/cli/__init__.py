@@ -1,6 +1,9 @@
 """The command line: commands, exit codes, and what is printed; no logic."""
 
-from leankv.cli import sweeps, rates, bundles, models  # noqa: I001 - the order of `leankv --help`
+import sys
+from pathlib import Path
+
+from leankv.cli import bundles, models, rates, sweeps
 from leankv.cli.app import app
 
 __all__ = ["app", "bundles", "main", "models", "rates", "sweeps"]
@@ -8,4 +11,5 @@ __all__ = ["app", "bundles", "main", "models", "rates", "sweeps"]
 
 def main() -> None:
     """Entry point of the `leankv` command."""
+    sys.path.insert(0, str(Path.cwd()))  # modules of the user's own are found where the command is called
     app()

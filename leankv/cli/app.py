@@ -1,6 +1,5 @@
 """The command line's frame: how commands are registered, end and print. Torch is imported inside commands only."""
 
-import errno
 import functools
 import json
 import sys
@@ -10,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from leankv import __version__
 from leankv.cli.options import settings
-from leankv.errors import UserError
+from leankv.errors import sentence_of
+from leankv.version import __version__
 
 EXIT_USER_ERROR = 2
 PLAIN_WIDTH = 100  # columns of tables when the output is piped
@@ -39,18 +38,12 @@ def command(name: str, *setting_names: str) -> Callable[[Callable[..., None]], C
         def guarded(**given: Any) -> None:
             try:
                 with_settings(**given)
-            except UserError as error:
-                fail(f"error: {error}")
             except KeyboardInterrupt:
                 fail("interrupted: what was finished is kept, and the same command goes on from there")
-            except RuntimeError as error:
-                if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            except Exception as error:
+                if (sentence := sentence_of(error)) is None:
                     raise
-                fail("error: the device ran out of memory; use shorter blocks, --device-map auto or --load-in-4bit")
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                    raise
-                fail(f"error: {error.filename or 'the disk'}: {error.strerror}; mend that and run the command again")
+                fail(f"error: {sentence}")
 
         guarded.__signature__ = with_settings.__signature__  # type: ignore[attr-defined]
         del guarded.__wrapped__

@@ -15,6 +15,10 @@ from leankv.progress import Progress
 def eval_ppl_command(
     asked: Asked,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure beside the base.", show_default=False)] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of a plan to fit and measure beside the base.", show_default=False),
+    ] = None,
     split: Annotated[
         str, typer.Option(help="report, selection, certification, calibration, or all: unsplit.")
     ] = "report",
@@ -26,9 +30,11 @@ def eval_ppl_command(
     json_: Json = False,
 ) -> None:
     """Perplexity of the base model and of a bundle, side by side, and how far their predictions are apart."""
-    from leankv.evaluate import evaluate
-    from leankv.experiment import SPLITS
-    from leankv.report import evaluation_table
+    from leankv.cache.plan import PlanSpec
+    from leankv.config.experiment import SPLITS
+    from leankv.config.plan_table import read_plan_table
+    from leankv.report.evaluation import evaluation_table
+    from leankv.studies.evaluate import evaluate
 
     if split not in (*SPLITS, "all"):
         raise UserError(f"--split must be one of {', '.join(SPLITS)}, all, not {split!r}")
@@ -36,11 +42,13 @@ def eval_ppl_command(
         raise UserError(f"--blocks must be at least 1, not {blocks}")
     if free_run is not None and free_run < 1:
         raise UserError(f"--free-run must be at least 1, not {free_run}")
-    experiment = _with_bundle(asked, bundle)
+    table = None if plan is None else read_plan_table(plan)
+    experiment = _with_bundle(asked, bundle, {} if table is None else {"plan": table})
     n_blocks = blocks or (experiment.data.report_blocks if split == "all" else experiment.value(f"data.{split}_blocks"))
-    result = evaluate(experiment, bundle, split, n_blocks, Progress(), free_run)
+    spec = None if table is None else PlanSpec.parse(experiment.plan)
+    result = evaluate(experiment, bundle, split, n_blocks, Progress(), free_run, spec)
     if json_:
-        print_json(result)
+        print_json(result.to_json())
     else:
         OUT.print(evaluation_table(result))
 
@@ -58,10 +66,9 @@ def generate_command(
     """Stream a completion through the compressed cache; report the bytes it held and tokens a second."""
     from dataclasses import asdict
 
-    from leankv.bundle import read_bundle_config
-    from leankv.cache import LeanCache
-    from leankv.generate import complete, memory_words
-    from leankv.model import load_model
+    from leankv.cache.bundle import load_bundle, read_bundle_config
+    from leankv.evaluation.generation import complete, format_completion
+    from leankv.models.loading import load_model
 
     read_bundle_config(bundle)
     experiment = _with_bundle(asked, bundle)
@@ -72,25 +79,29 @@ def generate_command(
         raise UserError("the prompt is empty; give some text to go on from")
     if chat and loaded.tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {experiment.model.name} has no chat template; leave --chat out")
-    cache = LeanCache.from_pretrained(bundle, loaded.model)
+    cache = load_bundle(bundle, loaded.model).new_cache()
     show = (lambda text: None) if json_ else print_piece
     completion = complete(loaded, cache, prompt, max_new_tokens, temperature, chat, experiment.seed, show)
     if json_:
         print_json(asdict(completion))
     else:
-        OUT.print("\n" + memory_words(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+        OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
 
 
-def _with_bundle(asked: Asked, bundle: Path | None) -> Any:
+def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:
     """The experiment that a bundle came from (or `--config`, or the defaults), with the options on top."""
     from dataclasses import asdict
 
-    from leankv.bundle import read_bundle_config
-    from leankv.experiment import flatten, load_experiment
+    from leankv.cache.bundle import read_bundle_config
+    from leankv.config.loading import flatten, load_experiment
+    from leankv.data.given import GivenBlocks
 
-    overrides = asked.overrides()
+    overrides = asked.overrides(extra)
     if asked.config is not None:
         overrides = {**flatten(asdict(load_experiment(asked.config, {}))), **overrides}
     elif bundle is not None:
-        overrides = {**flatten(read_bundle_config(bundle)["experiment"]), **overrides}
+        made_with = flatten(read_bundle_config(bundle)["experiment"])
+        if made_with.get("data.dataset") == GivenBlocks.name:  # made from Python, of text that is not here
+            made_with = {key: value for key, value in made_with.items() if not key.startswith("data.")}
+        overrides = {**made_with, **overrides}
     return load_experiment(None, asked.without_window_if_strict(overrides))

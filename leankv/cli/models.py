@@ -1,5 +1,6 @@
 """Commands that look at a model: `info`, `capture`."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -16,15 +17,15 @@ def info_command(
     json_: Json = False,
 ) -> None:
     """The geometry of a model's cache, the keys' convention, what LeanKV can and cannot do with it."""
-    from leankv.experiment import load_experiment
-    from leankv.inspect_model import info_rows, inspect_cache
-    from leankv.model import load_model
-    from leankv.report import name_value_table
+    from leankv.config.loading import load_experiment
+    from leankv.models.inspection import info_rows, inspect_cache
+    from leankv.models.loading import load_model
+    from leankv.report.tables import name_value_table
 
     experiment = load_experiment(asked.config, asked.overrides({"model.name": model}))
     info = inspect_cache(load_model(experiment.model))
     if json_:
-        print_json(info)
+        print_json(asdict(info))
     else:
         OUT.print(name_value_table(f"The cache of {model}", info_rows(info)))
 
@@ -36,12 +37,13 @@ def capture_command(
     json_: Json = False,
 ) -> None:
     """Write the keys and values of the calibration text, one safetensors file a layer, for sweeps and maps to use."""
-    from leankv.experiment import load_experiment
-    from leankv.workplace import Workplace
+    from leankv.config.loading import load_experiment
+    from leankv.studies.activation_store import ActivationStore
+    from leankv.studies.workspace import Workspace
 
     extra = {} if blocks is None else {"data.calibration_blocks": blocks}
-    place = Workplace(load_experiment(asked.config, asked.overrides(extra)), Progress())
-    activations = place.keep_captured()
+    workspace = Workspace.load(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    activations = ActivationStore(workspace).keep()
     folder, manifest = activations.folder, activations.manifest
     if json_:
         print_json({"folder": str(folder), **manifest})

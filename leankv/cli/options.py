@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from leankv.config.loading import parse_override
+from leankv.config.plan_table import PARTS, Part, read_plan_table
 from leankv.errors import UserError
-from leankv.experiment import PARTS, Part, parse_override
 
 MODEL = "Model"
 DATA = "Data"
@@ -48,10 +49,17 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     "data_dir": ("data.data_dir", "--data-dir", str, DATA, "Folder with wiki.{train,valid,test}.raw."),
     "block_length": ("data.block_length", "--block-length", int, DATA, "Tokens in a block."),
     "codec": ("codec", "--codec", str, CODEC, "Codec of K and V, e.g. ae:4, int:4, transform:2, 'resid(pca:8,int:2)'."),
+    "plan": ("plan", "--plan", Path, CODEC, "JSON file with a recipe for each layer and part, in place of --codec."),
     "part": ("part", "--part", str, CODEC, "Parts to compress: k,v (both), k or v."),
     "layers": ("layers", "--layers", str, CODEC, "Layers: all, 12, 40-63 or 0,4,40-63."),
     "key_space": ("codec.key_space", "--key-space", str, CODEC, "Where key codecs work: post-rope, pre-rope or auto."),
-    "weighting": ("fit.weighting", "--weighting", str, CODEC, "What errors count by: none, gradient or attention."),
+    "error_metric": (
+        "fit.error_metric",
+        "--error-metric",
+        str,
+        CODEC,
+        "What errors count by: none, gradient or attention.",
+    ),
     "epochs": ("fit.epochs", "--epochs", int, CODEC, "Epochs of trained codecs."),
     "screen": (
         "sweep.screen",
@@ -84,7 +92,7 @@ COMMON = (
     "revision",
     "trust_remote_code",
 )
-FITTING = ("codec", "part", "key_space", "weighting", "epochs", "block_length")
+FITTING = ("codec", "plan", "part", "key_space", "error_metric", "epochs", "block_length")
 PROTOCOL = ("protocol", "sinks", "window")
 
 
@@ -129,13 +137,17 @@ class Asked:
         """Dotted experiment key -> value: the flags, then `extra`, then `--set`."""
         found: dict[str, Any] = {}
         part = self._given.get("part")
+        if "codec" in self._given and "plan" in self._given:
+            raise UserError("--codec and --plan are both given; a plan names the codecs itself")
         for name, value in self._given.items():
             if name == "codec":
-                found.update({f"codec.{each}": value for each in PARTS})
+                found["plan"] = value
+            elif name == "plan":
+                found["plan"] = read_plan_table(value)
             elif name != "part":
                 found[SETTINGS[name][0] if name in SETTINGS else name] = value
         if part is not None:
-            found.update({f"codec.{each}": "none" for each in PARTS if each not in _parse_parts(part)})
+            found.update({f"plan.{each}": "none" for each in PARTS if each not in _parse_parts(part)})
         if self.output_dir is not None:
             found["output_dir"] = str(self.output_dir)
         found.update(extra or {})

@@ -1,19 +1,20 @@
 """Commands that set codecs side by side: `map`, `compare`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_table_json
 from leankv.cli.options import MEASURE, PROTOCOL, Asked
-from leankv.experiment import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
+from leankv.config.presets import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
 
 
-@command("map", "layers", "screen", "memory_budget", "key_space", "weighting", "epochs", "block_length", *PROTOCOL)
+@command("map", "layers", "screen", "memory_budget", "key_space", "error_metric", "epochs", "block_length", *PROTOCOL)
 def map_command(
     asked: Asked,
-    specs: Annotated[
+    recipes: Annotated[
         list[str] | None,
         typer.Argument(
             help="Codecs, each for K and for V; with parentheses in quotes: 'resid(pca:8,int:2)'. "
@@ -35,27 +36,28 @@ def map_command(
     json_: Json = False,
 ) -> None:
     """What each layer's keys or values alone cost under several codecs, and how far each is from the bound."""
-    from leankv.experiment import load_experiment
-    from leankv.map_report import map_summary
-    from leankv.rate_map import check_measure, check_specs, map_rates
-    from leankv.run import Run
+    from leankv.config.loading import load_experiment
+    from leankv.report.rate_map import map_summary
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.rate_map import check_measure, map_rates, parse_recipes
+    from leankv.studies.workspace import Workspace
 
-    wanted = check_specs(specs or MAP_SPECS)
+    wanted = parse_recipes(recipes or MAP_SPECS)
     check_measure(measure)
     extra = {} if blocks is None else {"data.selection_blocks": blocks}
-    run = Run(load_experiment(asked.config, asked.overrides(extra)), Progress())
-    table = map_rates(run, wanted, measure)
+    workspace = Workspace.open(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    table = map_rates(PlanEvaluator(workspace), wanted, measure)
     if json_:
         print_table_json(table)
         return
     OUT.print(map_summary(table))
-    OUT.print(f"written to {run.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
+    OUT.print(f"written to {workspace.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
 
 
-@command("compare", "memory_budget", "key_space", "weighting", "epochs", "block_length", "protocol", "sinks")
+@command("compare", "memory_budget", "key_space", "error_metric", "epochs", "block_length", "protocol", "sinks")
 def compare_command(
     asked: Asked,
-    specs: Annotated[
+    recipes: Annotated[
         list[str] | None,
         typer.Argument(
             help="Codecs, each for K and V of all layers; with parentheses in quotes. "
@@ -63,7 +65,13 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
-    peer: Annotated[
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSON file of a plan, a row of its own; again for more.", rich_help_panel=MEASURE, show_default=False
+        ),
+    ] = None,
+    baseline: Annotated[
         list[str] | None,
         typer.Option(
             help="A cache of others (again for more): all, hqq:4, quanto:2, turboquant:safe, module:factory.",
@@ -93,15 +101,20 @@ def compare_command(
     json_: Json = False,
 ) -> None:
     """Whole caches, ours and those of others: perplexity against the bytes that they really hold."""
-    from leankv.compare_caches import compare_caches
-    from leankv.compare_report import compare_summary
+    from leankv.cache.plan import read_plan
+    from leankv.config.experiment import SPLITS
+    from leankv.config.loading import load_experiment
     from leankv.errors import UserError
-    from leankv.experiment import SPLITS, load_experiment
-    from leankv.peers import find_peers
-    from leankv.rate_map import check_specs
-    from leankv.run import Run
+    from leankv.evaluation.baselines import find_baselines
+    from leankv.report.compare import compare_summary
+    from leankv.studies.compare import compare_caches, plans_of
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.rate_map import parse_recipes
+    from leankv.studies.workspace import Workspace
 
-    wanted, peers = check_specs(specs or COMPARE_SPECS), find_peers(peer or [])
+    named = {str(path): read_plan(path) for path in plan or []}
+    wanted = parse_recipes(recipes or (() if named else COMPARE_SPECS))
+    baselines = find_baselines(baseline or [])
     splits = [name for name in SPLITS if name != "calibration"]  # costs on text that codecs were fitted to say nothing
     if split not in splits:
         raise UserError(f"--split must be one of {', '.join(splits)}, not {split!r}")
@@ -113,10 +126,10 @@ def compare_command(
         overrides = {**COMPARE_SETTINGS, **overrides}
     if not window:
         overrides = asked.without_window_if_strict(overrides)
-    run = Run(load_experiment(asked.config, overrides), Progress())
-    table = compare_caches(run, wanted, peers, split, window or ())
+    workspace = Workspace.open(load_experiment(asked.config, overrides), Progress())
+    table = compare_caches(PlanEvaluator(workspace), plans_of(wanted) | named, baselines, split, window or ())
     if json_:
         print_table_json(table)
         return
     OUT.print(compare_summary(table))
-    OUT.print(f"written to {run.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)
+    OUT.print(f"written to {workspace.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)

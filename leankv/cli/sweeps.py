@@ -1,7 +1,7 @@
 """Commands from a sweep of single layers to a bundle: `run`, `train-layer`, `sweep`, `select`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,34 +18,36 @@ def run_command(
     json_: Json = False,
 ) -> None:
     """Everything: sweep, selection, tables, figure, bundle, and a short completion with it."""
-    from leankv.assemble import select
-    from leankv.cache import LeanCache
-    from leankv.experiment import load_experiment
-    from leankv.generate import complete, memory_words
-    from leankv.report import selection_table, summary_table, sweep_table, write_reports
-    from leankv.run import Run
-    from leankv.store import read_json
-    from leankv.sweep import sweep
+    from leankv.cache.bundle import load_bundle
+    from leankv.config.loading import load_experiment
+    from leankv.evaluation.generation import complete, format_completion
+    from leankv.report.selection import write_reports
+    from leankv.report.sweep import sweep_table
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.select import select
+    from leankv.studies.sweep import sweep
+    from leankv.studies.workspace import Workspace
 
-    run = Run(load_experiment(config, asked.overrides()), Progress())
-    table = sweep(run)
+    workspace = Workspace.open(load_experiment(config, asked.overrides()), Progress())
+    evaluator = PlanEvaluator(workspace)
+    folder, loaded = Path(workspace.experiment.output_dir), workspace.loaded
+    table = sweep(evaluator)
     if not json_:
         OUT.print(sweep_table(table))
-    summary = select(run)
-    write_reports(run.folder)
+    summary = select(evaluator)
+    write_reports(folder)
     if json_:
-        print_json(summary)
+        print_json(summary.to_json())
         return
-    OUT.print(selection_table(read_json(run.folder / "selection.json")))
-    OUT.print(summary_table(summary))
-    if summary["selected_layers"]:
-        cache = LeanCache.from_pretrained(run.folder / "bundle", run.loaded.model)
+    _print_selection(folder, summary)
+    if summary.selected_layers:
+        cache = load_bundle(folder / "bundle", loaded.model).new_cache()
         OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
-        completion = complete(run.loaded, cache, prompt, 40, 0.0, False, run.experiment.seed, print_piece)
-        OUT.print("\n" + memory_words(completion, run.loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+        completion = complete(loaded, cache, prompt, 40, 0.0, False, workspace.experiment.seed, print_piece)
+        OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
     else:
         OUT.print("no layer fits the budget, so there is no bundle", highlight=False)
-    OUT.print(f"written to {run.folder}", highlight=False, soft_wrap=True)
+    OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 
 @command("train-layer", *FITTING, *PROTOCOL)
@@ -57,21 +59,24 @@ def train_layer_command(
     """Fit one layer's codecs, and print their reconstruction error and the layer's perplexity cost."""
     import pandas as pd
 
-    from leankv.experiment import load_experiment
-    from leankv.report import sweep_table
-    from leankv.run import Run
-    from leankv.sweep import layer_cost, layer_row
-    from leankv.workplace import remove_captures
+    from leankv.config.loading import load_experiment
+    from leankv.report.sweep import sweep_table
+    from leankv.studies.activation_store import remove_captures
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.sweep import layer_cost, layer_row
+    from leankv.studies.workspace import Workspace
 
-    run = Run(load_experiment(asked.config, asked.overrides({"layers": str(layer)})), Progress())
-    run.measure("selection", [], "base perplexity, selection split")
-    row = layer_row(run, layer, *layer_cost(run, layer))
-    remove_captures(run.folder)
+    experiment = load_experiment(asked.config, asked.overrides({"layers": str(layer)}))
+    evaluator = PlanEvaluator(Workspace.open(experiment, Progress()))
+    folder = Path(experiment.output_dir)
+    evaluator.base()
+    row = layer_row(evaluator, layer, *layer_cost(evaluator, layer))
+    remove_captures(folder)
     if json_:
         print_json(row)
     else:
         OUT.print(sweep_table(pd.DataFrame([row])))
-        OUT.print(f"codecs in {run.folder / 'codecs'}", highlight=False, soft_wrap=True)
+        OUT.print(f"codecs in {folder / 'codecs'}", highlight=False, soft_wrap=True)
 
 
 @command("sweep", "layers", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
@@ -99,8 +104,8 @@ def sweep_command(
     json_: Json = False,
 ) -> None:
     """Fit and measure every layer alone; print and write the table."""
-    from leankv.executors import SweepOptions, sweep_as_asked
-    from leankv.report import prediction_words, sweep_table
+    from leankv.executors.dispatch import SweepOptions, sweep_as_asked
+    from leankv.report.sweep import format_prediction, sweep_table
 
     options = SweepOptions(shard, gather, executor, workers, address)
     swept = sweep_as_asked(asked.config, asked.overrides(), options, Progress())
@@ -111,8 +116,8 @@ def sweep_command(
         OUT.print(sweep_table(swept.table))
         cheapest = swept.table.sort_values("delta_ppl", kind="stable")["layer"].astype(str)
         OUT.print("cheapest first: " + " ".join(cheapest), highlight=False)
-    if words := prediction_words(swept.table):
-        OUT.print(words, highlight=False)
+    if text := format_prediction(swept.table):
+        OUT.print(text, highlight=False)
     if swept.missing:
         missing = " ".join(map(str, swept.missing))
         OUT.print(f"shard {shard} is done; other shards have yet to do layers {missing}", highlight=False)
@@ -123,29 +128,36 @@ def sweep_command(
 @command("select", "layers", "budget")
 def select_command(asked: Asked, json_: Json = False) -> None:
     """From a finished sweep: assemble the layers under the budget, measure them jointly, write the bundle."""
-    from leankv.assemble import experiment_of, select
-    from leankv.report import selection_table, summary_table, write_reports
-    from leankv.run import Run
-    from leankv.store import read_json
-    from leankv.sweep_table import read_sweep
+    from leankv.report.columns import read_sweep
+    from leankv.report.selection import write_reports
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.select import experiment_of, select
+    from leankv.studies.workspace import Workspace
 
     overrides = asked.overrides()
     if "layers" in overrides:  # of the swept layers, those that may be chosen
         overrides["selection.layers"] = overrides.pop("layers")
     folder = Path(overrides.get("output_dir", _default_output_dir()))
     read_sweep(folder)
-    run = Run(experiment_of(folder, asked.config, overrides), Progress())
-    summary = select(run)
-    write_reports(run.folder)
+    experiment = experiment_of(folder, asked.config, overrides)
+    summary = select(PlanEvaluator(Workspace.open(experiment, Progress())))
+    write_reports(folder)
     if json_:
-        print_json(summary)
+        print_json(summary.to_json())
         return
-    OUT.print(selection_table(read_json(run.folder / "selection.json")))
+    _print_selection(folder, summary)
+    OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+
+
+def _print_selection(folder: Path, summary: Any) -> None:
+    from leankv.report.selection import selection_table, summary_table
+    from leankv.storage.files import read_json
+
+    OUT.print(selection_table(read_json(folder / "selection.json")))
     OUT.print(summary_table(summary))
-    OUT.print(f"written to {run.folder}", highlight=False, soft_wrap=True)
 
 
 def _default_output_dir() -> str:
-    from leankv.experiment import Experiment
+    from leankv.config.experiment import Experiment
 
     return Experiment().output_dir

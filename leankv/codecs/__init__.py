@@ -1,37 +1,25 @@
-"""Codec families. A spec such as `ae:4` names a family and its arguments; see `FAMILIES`."""
+"""Codecs: how vectors are coded. Each file beside this one that defines a family registers it as it is imported."""
 
-from leankv.codecs.autoencoder import Autoencoder
-from leankv.codecs.base import Code, Codec, TrainingSettings, fraction_of_variance_unexplained
-from leankv.codecs.identity import Identity
-from leankv.codecs.integers import Integers
-from leankv.codecs.mean import Mean
-from leankv.codecs.nonuniform import NonUniform
-from leankv.codecs.orthogonal import Orthogonal
-from leankv.codecs.pca import PCA
-from leankv.codecs.product import ProductQuantizer
-from leankv.codecs.residual import Residual
-from leankv.codecs.rotated import Rotated
-from leankv.codecs.sparse import Sparse
-from leankv.codecs.spec import FAMILIES, CodecSpec, codec_from_tensors, parse_spec
+import importlib
+import pkgutil
+
+from leankv.codecs.base import Codec, FitData, Recipe, TrainingSettings
+from leankv.codecs.code import Code
+from leankv.codecs.registry import FAMILIES, codec_from_tensors, parse_recipe, register
+from leankv.codecs.statistics import fraction_of_variance_unexplained
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "FAMILIES",
-    "PCA",
-    "Autoencoder",
     "Code",
     "Codec",
-    "CodecSpec",
-    "Identity",
-    "Integers",
-    "Mean",
-    "NonUniform",
-    "Orthogonal",
-    "ProductQuantizer",
-    "Residual",
-    "Rotated",
-    "Sparse",
+    "FitData",
+    "Recipe",
     "TrainingSettings",
     "codec_from_tensors",
     "fraction_of_variance_unexplained",
-    "parse_spec",
+    "parse_recipe",
+    "register",
 ]

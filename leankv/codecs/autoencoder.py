@@ -1,22 +1,25 @@
 """`ae:D`, `ae:DxH`: the LeanLlama autoencoder, and its training, many at once."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import gelu, linear
 
 from leankv.codecs.base import (
-    ROWS,
-    Code,
     Codec,
+    Context,
+    FitData,
+    Recipe,
     TrainingSettings,
+    Vectors,
     as_float16,
-    mean_of,
-    sum_of_squares,
     within_float16,
 )
+from leankv.codecs.code import Code
+from leankv.codecs.registry import register
+from leankv.codecs.statistics import ROWS, mean_of, sum_of_squares
 
 DEFAULT_HIDDEN = 128  # LeanLlama's
 
@@ -26,6 +29,63 @@ SMOOTHNESS = 0.75  # deviation of the hidden units' random weights; see the log,
 
 Stack = dict[str, torch.Tensor]
 """Parameters of P autoencoders, each tensor `[P, ...]`."""
+
+
+@register
+@dataclass(frozen=True)
+class AutoencoderRecipe(Recipe):
+    """`latent` numbers a token, and a decoder with `hidden` units."""
+
+    latent: int
+    hidden: int = DEFAULT_HIDDEN
+
+    family = "ae"
+    revision = 1
+    grammar = "ae:D or ae:DxH (D from 1 to the width, H from 1)"
+
+    @classmethod
+    def parse(cls, arguments: str) -> "AutoencoderRecipe":
+        latent, times, hidden = arguments.partition("x")
+        recipe = cls(int(latent), int(hidden) if times else DEFAULT_HIDDEN)
+        if min(recipe.latent, recipe.hidden) < 1:
+            raise ValueError
+        return recipe
+
+    @property
+    def arguments(self) -> str:
+        return f"{self.latent}" if self.hidden == DEFAULT_HIDDEN else f"{self.latent}x{self.hidden}"
+
+    def check_width(self, width: int) -> None:
+        if self.latent > width:
+            raise ValueError(f"D = {self.latent} is more than the width {width}")
+
+    def fit(self, data: FitData) -> list[Codec]:
+        """Train P autoencoders in one batched optimisation, from a closed-form start.
+
+        Mean squared error, Adam (Kingma and Ba, 2015, arXiv 1412.6980), a cosine schedule to zero; each site keeps the
+        parameters of the epoch with its lowest held-out error, the start being epoch 0. The parameters are stacked and
+        the products batched; no term couples two sites, so each ends where it would alone.
+        """
+        stack = train_stack(_start(self, data.train, data.training.seed), data)
+        sites = range(len(data.train))
+        return [Autoencoder(self, {name: tensor[p].clone() for name, tensor in stack.items()}) for p in sites]
+
+    def unfitted(self, width: int) -> Codec:
+        stack = {"mean": torch.zeros(width), "scale": torch.ones(1)}
+        for name, inputs, outputs in (
+            ("encoder", width, self.latent),
+            ("hidden", self.latent, self.hidden),
+            ("output", self.hidden, width),
+        ):
+            stack |= {f"{name}_weight": torch.zeros(outputs, inputs), f"{name}_bias": torch.zeros(outputs)}
+        return Autoencoder(self, stack)
+
+    def working_bytes(self, width: int, training: TrainingSettings) -> int:
+        parameters = width * self.latent + self.latent * self.hidden + self.hidden * width
+        # Weights, gradients, Adam's two moments, the best so far; and one step's vectors and their gradients, or the
+        # pieces in which the held-out error is summed.
+        vectors = max(training.batch_tokens * (8 * width + 6 * self.hidden), ROWS * (4 * width + 2 * self.hidden))
+        return 4 * (6 * parameters + vectors)
 
 
 class Autoencoder(Codec):
@@ -43,16 +103,13 @@ class Autoencoder(Codec):
     neighbouring tokens.
     """
 
-    family = "ae"
-    revision = 1
-    grammar = "ae:D or ae:DxH (D from 1 to the width, H from 1)"
-
-    def __init__(self, stack: Stack):
+    def __init__(self, recipe: AutoencoderRecipe, stack: Stack):
         """
         Args:
-            stack: one autoencoder's tensors, without the leading P; see `empty`.
+            recipe: what it was fitted as.
+            stack: one autoencoder's tensors, without the leading P; see `AutoencoderRecipe.unfitted`.
         """
-        super().__init__(stack["encoder_weight"].shape[1])
+        super().__init__(recipe, stack["encoder_weight"].shape[1])
         for name, tensor in stack.items():
             if name in ("mean", "scale"):
                 self.register_buffer(name, tensor)
@@ -68,81 +125,23 @@ class Autoencoder(Codec):
         self.output_bias: torch.Tensor
 
     @property
-    def spec(self) -> str:
-        hidden, dimensions = self.hidden_weight.shape
-        return f"ae:{dimensions}" if hidden == DEFAULT_HIDDEN else f"ae:{dimensions}x{hidden}"
-
-    @property
     def bits_per_token(self) -> int:
         return self.encoder_weight.shape[0] * 16
 
-    def encode(self, x: torch.Tensor) -> Code:
+    def encode(self, x: Vectors, context: Context = None) -> Code:
         u = within_float16((x.float() - self.mean) / self.scale).to(self.encoder_weight.dtype)
         z = linear(u, self.encoder_weight, self.encoder_bias)
-        return {"z": as_float16(z)}
+        return Code({"z": as_float16(z)})
 
-    def decode(self, code: Code) -> torch.Tensor:
+    def decode(self, code: Code, context: Context = None) -> Vectors:
         z = code["z"].to(self.hidden_weight.dtype)
         # With float16 parameters an outlier overflows in the hidden layer first, and infinity less infinity is NaN.
         hidden = within_float16(linear(z, self.hidden_weight, self.hidden_bias)).to(z.dtype)
         u = linear(gelu(hidden), self.output_weight, self.output_bias)
         return torch.addcmul(self.mean, within_float16(u), self.scale)
 
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        """Train P autoencoders in one batched optimisation, from a closed-form start.
 
-        Mean squared error, Adam (Kingma and Ba, 2015), a cosine schedule to zero; each problem keeps the parameters of
-        the epoch with its lowest held-out error, the start being epoch 0. The parameters are stacked and the products
-        batched; no term couples two problems, so each ends where it would alone.
-        """
-        stack = train_stack(_start(arguments, train, settings.seed), train, heldout, settings, on_epoch)
-        return [cls({name: tensor[p].clone() for name, tensor in stack.items()}) for p in range(len(train))]
-
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        dimensions, hidden = arguments
-        stack = {"mean": torch.zeros(width), "scale": torch.ones(1)}
-        for name, inputs, outputs in (
-            ("encoder", width, dimensions),
-            ("hidden", dimensions, hidden),
-            ("output", hidden, width),
-        ):
-            stack |= {f"{name}_weight": torch.zeros(outputs, inputs), f"{name}_bias": torch.zeros(outputs)}
-        return cls(stack)
-
-    @classmethod
-    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
-        dimensions, hidden = arguments
-        parameters = width * dimensions + dimensions * hidden + hidden * width
-        # Weights, gradients, Adam's two moments, the best so far; and one step's vectors and their gradients, or the
-        # pieces in which the held-out error is summed.
-        vectors = max(settings.batch_tokens * (8 * width + 6 * hidden), ROWS * (4 * width + 2 * hidden))
-        return 4 * (6 * parameters + vectors)
-
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        dimensions, times, hidden = text.partition("x")
-        arguments = (int(dimensions), int(hidden) if times else DEFAULT_HIDDEN)
-        if min(arguments) < 1:
-            raise ValueError
-        return arguments
-
-    @classmethod
-    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
-        if arguments[0] > width:
-            raise ValueError(f"D = {arguments[0]} is more than the width {width}")
-
-
-def _start(arguments: Sequence[Any], train: torch.Tensor, seed: int) -> Stack:
+def _start(recipe: AutoencoderRecipe, train: torch.Tensor, seed: int) -> Stack:
     """Closed-form starts for `train` `[P, N, W]`: principal components in, least squares out.
 
     The encoder is the first D principal components, scaled to unit variance. Of the hidden units the first 2 D are
@@ -150,7 +149,7 @@ def _start(arguments: Sequence[Any], train: torch.Tensor, seed: int) -> Stack:
     data; the others have random weights, and the output is the ridge regression of `u` on all of them (random features:
     Huang et al., Extreme Learning Machines, 2006).
     """
-    dimensions, hidden = arguments
+    dimensions, hidden = recipe.latent, recipe.hidden
     width = train.shape[2]
     mean = mean_of(train)
     deviation = (sum_of_squares(train, mean[:, None]) / train[0].numel()).sqrt().float()
@@ -202,8 +201,8 @@ def _whitening_components(
 ) -> torch.Tensor:
     """`[D, W]`: the first D principal components of centred vectors, each over its standard deviation.
 
-    Block power iteration (Halko, Martinsson and Tropp, 2011) from `drawn` `[W, more than D]`: at a width of 1024 a
-    fraction of what the covariance and its eigenvectors cost.
+    Block power iteration (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061) from `drawn` `[W, more than D]`: at a
+    width of 1024 a fraction of what the covariance and its eigenvectors cost.
     """
 
     def covariance_times(directions: torch.Tensor) -> torch.Tensor:
@@ -229,26 +228,22 @@ def _reconstruct(stack: Stack, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return u, affine(gelu(affine(affine(u, "encoder"), "hidden")), "output")
 
 
-def train_stack(
-    stack: Stack,
-    train: torch.Tensor,
-    heldout: torch.Tensor,
-    settings: TrainingSettings,
-    on_epoch: Callable[[int, torch.Tensor], None],
-) -> Stack:
+@torch.enable_grad()  # whatever holds where a notebook calls it
+def train_stack(stack: Stack, data: FitData) -> Stack:
     """Train every autoencoder of `stack`; returns the parameters of each one's best epoch."""
+    train, heldout, training = data.train, data.heldout, data.training
     parameters = [t.requires_grad_() for name, t in stack.items() if name not in ("mean", "scale")]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=training.learning_rate)
     tokens = train.shape[1]
-    steps = max(1, settings.epochs * math.ceil(tokens / settings.batch_tokens))
+    steps = max(1, training.epochs * math.ceil(tokens / training.batch_tokens))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    shuffle = torch.Generator().manual_seed(settings.seed)
+    shuffle = torch.Generator().manual_seed(training.seed)
     best = {name: tensor.detach().clone() for name, tensor in stack.items()}
     lowest = _heldout_error(stack, heldout)
-    for epoch in range(1, settings.epochs + 1):
-        for rows in torch.randperm(tokens, generator=shuffle).to(train.device).split(settings.batch_tokens):
+    for epoch in range(1, training.epochs + 1):
+        for rows in torch.randperm(tokens, generator=shuffle).to(train.device).split(training.batch_tokens):
             u, reconstructed = _reconstruct(stack, train[:, rows])
-            # The sum over problems keeps them apart: each parameter sees only its own problem's mean error.
+            # The sum over sites keeps them apart: each parameter sees only its own site's mean error.
             loss = (reconstructed - u).square().mean(dim=(1, 2)).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -259,7 +254,7 @@ def train_stack(
         lowest = torch.where(better, error, lowest)
         for name, tensor in stack.items():
             best[name][better] = tensor.detach()[better]
-        on_epoch(epoch, error)
+        data.on_epoch(epoch, error)
     return best
 
 

@@ -1,11 +1,27 @@
 """`mean`: stores nothing."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
-
 import torch
+from jaxtyping import Float
 
-from leankv.codecs.base import Code, Codec, TrainingSettings, mean_of
+from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors
+from leankv.codecs.code import Code
+from leankv.codecs.registry import register
+from leankv.codecs.statistics import mean_of
+
+
+@register
+class MeanRecipe(Recipe):
+    """The mean of the calibration vectors."""
+
+    family = "mean"
+    revision = 1
+    grammar = "mean"
+
+    def fit(self, data: FitData) -> list[Codec]:
+        return [Mean(mean_of(x)) for x in data.train]
+
+    def unfitted(self, width: int) -> Codec:
+        return Mean(torch.zeros(width))
 
 
 class Mean(Codec):
@@ -14,41 +30,17 @@ class Mean(Codec):
     Storage: nothing a token.
     """
 
-    family = "mean"
-    revision = 1
-    grammar = "mean"
-
-    def __init__(self, mean: torch.Tensor):
-        super().__init__(len(mean))
+    def __init__(self, mean: Float[torch.Tensor, " width"]):
+        super().__init__(MeanRecipe(), len(mean))
         self.mean: torch.Tensor
         self.register_buffer("mean", mean.float())
-
-    @property
-    def spec(self) -> str:
-        return "mean"
 
     @property
     def bits_per_token(self) -> int:
         return 0
 
-    def encode(self, x: torch.Tensor) -> Code:
-        return {"nothing": x.new_empty(len(x), 0)}
+    def encode(self, x: Vectors, context: Context = None) -> Code:
+        return Code({"nothing": x.new_empty(len(x), 0)})
 
-    def decode(self, code: Code) -> torch.Tensor:
+    def decode(self, code: Code, context: Context = None) -> Vectors:
         return self.mean.expand(len(code["nothing"]), -1)
-
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        return [cls(mean_of(x)) for x in train]
-
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        return cls(torch.zeros(width))

@@ -1,16 +1,72 @@
 """`nuq:B`, `nuq:B+P`: unevenly spaced levels, and P percent of each token's numbers kept as they are."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, as_float16, mean_of, sampled
-from leankv.codecs.levels import lloyd_levels, nearest_level
-from leankv.codecs.packing import pack, packed_bytes, unpack
+from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
+from leankv.codecs.code import Code
+from leankv.codecs.coding.lloyd_max import lloyd_levels, nearest_level
+from leankv.codecs.coding.packing import pack, packed_bytes, unpack
+from leankv.codecs.registry import register
+from leankv.codecs.statistics import ROWS, mean_of, sampled
 
 SMALLEST_DEVIATION = 1e-30  # what nothing is divided by
+
+
+@register
+@dataclass(frozen=True)
+class NonUniformRecipe(Recipe):
+    """`2^bits` levels, and `percent` of each token's numbers as they are; None for none of them."""
+
+    bits: int
+    percent: float | None
+
+    family = "nuq"
+    revision = 1
+    grammar = "nuq:B or nuq:B+P (B from 1 to 8; P percent of outliers, over 0 and up to 100, e.g. nuq:3+0.5)"
+
+    @classmethod
+    def parse(cls, arguments: str) -> "NonUniformRecipe":
+        match = re.fullmatch(r"([1-8])(?:\+([0-9]{1,3}(?:\.[0-9]{1,3})?))?", arguments)
+        if match is None or not 0 < float(match[2] or 1) <= 100:
+            raise ValueError
+        return cls(int(match[1]), float(match[2]) if match[2] else None)
+
+    @property
+    def arguments(self) -> str:
+        return f"{self.bits}" + (f"+{self.percent:g}" if self.percent else "")
+
+    def check_width(self, width: int) -> None:
+        if width > 65536:
+            raise ValueError(f"its two-byte indices reach to 65536, not to the width {width}")
+
+    def slots(self, width: int) -> int:
+        """Numbers of each token that are kept as they are."""
+        return max(1, round(self.percent / 100 * width)) if self.percent else 0
+
+    def fit(self, data: FitData) -> list[Codec]:
+        slots = self.slots(data.train.shape[2])
+        codecs: list[Codec] = []
+        for index, x in enumerate(data.train):
+            mean = mean_of(x)
+            mean, deviation = _statistics(x, mean, torch.ones_like(mean), 0)
+            if slots:
+                mean, deviation = _statistics(x, mean, deviation, slots)
+            sample = sampled(x, ROWS, data.training.seed).float()
+            u = (sample - mean) / deviation.clamp_min(SMALLEST_DEVIATION)
+            importance = deviation.square()
+            if data.error_metric is not None:
+                importance = importance * data.error_metric[index].diagonal().float()
+            weights = importance * _dense(u, slots)
+            levels = lloyd_levels(u.flatten(), weights.flatten(), 2**self.bits)
+            codecs.append(NonUniform(self, levels, mean, deviation))
+        return codecs
+
+    def unfitted(self, width: int) -> Codec:
+        return NonUniform(self, torch.zeros(2**self.bits), torch.zeros(width), torch.ones(width))
 
 
 class NonUniform(Codec):
@@ -18,9 +74,10 @@ class NonUniform(Codec):
 
         u = (x - mean) / deviation,        x_hat = mean + deviation * levels[q],        q = nearest level to u
 
-    After Hooper et al., 2024: `mean` and `deviation` of each channel come from calibration text, so a token carries no
-    scales; the levels are those of least squared error (weighted k-means), each number weighted by what its error
-    counts: the square of its channel's deviation times the channel's entry on the metric's diagonal.
+    After Hooper et al., 2024 (arXiv 2401.18079): `mean` and `deviation` of each channel come from calibration text, so
+    a token carries no scales; the levels are those of least squared error (weighted k-means), each number weighted by
+    what its error counts: the square of its channel's deviation times the channel's entry on the error metric's
+    diagonal.
 
     `+P` is the dense-and-sparse split: the `round(P / 100 W)` numbers of each token (at least one) with the largest `u`
     are stored beside the levels, and neither `deviation` nor the levels are fitted to what is stored so. The number of
@@ -31,22 +88,23 @@ class NonUniform(Codec):
     more slots for tokens that have more outliers.
     """
 
-    family = "nuq"
-    revision = 1
-    grammar = "nuq:B or nuq:B+P (B from 1 to 8; P percent of outliers, over 0 and up to 100, e.g. nuq:3+0.5)"
-
-    def __init__(self, levels: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, percent: float | None):
+    def __init__(
+        self,
+        recipe: NonUniformRecipe,
+        levels: Float[torch.Tensor, " levels"],
+        mean: Float[torch.Tensor, " width"],
+        deviation: Float[torch.Tensor, " width"],
+    ):
         """
         Args:
-            levels: `[2^B]`, rising.
-            mean: `[W]`.
-            deviation: `[W]`.
-            percent: of outliers; None for none.
+            recipe: what it was fitted as.
+            levels: `2^B`, rising.
+            mean: of the vectors.
+            deviation: of each channel.
         """
-        super().__init__(len(mean))
-        self.bits = len(levels).bit_length() - 1
-        self.percent = percent
-        self.slots = _slots(percent, self.width)
+        super().__init__(recipe, len(mean))
+        self.bits = recipe.bits
+        self.slots = recipe.slots(self.width)
         self.levels: torch.Tensor
         self.register_buffer("levels", levels)
         self.mean: torch.Tensor
@@ -55,76 +113,24 @@ class NonUniform(Codec):
         self.register_buffer("deviation", deviation)
 
     @property
-    def spec(self) -> str:
-        return f"nuq:{self.bits}" + (f"+{self.percent:g}" if self.percent else "")
-
-    @property
     def bits_per_token(self) -> int:
         return 8 * packed_bytes(self.width, self.bits) + self.slots * (16 + (8 if self.width <= 256 else 16))
 
-    def encode(self, x: torch.Tensor) -> Code:
+    def encode(self, x: Vectors, context: Context = None) -> Code:
         centred = x.float() - self.mean
         u = centred / self.deviation.clamp_min(SMALLEST_DEVIATION)
-        code = {"q": pack(nearest_level(u, self.levels), self.bits)}
+        columns = {"q": pack(nearest_level(u, self.levels), self.bits)}
         if self.slots:
             index = u.abs().topk(self.slots, dim=1, sorted=False).indices
-            code["value"] = as_float16(centred.gather(1, index))
-            code["index"] = index.to(torch.uint8 if self.width <= 256 else torch.int16)  # the latter wraps
-        return code
+            columns["value"] = as_float16(centred.gather(1, index))
+            columns["index"] = index.to(torch.uint8 if self.width <= 256 else torch.int16)  # the latter wraps
+        return Code(columns)
 
-    def decode(self, code: Code) -> torch.Tensor:
+    def decode(self, code: Code, context: Context = None) -> Vectors:
         centred = self.levels[unpack(code["q"], self.bits, self.width).int()] * self.deviation
         if self.slots:
             centred.scatter_(1, code["index"].long() & 0xFFFF, code["value"].float())
         return self.mean + centred
-
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        bits, percent = arguments
-        slots = _slots(percent, train.shape[2])
-        codecs = []
-        for index, x in enumerate(train):
-            mean = mean_of(x)
-            mean, deviation = _statistics(x, mean, torch.ones_like(mean), 0)
-            if slots:
-                mean, deviation = _statistics(x, mean, deviation, slots)
-            sample = sampled(x, ROWS, settings.seed).float()
-            u = (sample - mean) / deviation.clamp_min(SMALLEST_DEVIATION)
-            importance = deviation.square()
-            if metric is not None:
-                importance = importance * metric[index].diagonal().float()
-            weights = importance * _dense(u, slots)
-            codecs.append(cls(lloyd_levels(u.flatten(), weights.flatten(), 2**bits), mean, deviation, percent))
-        return codecs
-
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        bits, percent = arguments
-        return cls(torch.zeros(2**bits), torch.zeros(width), torch.ones(width), percent)
-
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        match = re.fullmatch(r"([1-8])(?:\+([0-9]{1,3}(?:\.[0-9]{1,3})?))?", text)
-        if match is None or not 0 < float(match[2] or 1) <= 100:
-            raise ValueError
-        return int(match[1]), float(match[2]) if match[2] else None
-
-    @classmethod
-    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
-        if width > 65536:
-            raise ValueError(f"its two-byte indices reach to 65536, not to the width {width}")
-
-
-def _slots(percent: float | None, width: int) -> int:
-    return max(1, round(percent / 100 * width)) if percent else 0
 
 
 def _dense(u: torch.Tensor, slots: int) -> torch.Tensor:

@@ -1,36 +1,85 @@
 """`pca:D`: the first D principal components."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 
-from leankv.codecs.base import Code, Codec, TrainingSettings, as_float16
-from leankv.codecs.components import principal_components
+from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
+from leankv.codecs.code import Code
+from leankv.codecs.coding.principal_components import principal_components
+from leankv.codecs.registry import register
 
 
-class PCA(Codec):
-    """Projects on the first D principal components of the calibration vectors: `z = (x - mean) A`, `x = mean + z B`.
+@register
+@dataclass(frozen=True)
+class PCARecipe(Recipe):
+    """The first `dimensions` principal components."""
 
-    The least error, under the metric it is fitted with, that any linear code of D numbers can have, in closed form; see
-    `leankv.codecs.components`. The coordinates are scaled to unit variance, so that they suit float16.
-
-    Storage: D float16 numbers a token. What it does not do: spend bits where they matter, or bend (see `ae`).
-    """
+    dimensions: int
 
     family = "pca"
     revision = 1
     grammar = "pca:D (D from 1 to the width)"
 
-    def __init__(self, analysis: torch.Tensor, synthesis: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor):
+    @classmethod
+    def parse(cls, arguments: str) -> "PCARecipe":
+        dimensions = int(arguments)
+        if dimensions < 1:
+            raise ValueError
+        return cls(dimensions)
+
+    @property
+    def arguments(self) -> str:
+        return str(self.dimensions)
+
+    def check_width(self, width: int) -> None:
+        if self.dimensions > width:
+            raise ValueError(f"D = {self.dimensions} is more than the width {width}")
+
+    def fit(self, data: FitData) -> list[Codec]:
+        codecs: list[Codec] = []
+        for index, x in enumerate(data.train):
+            found = principal_components(x, None if data.error_metric is None else data.error_metric[index])
+            variances = found.variances[: self.dimensions]
+            # A direction without variance would be divided by zero; its coefficient is zero anyway.
+            scale = variances.clamp_min(variances[0].clamp_min(1e-30) * 1e-12).sqrt().float()
+            analysis, synthesis = found.analysis[:, : self.dimensions], found.synthesis[: self.dimensions]
+            codecs.append(PCA(self, analysis.contiguous(), synthesis.contiguous(), found.mean, scale))
+        return codecs
+
+    def unfitted(self, width: int) -> Codec:
+        shape = width, self.dimensions
+        return PCA(self, torch.zeros(shape), torch.zeros(shape[::-1]), torch.zeros(width), torch.ones(self.dimensions))
+
+
+class PCA(Codec):
+    """Projects on the first D principal components of the calibration vectors: `z = (x - mean) A`, `x = mean + z B`.
+
+    The least error, under the error metric it is fitted with, that any linear code of D numbers can have, in closed
+    form; see `leankv.codecs.coding.principal_components`. The coordinates are scaled to unit variance, so that they
+    suit float16.
+
+    Storage: D float16 numbers a token. What it does not do: spend bits where they matter, or bend (see `ae`).
+    """
+
+    def __init__(
+        self,
+        recipe: PCARecipe,
+        analysis: Float[torch.Tensor, "width dimensions"],
+        synthesis: Float[torch.Tensor, "dimensions width"],
+        mean: Float[torch.Tensor, " width"],
+        scale: Float[torch.Tensor, " dimensions"],
+    ):
         """
         Args:
-            analysis: `[W, D]`, from centred vectors to coordinates.
-            synthesis: `[D, W]`, back; the transpose of `analysis` unless errors are weighted.
-            mean: `[W]`.
-            scale: `[D]`, standard deviation of each coordinate.
+            recipe: what it was fitted as.
+            analysis: from centred vectors to coordinates.
+            synthesis: back; the transpose of `analysis` unless errors are weighted.
+            mean: of the vectors.
+            scale: standard deviation of each coordinate.
         """
-        super().__init__(analysis.shape[0])
+        super().__init__(recipe, len(mean))
         self.analysis = torch.nn.Parameter(analysis, requires_grad=False)
         self.synthesis = torch.nn.Parameter(synthesis, requires_grad=False)
         self.mean: torch.Tensor
@@ -39,56 +88,33 @@ class PCA(Codec):
         self.register_buffer("scale", scale)
 
     @property
-    def spec(self) -> str:
-        return f"pca:{self.analysis.shape[1]}"
-
-    @property
     def bits_per_token(self) -> int:
-        return self.analysis.shape[1] * 16
+        return len(self.scale) * 16
 
-    def encode(self, x: torch.Tensor) -> Code:
-        z = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis
-        return {"z": as_float16(z.float() / self.scale)}
+    def encode(self, x: Vectors, context: Context = None) -> Code:
+        return projected(x, self.mean, self.analysis, self.scale)
 
-    def decode(self, code: Code) -> torch.Tensor:
-        z = (code["z"].float() * self.scale).to(self.synthesis.dtype)
-        return (z @ self.synthesis).float() + self.mean
+    def decode(self, code: Code, context: Context = None) -> Vectors:
+        return reconstructed(code, self.mean, self.synthesis, self.scale)
 
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        (dimensions,) = arguments
-        codecs = []
-        for index, x in enumerate(train):
-            found = principal_components(x, None if metric is None else metric[index])
-            variances = found.variances[:dimensions]
-            # A direction without variance would be divided by zero; its coefficient is zero anyway.
-            scale = variances.clamp_min(variances[0].clamp_min(1e-30) * 1e-12).sqrt().float()
-            analysis, synthesis = found.analysis[:, :dimensions], found.synthesis[:dimensions]
-            codecs.append(cls(analysis.contiguous(), synthesis.contiguous(), found.mean, scale))
-        return codecs
 
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        (dimensions,) = arguments
-        shape = width, dimensions
-        return cls(torch.zeros(shape), torch.zeros(shape[::-1]), torch.zeros(width), torch.ones(dimensions))
+def projected(
+    x: Vectors,
+    mean: Float[torch.Tensor, " width"],
+    analysis: Float[torch.Tensor, "width dimensions"],
+    scale: Float[torch.Tensor, " dimensions"],
+) -> Code:
+    """`z = (x - mean) A / scale`, in float16."""
+    z = (x.float() - mean).to(analysis.dtype) @ analysis
+    return Code({"z": as_float16(z.float() / scale)})
 
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[Any, ...]:
-        dimensions = int(text)
-        if dimensions < 1:
-            raise ValueError
-        return (dimensions,)
 
-    @classmethod
-    def check_width(cls, arguments: Sequence[Any], width: int) -> None:
-        if arguments[0] > width:
-            raise ValueError(f"D = {arguments[0]} is more than the width {width}")
+def reconstructed(
+    code: Code,
+    mean: Float[torch.Tensor, " width"],
+    synthesis: Float[torch.Tensor, "dimensions width"],
+    scale: Float[torch.Tensor, " dimensions"],
+) -> Vectors:
+    """`mean + (z scale) B` of such a code."""
+    z = (code["z"].float() * scale).to(synthesis.dtype)
+    return (z @ synthesis).float() + mean

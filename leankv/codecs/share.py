@@ -2,19 +2,22 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float16
 from torch.nn.functional import pad
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings, as_float16, mean_of
+from leankv.codecs.base import Codec, Context, FitData, Recipe, TrainingSettings, Vectors, as_float16
+from leankv.codecs.code import Code
+from leankv.codecs.registry import register
+from leankv.codecs.statistics import ROWS, mean_of
 
 FOLDS = 4  # assumption: each regression then sees three quarters of the text, and errs little more than on all of it
-RIDGE = 1e-4  # assumption: of the mean squared number in the reference; keeps what is nearly alike from cancelling
+RIDGE = 1e-4  # assumption: of the mean squared number in the context; keeps what is nearly alike from cancelling
 
 
-def as_context(vectors: torch.Tensor) -> torch.Tensor:
+def as_context(vectors: Float[torch.Tensor, "*leading width"]) -> Float16[torch.Tensor, "*leading width"]:
     """Decoded vectors as those see them that predict from them, when fitting, encoding and decoding: in 16 bits.
 
     A cache keeps them for as long as later layers of a step need them. What rounding changes in a prediction, the codec
@@ -26,153 +29,135 @@ def as_context(vectors: torch.Tensor) -> torch.Tensor:
     return as_float16(vectors)
 
 
-class Share(Codec):
-    """Predicts a layer's vectors from the keys and values of the K layers before it: `x_hat = mean + (r - mean_r) L`.
+@register
+@dataclass(frozen=True)
+class ShareRecipe(Recipe):
+    """A prediction from the so many `layers` before."""
 
-    `r` is the same token's keys and values, as attention reads them, in the K layers before that see as much of the
-    text (and, for values, the layer's own keys). `L` is their ridge regression. The first layers see fewer of them, and
-    the keys of the first none: there the prediction is the mean. Layers share what the residual stream carries from one
-    to the next (LCKV: Wu and Tu, 2024; xKV: Chang et al., 2025). Mostly of use as the first stage of `resid`.
-
-    Storage: nothing, while what it looks at is stored.
-
-    What it does not do: look at later layers, whose vectors do not exist when the layer's attention reads; or repair
-    itself when the layers before are replaced by other codecs than it was fitted beside.
-    """
+    layers: int
 
     family = "share"
-    revision = 2  # references of 16 bits
+    revision = 2  # contexts of 16 bits
     grammar = "share:-K (from the K layers before, K 1 to 4)"
 
-    def __init__(self, weight: torch.Tensor, mean: torch.Tensor, reference_mean: torch.Tensor, looks_back: int):
-        """
-        Args:
-            weight: `[R, W]`; R is `(2 K + 1) W`, with zeros for what a layer or part does not see.
-            mean: `[W]`.
-            reference_mean: `[R]`.
-            looks_back: K.
-        """
-        super().__init__(len(mean))
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.mean: torch.Tensor
-        self.register_buffer("mean", mean)
-        self.reference_mean: torch.Tensor
-        self.register_buffer("reference_mean", reference_mean)
-        self.looks_back = looks_back
+    @classmethod
+    def parse(cls, arguments: str) -> "ShareRecipe":
+        if not arguments.startswith("-") or not 1 <= int(arguments[1:]) <= 4:
+            raise ValueError
+        return cls(int(arguments[1:]))
 
     @property
-    def spec(self) -> str:
-        return f"share:-{self.looks_back}"
+    def arguments(self) -> str:
+        return f"-{self.layers}"
 
     @property
-    def bits_per_token(self) -> float:
-        return 0
+    def n_context_layers(self) -> int:
+        return self.layers
 
-    def encode(self, x: torch.Tensor) -> Code:
-        return {"z": x.new_empty(len(x), 0, dtype=torch.uint8)}
+    def known(self, width: int) -> int:
+        """R: numbers of a context that lacks nothing."""
+        return (2 * self.layers + 1) * width
 
-    def decode(self, code: Code) -> torch.Tensor:
-        """The prediction where nothing is known of the token but what is usual: the mean."""
-        return self.mean.expand(len(code["z"]), -1).clone()
+    def fit(self, data: FitData) -> list[Codec]:
+        """A regression; the error metric does not matter to it, since each output has all weights to itself."""
+        return self.fit_and_leave(data)[0]
 
-    def decode_beside(self, code: Code, reference: torch.Tensor) -> torch.Tensor:
-        # The first layers have less, a codec beside this one in `resid` may ask for more.
-        seen = min(reference.shape[1], len(self.weight))
-        known = (reference[:, :seen] - self.reference_mean[:seen]).to(self.weight.dtype)
-        return (known @ self.weight[:seen]).float() + self.mean
-
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        nothing = train[..., :0]
-        return cls.fit_beside(arguments, train, heldout, (nothing, heldout[..., :0]), metric, settings, on_epoch)
-
-    @classmethod
-    def fit_beside(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        references: tuple[torch.Tensor, torch.Tensor],
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        """A regression; the metric does not matter to it, since each output has all weights to itself."""
-        return cls.fit_and_leave(arguments, train, heldout, references, metric, settings, on_epoch)[0]
-
-    @classmethod
-    def fit_and_leave(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        references: tuple[torch.Tensor, torch.Tensor],
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> tuple[list[Self], torch.Tensor]:
+    def fit_and_leave(self, data: FitData) -> tuple[list[Codec], Float[torch.Tensor, "sites tokens width"]]:
         """Errors are those of regressions on the other folds: with a thousand weights an output, its own flatter it."""
-        (looks_back,) = arguments
-        codecs, errors = [], torch.empty_like(train)
-        for x, reference, left in zip(train, references[0], errors, strict=True):
-            mean, reference_mean = mean_of(x), mean_of(reference)
+        codecs: list[Codec] = []
+        errors = torch.empty_like(data.train)
+        for x, context, left in zip(data.train, data.context, errors, strict=True):
+            mean, context_mean = mean_of(x), mean_of(context)
             length = max(1, math.ceil(len(x) / FOLDS))  # whole runs of text, so that a fold holds other articles
-            folds = list(zip(x.split(length), reference.split(length), left.split(length), strict=True))
-            sums = [_sums(own, known, mean, reference_mean) for own, known, _ in folds]
+            folds = list(zip(x.split(length), context.split(length), left.split(length), strict=True))
+            sums = [_sums(own, known, mean, context_mean) for own, known, _ in folds]
             gram, cross = (functools.reduce(torch.add, parts) for parts in zip(*sums, strict=True))
             for (own, known, place), (its_gram, its_cross) in zip(folds, sums, strict=True):
                 weight = _solved(gram - its_gram, cross - its_cross)
                 for rows, r, into in zip(own.split(ROWS), known.split(ROWS), place.split(ROWS), strict=True):
-                    into.copy_(rows.float() - mean - (r.float() - reference_mean) @ weight)
-            missing = (2 * looks_back + 1) * len(mean) - len(reference_mean)
-            weight, reference_mean = pad(_solved(gram, cross), (0, 0, 0, missing)), pad(reference_mean, (0, missing))
-            codecs.append(cls(weight, mean, reference_mean, looks_back))
+                    into.copy_(rows.float() - mean - (r.float() - context_mean) @ weight)
+            missing = self.known(len(mean)) - len(context_mean)
+            weight, context_mean = pad(_solved(gram, cross), (0, 0, 0, missing)), pad(context_mean, (0, missing))
+            codecs.append(Share(self, weight, mean, context_mean))
         return codecs, errors
 
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        known = (2 * arguments[0] + 1) * width
-        return cls(torch.zeros(known, width), torch.zeros(width), torch.zeros(known), arguments[0])
+    def unfitted(self, width: int) -> Codec:
+        known = self.known(width)
+        return Share(self, torch.zeros(known, width), torch.zeros(width), torch.zeros(known))
 
-    @classmethod
-    def working_bytes(cls, arguments: Sequence[Any], width: int, settings: TrainingSettings) -> int:
-        known = (2 * arguments[0] + 1) * width
+    def working_bytes(self, width: int, training: TrainingSettings) -> int:
+        known = self.known(width)
         # The sums of each fold, of all, and of all but one while they are solved; a piece of vectors, centred.
         return (FOLDS + 4) * known * (known + width) * 8 + 2 * ROWS * known * 4
 
-    @classmethod
-    def data_copies(cls, arguments: Sequence[Any]) -> int:
+    @property
+    def data_copies(self) -> int:
         return 1  # the errors of the folds
 
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[int]:
-        if not text.startswith("-") or not 1 <= int(text[1:]) <= 4:
-            raise ValueError
-        return (int(text[1:]),)
 
-    @classmethod
-    def layers_looked_at(cls, arguments: Sequence[Any]) -> int:
-        looks_back: int = arguments[0]
-        return looks_back
+class Share(Codec):
+    """Predicts a layer's vectors from the keys and values of the K layers before it: `x_hat = mean + (r - mean_r) L`.
+
+    `r`, the context, is the same token's keys and values, as attention reads them, in the K layers before that see as
+    much of the text (and, for values, the layer's own keys). `L` is their ridge regression. The first layers see fewer
+    of them, and the keys of the first none: there the prediction is the mean. Layers share what the residual stream
+    carries from one to the next (LCKV: Wu and Tu, 2024, arXiv 2405.10637; xKV: Chang et al., 2025, arXiv 2503.18893).
+    Mostly of use as the first stage of `resid`.
+
+    Storage: nothing, while what it looks at is stored.
+
+    What it does not do: look at later layers, whose vectors do not exist when the layer's attention reads; or repair
+    itself when the layers before are replaced by other codecs than those whose vectors it was fitted to.
+    """
+
+    def __init__(
+        self,
+        recipe: ShareRecipe,
+        weight: Float[torch.Tensor, "known width"],
+        mean: Float[torch.Tensor, " width"],
+        context_mean: Float[torch.Tensor, " known"],
+    ):
+        """
+        Args:
+            recipe: what it was fitted as.
+            weight: zeros for what a layer or part does not see.
+            mean: of the vectors.
+            context_mean: of their contexts.
+        """
+        super().__init__(recipe, len(mean))
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.mean: torch.Tensor
+        self.register_buffer("mean", mean)
+        # The name that saved codecs have.
+        self.reference_mean: torch.Tensor
+        self.register_buffer("reference_mean", context_mean)
+
+    @property
+    def bits_per_token(self) -> int:
+        return 0
+
+    def encode(self, x: Vectors, context: Context = None) -> Code:
+        return Code({"z": x.new_empty(len(x), 0, dtype=torch.uint8)})
+
+    def decode(self, code: Code, context: Context = None) -> Vectors:
+        """The prediction; where nothing is known of the token but what is usual, the mean."""
+        if context is None:
+            return self.mean.expand(len(code["z"]), -1).clone()
+        # The first layers have less; in `resid`, the other codec may ask for more.
+        seen = min(context.shape[1], len(self.weight))
+        known = (context[:, :seen] - self.reference_mean[:seen]).to(self.weight.dtype)
+        return (known @ self.weight[:seen]).float() + self.mean
 
 
 def _sums(
-    x: torch.Tensor, reference: torch.Tensor, mean: torch.Tensor, reference_mean: torch.Tensor
+    x: torch.Tensor, context: torch.Tensor, mean: torch.Tensor, context_mean: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum r r^T` `[R, R]` and `sum r x^T` `[R, W]`, float64, of vectors `[N, W]` and references `[N, R]`, centred."""
-    width = reference.shape[1]
+    """`sum r r^T` `[R, R]` and `sum r x^T` `[R, W]`, float64, of vectors `[N, W]` and contexts `[N, R]`, centred."""
+    width = context.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=x.device)
     cross = torch.zeros(width, x.shape[1], dtype=torch.float64, device=x.device)
-    for rows, known in zip(x.split(ROWS), reference.split(ROWS), strict=True):
-        centred = known.float() - reference_mean
+    for rows, known in zip(x.split(ROWS), context.split(ROWS), strict=True):
+        centred = known.float() - context_mean
         gram += centred.T @ centred
         cross += centred.T @ (rows.float() - mean)
     return gram, cross

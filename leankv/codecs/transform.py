@@ -1,22 +1,23 @@
 """`transform:R`, `transform:sX`: principal components, one step size for all coordinates, integers."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
 
-from leankv.codecs.base import ROWS, Code, Codec, TrainingSettings
-from leankv.codecs.components import Components, principal_components
-from leankv.codecs.digits import Digits
-from leankv.codecs.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
-from leankv.codecs.ragged import Ragged
+from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors
+from leankv.codecs.code import Code
+from leankv.codecs.coding.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
+from leankv.codecs.coding.mixed_radix import MixedRadix
+from leankv.codecs.coding.principal_components import Components, principal_components
+from leankv.codecs.coding.ragged import Ragged
+from leankv.codecs.registry import register
+from leankv.codecs.statistics import ROWS
 
 ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
 LINEAR, FINE = 96, 4  # escape values up to 96 are exact, larger ones stand 2^(1/4) apart
-SEEN_AT_LEAST = (
-    2e-4  # coordinates that are not zero in fewer vectors are always zero: they would cost more than they bring
-)
+SEEN_AT_LEAST = 2e-4
+"""Coordinates that are not zero in fewer vectors are always zero: they would cost more than they bring."""
 LARGEST_TABLE = 63  # integers of at most this size have a frequency of their own in stored chunks
 LARGEST_SYMBOL = 255  # and in the search for a step
 LEAST_RATE, LARGEST_RATE = 0.02, 8.0  # bits a value
@@ -25,40 +26,125 @@ FITTED_ROWS = 32768  # assumption: vectors enough for the ranges and the frequen
 SEARCHED_ROWS = 4096  # assumption: and enough for the step of a rate, which is searched for in 24 rounds
 
 
-class Transform(Codec):
-    """Transform coding: `y = (x - mean) A`, `q = round(y / step)`, `x_hat = mean + step q B`.
+@register
+@dataclass(frozen=True)
+class TransformRecipe(Recipe):
+    """Principal components, rounded.
 
-    `A` and `B` are principal components under the metric the codec was fitted with (`leankv.codecs.components`), so
-    that one step for all coordinates spends bits by reverse water-filling (Cover and Thomas, 10.3.3): what varies less
-    than the step costs nothing. `transform:sX` states the step, in the root of the metric's units: with the same step
-    everywhere, layers and parts share bits among themselves by the same law. `transform:R` finds the step at which the
-    entropy of `q` is R bits a value. As KVTC (NVIDIA, 2025), without its dynamic programming of bit widths.
-
-    There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
-
-    Storage, live: each coordinate's usual values, a range fitted to pay for itself, as mixed radix digits packed into
-    bytes; what lies outside, in escapes of 16 bits (24 where more than 256 coordinates are in use), and one byte that
-    counts a token's escapes. Stored: the same integers, entropy-coded by their frequencies in the calibration text
-    (`leankv.codecs.entropy`), losslessly. Both are counted on held-out text.
-
-    `synthesis` is kept as decoding reads it: its rows are multiplied by the step, and stand in the order in which
-    `Digits` gives the integers, so that decoding keeps no second copy.
-
-    What it does not do: adapt its frequencies to the text, or look at other tokens.
+    Attributes:
+        rate: bits a value, or None where the step is stated.
+        step: in the root of the error metric's units, or None where it follows from the rate.
     """
+
+    rate: float | None = None
+    step: float | None = None
 
     family = "transform"
     revision = 2  # bits counted on held-out text; the step within the synthesis
     grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, 1e-6 to 1e6)"
 
-    def __init__(self, tensors: dict[str, torch.Tensor], text: str):
+    @classmethod
+    def parse(cls, arguments: str) -> "TransformRecipe":
+        by_step = arguments.startswith("s")
+        number = float(arguments.removeprefix("s"))
+        least, largest = (LEAST_STEP, LARGEST_STEP) if by_step else (LEAST_RATE, LARGEST_RATE)
+        if not least <= number <= largest:
+            raise ValueError
+        return cls(step=number) if by_step else cls(rate=number)
+
+    @property
+    def arguments(self) -> str:
+        if self.step is not None:
+            return f"s{_shortest(self.step)}"
+        assert self.rate is not None
+        return _shortest(self.rate)
+
+    def fit(self, data: FitData) -> list[Codec]:
+        codecs: list[Codec] = []
+        for index, x in enumerate(data.train):
+            found = principal_components(x, None if data.error_metric is None else data.error_metric[index])
+            y = _coordinates(x[:: max(1, len(x) // FITTED_ROWS)], found)
+            codec = self._fitted(found, y, self._step_for(y))
+            codec.count_bits(data.heldout[index])
+            codecs.append(codec)
+        return codecs
+
+    def _step_for(self, y: torch.Tensor) -> float:
+        if self.step is not None:
+            return self.step
+        assert self.rate is not None, "a rate or a step"
+        return _step_of_rate(y, self.rate)
+
+    def _fitted(self, found: Components, y: torch.Tensor, step: float) -> "Transform":
+        q = (y / step).round()
+        width = q.shape[1]
+        often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
+        used = int(often.nonzero().max()) + 1 if often.any() else 0
+        escape_bits = _escape_bits(used)
+        seen = frequencies_of(q[:, :used].to(torch.int64), LARGEST_SYMBOL).double() / len(q)
+        ranges = [_range(shares, escape_bits) for shares in seen.tolist()] + [(0, 1)] * (width - used)
+        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T.contiguous()
+        synthesis = torch.zeros_like(found.synthesis)
+        synthesis[MixedRadix(low[:used], levels[:used]).place] = step * found.synthesis[:used]
+        tensors = {
+            "analysis": found.analysis,
+            "synthesis": synthesis,
+            "mean": found.mean,
+            "step": torch.tensor([step], dtype=torch.float32, device=y.device),
+            "used": torch.tensor([used], device=y.device),
+            "low": low,
+            "levels": levels,
+            "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
+            "bits": torch.zeros(2, dtype=torch.float64, device=y.device),
+        }
+        return Transform(self, tensors)
+
+    def unfitted(self, width: int) -> Codec:
+        square = torch.zeros(width, width)
+        tensors = {
+            "analysis": square,
+            "synthesis": square.clone(),
+            "mean": torch.zeros(width),
+            "step": torch.ones(1),
+            "used": torch.tensor([0]),
+            "low": torch.zeros(width),
+            "levels": torch.ones(width),
+            "frequencies": torch.zeros(width, 2 * LARGEST_TABLE + 2),
+            "bits": torch.zeros(2, dtype=torch.float64),
+        }
+        return Transform(self, tensors)
+
+
+class Transform(Codec):
+    """Transform coding: `y = (x - mean) A`, `q = round(y / step)`, `x_hat = mean + step q B`.
+
+    `A` and `B` are principal components under the error metric the codec was fitted with (see
+    `leankv.codecs.coding.principal_components`), so that one step for all coordinates spends bits by reverse
+    water-filling (Cover and Thomas, 10.3.3): what varies less than the step costs nothing. `transform:sX` states the
+    step, in the root of the metric's units: with the same step everywhere, layers and parts share bits among
+    themselves by the same law. `transform:R` finds the step at which the entropy of `q` is R bits a value. As KVTC
+    (NVIDIA, 2025), without its dynamic programming of bit widths.
+
+    There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
+
+    Storage, live: each coordinate's usual values, a range fitted to pay for itself, packed into bytes by mixed radix;
+    what lies outside, in escapes of 16 bits (24 where more than 256 coordinates are in use), and one byte that
+    counts a token's escapes. Stored: the same integers, entropy-coded by their frequencies in the calibration text
+    (`leankv.codecs.coding.entropy`), losslessly. Both are counted on held-out text.
+
+    `synthesis` is kept as decoding reads it: its rows are multiplied by the step, and stand in the order in which
+    `MixedRadix` gives the integers, so that decoding keeps no second copy.
+
+    What it does not do: adapt its frequencies to the text, or look at other tokens.
+    """
+
+    def __init__(self, recipe: TransformRecipe, tensors: dict[str, torch.Tensor]):
         """
         Args:
-            tensors: as `empty` shows them; the first `used` (J) coordinates are in use.
-            text: the argument of the spec.
+            recipe: what it was fitted as.
+            tensors: as `TransformRecipe.unfitted` shows them; the first `used` (J) coordinates are in use.
         """
-        super().__init__(tensors["analysis"].shape[0])
-        self.text = text
+        super().__init__(recipe, tensors["analysis"].shape[0])
         for name, tensor in tensors.items():
             if name in ("analysis", "synthesis"):
                 self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -73,16 +159,12 @@ class Transform(Codec):
         self.frequencies: torch.Tensor
         self.bits: torch.Tensor
         self.used: torch.Tensor
-        self._digits: Digits | None = None  # follows from `low` and `levels`
+        self._radix: MixedRadix | None = None  # follows from `low` and `levels`
 
     @property
     def _in_use(self) -> int:
         """J."""
         return int(self.used)
-
-    @property
-    def spec(self) -> str:
-        return f"transform:{self.text}"
 
     @property
     def bits_per_token(self) -> float:
@@ -106,12 +188,12 @@ class Transform(Codec):
         coarse = (LINEAR * torch.exp2(exponent / FINE)).round()
         return torch.where(size <= LINEAR, size, coarse) * q.sign()
 
-    def encode(self, x: torch.Tensor) -> Code:
+    def encode(self, x: Vectors, context: Context = None) -> Code:
         return self._packed(self.integers(x))
 
     def _packed(self, q: torch.Tensor) -> Code:
-        digits = self._layout()
-        outside = (q < digits.low) | (q >= digits.low + digits.levels)
+        layout = self._layout()
+        outside = (q < layout.low) | (q >= layout.low + layout.levels)
         counts = outside.sum(dim=1)
         if counts.numel() and int(counts.max()) > 255:  # more than a byte counts: the largest ones stay
             order = torch.where(outside, q.abs(), -1.0).argsort(dim=1, descending=True)[:, :255]
@@ -120,87 +202,39 @@ class Transform(Codec):
         _, which = outside.nonzero(as_tuple=True)
         index = [which % 256, which // 256] if q.shape[1] > 256 else [which]
         items = torch.stack([*(i.to(torch.uint8) for i in index), _escape_byte(q[outside])], dim=1)
-        return {"q": digits.pack(q), "escapes": Ragged.of(items, counts)}
+        return Code({"q": layout.pack(q), "escapes": Ragged.of(items, counts)})
 
     def _values(self, code: Code, dtype: torch.dtype) -> torch.Tensor:
         """The integers `[N, J]` of a code, in the order of the layout's `place`."""
-        place, escapes = self._layout().place, code["escapes"]
-        assert isinstance(escapes, Ragged)
+        place, escapes = self._layout().place, code.ragged("escapes")
         q = self._layout().values(code["q"], dtype)
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
         q[escapes.row_numbers(), place[which]] = _escape_value(items[:, -1]).to(dtype)
         return q
 
-    def decode(self, code: Code) -> torch.Tensor:
+    def decode(self, code: Code, context: Context = None) -> Vectors:
         dtype = self.synthesis.dtype
         return torch.addmm(self.mean.to(dtype), self._values(code, dtype), self.synthesis[: self._in_use])
 
-    def _layout(self) -> Digits:
-        if self._digits is None or self._digits.low.device != self.low.device:
-            self._digits = Digits(self.low[: self._in_use], self.levels[: self._in_use])
-        return self._digits
+    def _layout(self) -> MixedRadix:
+        if self._radix is None or self._radix.low.device != self.low.device:
+            self._radix = MixedRadix(self.low[: self._in_use], self.levels[: self._in_use])
+        return self._radix
 
     # -- stored -------------------------------------------------------------------------------------------------------
 
-    def park(self, code: Code) -> bytes:
+    def serialize(self, code: Code) -> bytes:
         q = self._values(code, torch.float32)[:, self._layout().place].to(torch.int64)
         return encode_columns(q.cpu(), self.frequencies[: self._in_use].cpu())
 
-    def unpark(self, data: bytes, tokens: int) -> Code:
+    def deserialize(self, data: bytes, tokens: int) -> Code:
         q = decode_columns(data, tokens, self.frequencies[: self._in_use].cpu())
         return self._packed(q.float().to(self.mean.device))
 
-    # -- fitting ------------------------------------------------------------------------------------------------------
+    # -- fitting -------------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def fit(
-        cls,
-        arguments: Sequence[Any],
-        train: torch.Tensor,
-        heldout: torch.Tensor,
-        metric: torch.Tensor | None,
-        settings: TrainingSettings,
-        on_epoch: Callable[[int, torch.Tensor], None],
-    ) -> list[Self]:
-        text, rate, step = arguments
-        codecs = []
-        for index, x in enumerate(train):
-            found = principal_components(x, None if metric is None else metric[index])
-            y = _coordinates(x[:: max(1, len(x) // FITTED_ROWS)], found)
-            codec = cls._fitted(found, y, step or _step_of_rate(y, rate), text)
-            codec._count_bits(heldout[index])
-            codecs.append(codec)
-        return codecs
-
-    @classmethod
-    def _fitted(cls, found: Components, y: torch.Tensor, step: float, text: str) -> Self:
-        q = (y / step).round()
-        width = q.shape[1]
-        often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
-        used = int(often.nonzero().max()) + 1 if often.any() else 0
-        escape_bits = _escape_bits(used)
-        seen = frequencies_of(q[:, :used].to(torch.int64), LARGEST_SYMBOL).double() / len(q)
-        ranges = [_range(shares, escape_bits) for shares in seen.tolist()] + [(0, 1)] * (width - used)
-        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T.contiguous()
-        synthesis = torch.zeros_like(found.synthesis)
-        synthesis[Digits(low[:used], levels[:used]).place] = step * found.synthesis[:used]
-        return cls(
-            {
-                "analysis": found.analysis,
-                "synthesis": synthesis,
-                "mean": found.mean,
-                "step": torch.tensor([step], dtype=torch.float32, device=y.device),
-                "used": torch.tensor([used], device=y.device),
-                "low": low,
-                "levels": levels,
-                "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
-                "bits": torch.zeros(2, dtype=torch.float64, device=y.device),
-            },
-            text,
-        )
-
-    def _count_bits(self, heldout: torch.Tensor) -> None:
+    def count_bits(self, heldout: torch.Tensor) -> None:
         """Set `bits` to what vectors `[M, W]` that nothing was fitted to take, live and stored."""
         layout, outside, stored = self._layout(), 0, 0.0
         for rows in heldout.split(ROWS):
@@ -210,31 +244,11 @@ class Transform(Codec):
         live = 8 * (layout.n_bytes + 1) + _escape_bits(self._in_use) * outside / len(heldout)
         self.bits.copy_(torch.tensor([live, stored / len(heldout)]))
 
-    @classmethod
-    def empty(cls, arguments: Sequence[Any], width: int) -> Self:
-        square = torch.zeros(width, width)
-        tensors = {
-            "analysis": square,
-            "synthesis": square.clone(),
-            "mean": torch.zeros(width),
-            "step": torch.ones(1),
-            "used": torch.tensor([0]),
-            "low": torch.zeros(width),
-            "levels": torch.ones(width),
-            "frequencies": torch.zeros(width, 2 * LARGEST_TABLE + 2),
-            "bits": torch.zeros(2, dtype=torch.float64),
-        }
-        return cls(tensors, arguments[0])
 
-    @classmethod
-    def parse_arguments(cls, text: str) -> tuple[str, float, float]:
-        """The text itself, the rate, the step; the one that is not given is 0."""
-        by_step = text.startswith("s")
-        number = float(text.removeprefix("s"))
-        least, largest = (LEAST_STEP, LARGEST_STEP) if by_step else (LEAST_RATE, LARGEST_RATE)
-        if not least <= number <= largest:
-            raise ValueError
-        return (text, 0.0, number) if by_step else (text, number, 0.0)
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as the number."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
 
 
 def _coordinates(x: torch.Tensor, found: Components) -> torch.Tensor:
@@ -254,7 +268,7 @@ def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
     frequent side.
 
     Args:
-        shares: of the values -255 to 255, as `leankv.codecs.entropy.frequencies_of` counts them.
+        shares: of the values -255 to 255, as `leankv.codecs.coding.entropy.frequencies_of` counts them.
         escape_bits: what a value outside takes.
     """
     zero = LARGEST_SYMBOL

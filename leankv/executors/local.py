@@ -1,4 +1,4 @@
-"""Workers on this machine: each a `python -m leankv sweep --shard`, with its share of the cores, and of the GPUs."""
+"""Workers on this machine: each a process with its share of the cores, and of the GPUs."""
 
 import os
 import signal
@@ -6,13 +6,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
+from leankv.config.notation import Shard
 from leankv.errors import UserError
-from leankv.executors.crew import Job, Start, Worker
-from leankv.shards import Shard
-
-EXIT_USER_ERROR = 2
+from leankv.executors.pool import Job, Start, Worker
 
 
 @contextmanager
@@ -26,37 +23,38 @@ def local_workers(job: Job) -> Iterator[Start]:
 
 
 class LocalWorker:
-    """A process that sweeps a shard."""
+    """A process that sweeps a shard; see `leankv.executors.worker`."""
 
     def __init__(self, job: Job, shard: Shard):
         self.log = job.log(shard)
-        command = [
-            sys.executable,
-            "-m",
-            "leankv",
-            "sweep",
-            "--config",
-            str(job.config),
-            "--output-dir",
-            str(job.folder),
-        ]
-        with self.log.open("ab") as file:
-            self._began = file.tell()
+        command = [sys.executable, "-m", "leankv.executors.worker", *job.arguments(shard)]
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--shard", str(shard), "--json"],
+                command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                env={**os.environ, **_share(shard, job.workers)},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, **share_of(shard, job.workers)},
             )
+        assert self._process.stdout is not None
+        self._answer = self._process.stdout
+        """What `work` returned comes through it, from a process that ended with exit code 0."""
+        self._sentence = ""
 
     def ended(self) -> str | None:
         """See `Worker`."""
         code = self._process.poll()
-        if code == EXIT_USER_ERROR and (sentence := _last_error(self.log, self._began)):
-            raise UserError(sentence)
-        if code is None or code == 0:
-            return None if code is None else ""
+        if code is None:
+            return None
+        if not self._answer.closed:
+            with self._answer:
+                self._sentence = self._answer.read() if code == 0 else ""
+        if self._sentence:
+            raise UserError(self._sentence)
+        if code == 0:
+            return ""
         return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
     def stop(self, force: bool) -> None:
@@ -65,9 +63,10 @@ class LocalWorker:
             self._process.send_signal(signal.SIGKILL if force else signal.SIGINT)
         if force:
             self._process.wait()
+            self._answer.close()
 
 
-def _share(shard: Shard, workers: int) -> dict[str, str]:
+def share_of(shard: Shard, workers: int) -> dict[str, str]:
     """The environment that gives a worker its share of the machine; what the user set lower is left."""
     cores = max(1, len(os.sched_getaffinity(0)) // workers)
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -86,10 +85,3 @@ def _gpus() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return [str(number) for number, _ in enumerate(told.splitlines())]
-
-
-def _last_error(log: Path, began: int) -> str:
-    """The sentence with which a worker refused, from its part of the log."""
-    lines = log.read_bytes()[began:].decode(errors="replace").splitlines()
-    last = lines[-1] if lines else ""
-    return last.removeprefix("error: ") if last.startswith("error: ") else ""

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from leankv.config.notation import Shard
 from leankv.errors import UserError
-from leankv.executors.crew import Job, Start, Worker, work
-from leankv.shards import Shard
+from leankv.executors.pool import Job, Start, Worker
+from leankv.executors.worker import work
 
 CONNECT_SECONDS = 4.0
 PROBE_SECONDS = 11.0  # with CONNECT_SECONDS and the time to start, under 20
@@ -55,7 +56,7 @@ class RayWorker:
 
     def __init__(self, job: Job, shard: Shard, task: Any):
         self.log = job.log(shard)
-        self._result = task.remote(str(job.config), str(shard), str(self.log), str(job.cwd))
+        self._result = task.remote(*job.arguments(shard))
 
     def ended(self) -> str | None:
         """See `Worker`."""

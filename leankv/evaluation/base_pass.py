@@ -1,0 +1,61 @@
+"""The base model's pass over blocks that many plans are compared on: run once, its hidden states kept.
+
+What is kept is what the body gives, `[T, hidden]` a block; logits are made of it anew each time, by the model's own
+head. So a comparison of ten caches runs the base model's layers once for each block, and gives the same bits.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from leankv.evaluation.perplexity import LogitsRun, run_through
+from leankv.models.logits import body_output, has_body, logits_of
+
+
+class BasePass:
+    """Passes of the uncompressed model, repeated from what was kept of the first.
+
+    Args:
+        model: a causal LM.
+        make_cache: the stock cache for a batch of blocks.
+        memory_bytes: hidden states beyond this are not kept; their blocks are run again.
+    """
+
+    def __init__(self, model: Any, make_cache: Callable[[], Any], memory_bytes: int):
+        self.model = model
+        self.make_cache = make_cache
+        self.memory_bytes = memory_bytes
+        self._kept: dict[tuple[str, int], list[Any]] = {}
+
+    def run(self, tokens: Int[torch.Tensor, "B T"], chunk: int) -> LogitsRun:
+        """A pass over `tokens`, fed `chunk` at a time from the first on."""
+        digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+        key = f"{digest} {tuple(tokens.shape)}", chunk
+        if not has_body(self.model):
+            return run_through(self.model, self.make_cache())
+        return self._repeated(self._kept[key]) if key in self._kept else self._first(key, tokens.shape[1])
+
+    def _repeated(self, outputs: list[Any]) -> LogitsRun:
+        left = iter(outputs)
+        return lambda inputs, count: logits_of(self.model, inputs, next(left), count)
+
+    def _first(self, key: tuple[str, int], length: int) -> LogitsRun:
+        cache, outputs = self.make_cache(), []
+
+        def logits(inputs: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+            output = body_output(self.model, inputs, cache)
+            outputs.append(output)
+            done = sum(each.last_hidden_state.shape[1] for each in outputs)
+            if done == length or done + 1 == length:  # a last token on its own is never fed: it predicts nothing
+                self._keep(key, outputs)
+            return logits_of(self.model, inputs, output, count)
+
+        return logits
+
+    def _keep(self, key: tuple[str, int], outputs: list[Any]) -> None:
+        held = sum(each.last_hidden_state.nbytes for kept in (*self._kept.values(), outputs) for each in kept)
+        if held <= self.memory_bytes:
+            self._kept[key] = outputs

@@ -1,0 +1,178 @@
+"""What real caches take in bytes: between steps, during one, and with the codecs that read them.
+
+A cache is filled with the tokens of one block of text, so that its bytes stand at the context that costs were measured
+at. What it is counted against is always the 16-bit cache of the same tokens.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from leankv.cache.footprint import Footprint
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.memory import held_bytes
+from leankv.cache.plan import Plan, Site
+from leankv.codecs import Codec
+from leankv.config.plan_table import PARTS
+from leankv.evaluation.step_peak import peak_bytes, watched
+from leankv.models.geometry import BYTES_16_BIT, Geometry
+from leankv.models.structure import max_positions
+
+PIECE = 128
+"""Tokens a cache is filled with at a time: the known baselines quantize groups of 128 tokens, and hold the most exact
+when they are met within one."""
+
+SETTLED = 2 * PIECE
+"""Tokens after which a cache of others is taken to grow by its codes alone: 128 that are held exact, and one group."""
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of one sequence's cache.
+
+    Attributes:
+        context: tokens in it.
+        base: of the 16-bit cache of so many tokens.
+        held: of the cache in memory between two steps.
+        stored: of the cache serialized: codes entropy-coded where their codec can. As held, for caches of others.
+        peak_step: the most that one decoding step takes over `held`: what it decodes, and the model's own activations
+            of one token, which are the same for all caches.
+        codecs: of the codecs in memory, with what decoding builds and keeps.
+        base_growth: of the compressed layers and parts of the 16-bit cache, over the tokens that the next two are of.
+        held_growth: by how much `held` grew in those layers and parts; None where tokens are too few to be codes alone.
+        stored_growth: the same, of `stored`.
+    """
+
+    context: int
+    base: int
+    held: int
+    stored: int
+    peak_step: int
+    codecs: int
+    base_growth: int
+    held_growth: int | None
+    stored_growth: int | None
+
+    @property
+    def cache_ratio(self) -> float | None:
+        """16-bit cache over what is held between steps; None where nothing is held."""
+        return _ratio(self.base, self.held)
+
+    @property
+    def all_in_ratio(self) -> float | None:
+        """16-bit cache over all that a sequence of its own needs: held, codecs in memory, and the peak of a step."""
+        return _ratio(self.base, self.held + self.codecs + self.peak_step)
+
+    @property
+    def code_ratio_live(self) -> float | None:
+        """16-bit bytes of the tokens last taken in over the bytes that the cache grew by."""
+        return _ratio(self.base_growth, self.held_growth)
+
+    @property
+    def code_ratio_stored(self) -> float | None:
+        """The same, serialized."""
+        return _ratio(self.base_growth, self.stored_growth)
+
+
+def _ratio(base: int, size: int | None) -> float | None:
+    return base / size if base and size is not None and size > 0 else None
+
+
+@torch.no_grad()
+def measure_bytes(
+    model: Any,
+    geometry: Geometry,
+    tokens: Int[torch.Tensor, "1 T"],
+    make_cache: Callable[[], Any],
+    plan: Plan | None = None,
+    settled: int = SETTLED,
+    on_piece: Callable[[], None] = lambda: None,
+) -> CacheBytes:
+    """Fill a fresh cache with the tokens of one sequence, at least 2, and count.
+
+    Growth is what was taken in between half and all of the fill, both whole pieces where T allows it.
+
+    Args:
+        model: a causal LM in eval mode.
+        geometry: of its cache.
+        tokens: what to fill the cache with.
+        make_cache: a fresh cache for one sequence.
+        plan: what it holds as codes; None, for caches of others: everything.
+        settled: tokens after which what it compresses grows by codes alone.
+        on_piece: called after each piece that is fed.
+    """
+    device, context = model.device, tokens.shape[1]
+    shorter, longer = marks = _marks(context)
+    held: dict[int, int] = {}
+    stored: dict[int, int] = {}
+    with watched(device):
+        cache = make_cache()
+    fed = 0
+    for piece in pieces_of(tokens.to(device)):
+        with watched(device):
+            model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+        fed += piece.shape[1]
+        if fed in (*marks, context):
+            held[fed] = held_bytes(cache)
+            stored[fed] = len_stored(cache)
+        on_piece()
+    # Any two tokens do for the steps, and any positions, where the model has no more.
+    last = tokens[:, -1:].to(device)
+    limit = max_positions(model.config) or context + 2
+    places = {} if limit >= context + 2 else {"position_ids": torch.full_like(last, context - 1)}
+
+    def decode_one() -> None:
+        model.base_model(input_ids=last, past_key_values=cache, use_cache=True, **places)
+
+    with watched(device):
+        decode_one()  # what is built once is built now
+    peak = peak_bytes(decode_one, device)
+    uncompressed = Footprint(geometry, {}, 0, 0)
+    left_alone = _left_alone(geometry, plan, longer) - _left_alone(geometry, plan, shorter)
+    exact = left_alone * model.dtype.itemsize // BYTES_16_BIT
+    is_settled = shorter >= settled
+    return CacheBytes(
+        context=context,
+        base=uncompressed.base_bytes(context),
+        held=held[context],
+        stored=stored[context],
+        peak_step=peak,
+        codecs=codec_memory((plan or {}).values()),
+        base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter) - left_alone,
+        held_growth=held[longer] - held[shorter] - exact if is_settled else None,
+        stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,
+    )
+
+
+def _left_alone(geometry: Geometry, plan: Plan | None, tokens: int) -> int:
+    """16-bit bytes of `tokens` tokens in what a plan does not compress."""
+    everything = [Site(layer, part) for layer in range(len(geometry.layers)) for part in PARTS]
+    nothing = dict.fromkeys(everything if plan is None else plan, 0.0)
+    return round(Footprint(geometry, nothing, 0, 0).compressed_bytes(tokens))
+
+
+def len_stored(cache: Any) -> int:
+    """Bytes of a cache serialized; those of others know no other form than the one they are held in."""
+    return cache.serialized_nbytes() if isinstance(cache, LeanCache) else held_bytes(cache)
+
+
+def codec_memory(codecs: Iterable[Codec]) -> int:
+    """Bytes in memory of codecs, with what decoding has built from their tensors; each storage counts once."""
+    return held_bytes([vars(module) for codec in codecs for module in codec.modules()])
+
+
+def _marks(context: int) -> tuple[int, int]:
+    """Tokens at half and at all of a fill: whole pieces where there are two."""
+    if context < 2 * PIECE:
+        return context // 2, context
+    return context // (2 * PIECE) * PIECE, context // PIECE * PIECE
+
+
+def pieces_of(tokens: Int[torch.Tensor, "1 T"]) -> list[Int[torch.Tensor, "1 _"]]:
+    """A block -> what is fed at a time: ends at each whole piece, and where bytes are counted."""
+    context = tokens.shape[1]
+    ends = {*range(PIECE, context, PIECE), *_marks(context)} - {context}
+    return list(tokens.tensor_split(sorted(ends), dim=1))

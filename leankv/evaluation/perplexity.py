@@ -1,0 +1,232 @@
+"""Perplexity, and what a compressed cache adds to it. The only perplexity in LeanKV.
+
+Three protocols, which differ in how the tokens of a block are fed to the model:
+
+- `strict`: the whole block in one forward pass, no exact window. Every key and value that attention reads went through
+  the codec, but for the sinks: the first tokens of each block are exact as `--sinks` says, and that is 4 of them unless
+  told. `--sinks 0` leaves nothing exact.
+- `stream`: chunks, as in chunked prefill; sinks and window are exact, older tokens are read through the codec.
+- `decode`: token by token, as in generation.
+
+Natural logarithms of probabilities ("nats") are summed in float64 for each block and divided once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int
+
+from leankv.config.experiment import ProtocolConfig
+from leankv.data.blocks import Blocks
+from leankv.errors import UserError
+from leankv.models.logits import Logits, piecewise_logits
+from leankv.search.statistics import t_interval
+
+MEASURING_REVISION = 2
+"""Raised when the nats measured under one plan change: feeding, cache, replay, summing."""
+
+LogitsRun = Callable[[torch.Tensor, int], Iterator[torch.Tensor]]
+"""A model's way through a batch of blocks: the next chunk's inputs `[B, n]`, and how many of its tokens are wanted ->
+their logits `[B, m, V]`, piece by piece."""
+
+LOGIT_ROWS = 64  # tokens whose logits are held in float32 at a time; so few stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class BlockNats:
+    """Negative log likelihood of each block.
+
+    Attributes:
+        nats: one sum a block.
+        tokens: predicted tokens in each block (its length less one).
+        seconds: time it took.
+    """
+
+    nats: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats a token."""
+        return math.exp(math.fsum(self.nats) / (self.tokens * len(self.nats)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compressed run against the base run on the same blocks.
+
+    Attributes:
+        base_ppl: perplexity of the uncompressed model.
+        ppl: perplexity with the compressed cache.
+        delta_ppl: their difference, in points.
+        delta_percent: the same in percent of `base_ppl`.
+        interval: 95 % interval of `delta_ppl`; None where there is only one block.
+        tokens: predicted tokens in all blocks.
+    """
+
+    base_ppl: float
+    ppl: float
+    delta_ppl: float
+    delta_percent: float
+    interval: tuple[float, float] | None
+    tokens: int
+
+
+def chunk_length(protocol: ProtocolConfig, block_length: int) -> int:
+    """How many tokens the protocol feeds at a time."""
+    return {"strict": block_length, "stream": protocol.chunk, "decode": 1}[protocol.kind]
+
+
+def measure_nats(
+    model: Any,
+    blocks: Blocks,
+    protocol: ProtocolConfig,
+    make_cache: Callable[[], Any],
+    on_block: Callable[[], None] = lambda: None,
+) -> BlockNats:
+    """Negative log likelihood of each block, read through caches from `make_cache`.
+
+    Args:
+        model: a causal LM in eval mode.
+        blocks: `[blocks, block_length]` tokens.
+        protocol: how the blocks are fed.
+        make_cache: a fresh transformers cache for a batch of blocks; the stock one for the base run.
+        on_block: called after each block.
+
+    Raises:
+        UserError: the loss of a block is not finite.
+    """
+    return measure_runs(model, blocks, protocol, lambda places: run_through(model, make_cache()), on_block)
+
+
+@torch.no_grad()
+def measure_runs(
+    model: Any,
+    blocks: Blocks,
+    protocol: ProtocolConfig,
+    begin: Callable[[Sequence[int]], LogitsRun],
+    on_block: Callable[[], None] = lambda: None,
+) -> BlockNats:
+    """As `measure_nats`, for runs that have to know which blocks they read.
+
+    Args:
+        model: a causal LM in eval mode.
+        blocks: `[blocks, block_length]` tokens.
+        protocol: how the blocks are fed.
+        begin: a run for a batch of blocks, given their places in `blocks`.
+        on_block: called after each block.
+
+    Raises:
+        UserError: the loss of a block is not finite.
+    """
+    started = time.monotonic()
+    nats: list[float] = []
+    length = blocks.tokens.shape[1]
+    chunk = chunk_length(protocol, length)
+    for batch in blocks.tokens.split(protocol.batch_size):
+        tokens = batch.to(model.device)
+        total = torch.zeros(len(batch), dtype=torch.float64)
+        places = range(len(nats), len(nats) + len(batch))
+        for labels, (logits,) in feed(tokens, chunk, [begin(places)]):
+            total += _sum_nats(logits, labels)
+        check_finite(total, len(nats), blocks)
+        nats += total.tolist()
+        for _ in batch:
+            on_block()
+    return BlockNats(tuple(nats), length - 1, time.monotonic() - started)
+
+
+def run_through(model: Any, cache: Any) -> LogitsRun:
+    """A run of the model through a fresh cache, as `feed` takes it."""
+    return lambda inputs, count: piecewise_logits(model, inputs, cache, count)
+
+
+def feed(
+    tokens: Int[torch.Tensor, "B T"], chunk: int, runs: Sequence[LogitsRun]
+) -> Iterator[tuple[Int[torch.Tensor, "B n"], tuple[Logits, ...]]]:
+    """Feed blocks chunk by chunk to several runs of a model, side by side.
+
+    Args:
+        tokens: a batch of blocks.
+        chunk: tokens fed at a time.
+        runs: of models or caches that are to be compared.
+
+    Yields:
+        The next tokens, and each run's logits for them, a few rows at a time.
+    """
+    # The last token of a block predicts nothing, but a whole block is fed whole.
+    for first in range(0, tokens.shape[1] - 1, chunk):
+        inputs, labels = tokens[:, first : first + chunk], tokens[:, first + 1 : first + chunk + 1]
+        done = 0
+        for logits in zip(*(run(inputs, labels.shape[1]) for run in runs), strict=True):
+            rows = logits[0].shape[1]
+            yield labels[:, done : done + rows], logits
+            done += rows
+
+
+def check_finite(nats: Float[torch.Tensor, " B"], done: int, blocks: Blocks) -> None:
+    """Refuse the sums of a batch of blocks, the first of them number `done`, where one is not a number.
+
+    Raises:
+        UserError: naming the block.
+    """
+    if not torch.isfinite(nats).all():
+        raise UserError(
+            f"the loss of block {done} of the {blocks.split} split is not finite; try --dtype float32, or "
+            "check the model's weights"
+        )
+
+
+def _sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of `-log p(label)` for each row of the batch: `[B, T, V]`, `[B, T]` -> `[B]`, float64 on the CPU."""
+    rows = zip(logits.flatten(0, 1).split(LOGIT_ROWS), labels.flatten().split(LOGIT_ROWS), strict=True)
+    nats = torch.cat([label_nats(log_probabilities(some), own) for some, own in rows])
+    return sum_by_block(nats, labels.shape)
+
+
+def log_probabilities(logits: Float[torch.Tensor, "tokens V"]) -> Float32[torch.Tensor, "tokens V"]:
+    """Natural logarithms of the probabilities that logits stand for, float32."""
+    return logits.float().log_softmax(dim=1)
+
+
+def label_nats(
+    log_p: Float[torch.Tensor, "tokens V"], labels: Int[torch.Tensor, " tokens"]
+) -> Float[torch.Tensor, " tokens"]:
+    """`-log p(label)` of each token."""
+    return -log_p.gather(1, labels[:, None])[:, 0]
+
+
+def sum_by_block(values: Float[torch.Tensor, " BT"], shape: torch.Size) -> Float64[torch.Tensor, " B"]:
+    """Sums of tokens' values over each block, the blocks being of `shape` `[B, T]`; float64 on the CPU."""
+    return values.unflatten(0, shape).sum(dim=1, dtype=torch.float64).cpu()
+
+
+def compare(base: BlockNats, compressed: BlockNats) -> Comparison:
+    """Compare two runs over the same blocks, block by block.
+
+    The interval is Student's t interval of the mean paired difference in nats a token, `d`, carried to perplexity by
+    `base_ppl * (exp(d) - 1)`. Blocks are the sampling unit, since the tokens of one are not independent; the base
+    perplexity is taken as given.
+    """
+    assert base.tokens == compressed.tokens, "paired runs see the same blocks"
+    differences = [(c - b) / base.tokens for b, c in zip(base.nats, compressed.nats, strict=True)]
+    return comparison_of(base, math.fsum(differences) / len(differences), t_interval(differences), len(differences))
+
+
+def comparison_of(base: BlockNats, difference: float, interval: tuple[float, float] | None, blocks: int) -> Comparison:
+    """A comparison from the mean paired difference in nats a token, its interval, and the blocks it was seen on."""
+    base_ppl = base.perplexity
+    rise = math.expm1(difference)
+    return Comparison(
+        base_ppl=base_ppl,
+        ppl=base_ppl * (1 + rise),
+        delta_ppl=base_ppl * rise,
+        delta_percent=100 * rise,
+        interval=None if interval is None else (base_ppl * math.expm1(interval[0]), base_ppl * math.expm1(interval[1])),
+        tokens=base.tokens * blocks,
+    )

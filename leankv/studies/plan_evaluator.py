@@ -1,0 +1,181 @@
+"""What plans cost: nats of a split's blocks under a plan, measured once and looked up ever after."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import PlanSpec
+from leankv.config.experiment import ProtocolConfig
+from leankv.data.blocks import Blocks
+from leankv.evaluation.base_pass import BasePass
+from leankv.evaluation.paired import PairedRun, measure_pair, pair_from
+from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, measure_nats
+from leankv.evaluation.replay import Replay
+from leankv.storage.cells import StoredCells, cell_name
+from leankv.studies.activation_store import ActivationStore
+from leankv.studies.codec_store import CodecStore
+from leankv.studies.workspace import Workspace
+
+EVERYTHING_EXACT = PlanSpec()
+
+
+class PlanEvaluator:
+    """Measures plans in a workspace: fits their codecs where they are missing, and runs the model.
+
+    Attributes:
+        workspace: model, text and folder.
+        codecs: the plans' codecs.
+        protocol: how perplexity is measured.
+    """
+
+    def __init__(self, workspace: Workspace, protocol: ProtocolConfig | None = None):
+        self.workspace = workspace
+        self.protocol = protocol or workspace.experiment.protocol
+        self.codecs = CodecStore(workspace, ActivationStore(workspace))
+
+    def with_window(self, window: int) -> "PlanEvaluator":
+        """The same with another exact window; codecs, which depend on none, and the base model's pass are shared.
+
+        Raises:
+            UserError: a strict pass has no exact window.
+        """
+        protocol = replace(self.protocol, window=window)
+        replace(self.workspace.experiment, protocol=protocol)  # refuses a protocol that cannot be
+        other = PlanEvaluator(self.workspace, protocol)
+        other.codecs = self.codecs
+        other._base_pass = self._base_pass
+        return other
+
+    @cached_property
+    def _selection_replay(self) -> Replay:
+        """Selection blocks are measured under many plans, so each is run from its first changed layer on only."""
+        workspace = self.workspace
+        return Replay(
+            workspace.loaded.model,
+            workspace.blocks("selection"),
+            self.protocol,
+            workspace.memory_bytes,
+            workspace.folder or Path(tempfile.gettempdir()),
+            workspace.rotation,
+        )
+
+    @cached_property
+    def _base_pass(self) -> BasePass:
+        """Many plans are set beside the base model on the same blocks, so its layers run once for each block."""
+        model = self.workspace.loaded.model
+        return BasePass(model, lambda: LeanCache(model.config, {}), self.workspace.memory_bytes)
+
+    def new_cache(self, spec: PlanSpec) -> LeanCache:
+        """An empty cache under a plan, with the protocol's sinks and window."""
+        model, protocol = self.workspace.loaded.model, self.protocol
+        plan = self.codecs.plan(spec)
+        return LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.workspace.rotation)
+
+    def nats(
+        self,
+        spec: PlanSpec,
+        split: str = "selection",
+        title: str = "",
+        block_ids: Sequence[int] | None = None,
+        extends_to_supersets: bool = False,
+    ) -> BlockNats:
+        """Nats of a split's blocks under a plan; with everything exact, of the base model.
+
+        Args:
+            spec: the plan.
+            split: whose blocks.
+            title: shows a progress bar of that name when something has to be measured.
+            block_ids: numbers of the blocks to measure, in this order; all of them unless given.
+            extends_to_supersets: plans that add to this one will be measured too; see `leankv.evaluation.replay`.
+        """
+        plan, blocks = self.codecs.plan(spec), self._blocks(split, block_ids)
+
+        def measured(on_block: Callable[[], None]) -> BlockNats:
+            if split == "selection":
+                return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
+            cache = self.new_cache(spec)
+            return measure_nats(self.workspace.loaded.model, blocks, self.protocol, cache.fresh, on_block)
+
+        def compute() -> dict[str, Any]:
+            if not title:
+                return asdict(measured(lambda: None))
+            with self.workspace.progress.stage(title, len(blocks)) as step:
+                return asdict(measured(step))
+
+        return nats_of(self.workspace.cells.get_or_compute(f"nats-{split}", self._depends_on(spec, blocks), compute))
+
+    def base(self, split: str = "selection") -> BlockNats:
+        """Nats of the base model."""
+        return self.nats(EVERYTHING_EXACT, split, f"base perplexity, {split} split")
+
+    def pair(self, spec: PlanSpec, split: str, title: str, block_ids: Sequence[int] | None = None) -> PairedRun:
+        """Base model and model under a plan, side by side: nats of both, and divergence.
+
+        Args:
+            spec: the plan.
+            split: whose blocks.
+            title: of the progress bar.
+            block_ids: numbers of the blocks to measure, in this order; all of them unless given.
+        """
+        blocks = self._blocks(split, block_ids)
+        return self._pair(blocks, self.new_cache(spec).fresh, self._depends_on(spec, blocks), title)
+
+    def baseline_pair(
+        self, make_cache: Callable[[], Any], made_by: Mapping[str, str], split: str, title: str
+    ) -> PairedRun:
+        """As `pair`, with caches that others wrote.
+
+        Args:
+            make_cache: a fresh cache for a batch of blocks.
+            made_by: what the cache is, and of which version.
+            split: whose blocks.
+            title: of the progress bar.
+        """
+        blocks = self.workspace.blocks(split)
+        seed = self.workspace.experiment.seed
+        depends_on = {**self._depends_on(EVERYTHING_EXACT, blocks), "cache": dict(made_by), "seed": seed}
+        return self._pair(blocks, make_cache, depends_on, title)
+
+    def key(self, spec: PlanSpec, split: str) -> str:
+        """Names all that a plan's nats on a split depend on, as their cell does."""
+        return cell_name(f"nats-{split}", self._depends_on(spec, self.workspace.blocks(split)))
+
+    def nats_path(self, spec: PlanSpec, split: str = "selection") -> Path:
+        """The cell of `nats(spec, split)` in the workspace's folder, whether it is there or not."""
+        assert isinstance(self.workspace.cells, StoredCells)
+        return self.workspace.cells.path(f"nats-{split}", self._depends_on(spec, self.workspace.blocks(split)))
+
+    def _pair(self, blocks: Blocks, make_cache: Callable[[], Any], depends_on: dict[str, Any], title: str) -> PairedRun:
+        model = self.workspace.loaded.model
+
+        def compute() -> dict[str, Any]:
+            with self.workspace.progress.stage(title, len(blocks)) as step:
+                return asdict(measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step))
+
+        return pair_from(self.workspace.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
+
+    def _blocks(self, split: str, block_ids: Sequence[int] | None) -> Blocks:
+        blocks = self.workspace.blocks(split)
+        return blocks if block_ids is None else blocks.take(block_ids)
+
+    def _depends_on(self, spec: PlanSpec, blocks: Blocks) -> dict[str, Any]:
+        sites = spec.sites(self.workspace.n_layers)
+        asked = asdict(self.protocol)
+        if not sites:  # the base run depends on how tokens are fed, not on what is kept exact
+            asked = {name: asked[name] for name in ("kind", "chunk", "batch_size")}
+        return {
+            "revision": MEASURING_REVISION,
+            "model": self.workspace.model_key,
+            "blocks": blocks.hash,
+            "protocol": asked,
+            "codecs": {f"{site.layer}.{site.part}": self.codecs.key(spec, site) for site in sites},
+        }
+
+
+def nats_of(result: Mapping[str, Any]) -> BlockNats:
+    """Nats as a cell holds them."""
+    return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])

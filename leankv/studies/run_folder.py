@@ -1,0 +1,58 @@
+"""A run's output folder belongs to the settings that it was begun with; `experiment.yaml` in it says which."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from leankv.config.experiment import Experiment
+from leankv.config.loading import flatten, load_experiment
+from leankv.errors import UserError
+from leankv.storage.files import check_output_dir, write_text
+from leankv.storage.locks import locked
+
+EXPERIMENT_FILE = "experiment.yaml"
+
+MAY_DIFFER = ("layers", "memory_budget", "output_dir", "model.device", "model.device_map", "data.data_dir")
+"""Settings beside `selection.*` and `sweep.*` that may change between runs in one folder: they choose among results, or
+where things lie. Results that depend on the device or the text carry that in their keys."""
+
+
+def check_folder(experiment: Experiment) -> Path:
+    """Make the output folder, and see that nothing in it was made with other settings.
+
+    Raises:
+        UserError: it cannot be written, or was begun with other settings; names the first that differs.
+    """
+    folder = Path(experiment.output_dir)
+    check_output_dir(folder)
+    path = folder / EXPERIMENT_FILE
+    if path.is_file():
+        begun = flatten(asdict(load_experiment(path, {})))
+        for key, value in flatten(asdict(experiment)).items():
+            if begun[key] != value and key not in MAY_DIFFER and not key.startswith(("selection.", "sweep.")):
+                raise UserError(
+                    f"{folder} was begun with {key} {_words(begun[key])}, not {_words(value)}; "
+                    "choose another --output-dir"
+                )
+    return folder
+
+
+def claim_folder(experiment: Experiment) -> None:
+    """Write `experiment.yaml`. Of two runs with different settings that begin at once, one is refused.
+
+    Raises:
+        UserError: as `check_folder`.
+    """
+    with locked(Path(experiment.output_dir) / "cells", "experiment"):
+        path = check_folder(experiment) / EXPERIMENT_FILE
+        write_if_changed(path, experiment.to_yaml())
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write `text` atomically, unless the file holds it already: workers that share a folder all write the same."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def _words(value: Any) -> str:
+    return "null" if value is None else str(value)

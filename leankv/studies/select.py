@@ -1,0 +1,226 @@
+"""From a finished sweep to a plan under the budget, its report and its bundle."""
+
+import resource
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from leankv.cache.bundle import Bundle
+from leankv.cache.footprint import CONTEXT_LENGTHS, Footprint
+from leankv.cache.plan import PlanSpec
+from leankv.config.experiment import Experiment
+from leankv.config.loading import load_experiment
+from leankv.config.notation import Budget, format_layers, parse_layers
+from leankv.config.plan_table import EXACT, PARTS
+from leankv.errors import UserError
+from leankv.evaluation.divergence import divergence_columns
+from leankv.evaluation.perplexity import compare
+from leankv.models.loading import describe
+from leankv.report.columns import read_sweep
+from leankv.report.model_card import model_card
+from leankv.report.summary import SUMMARY_FILE, Summary
+from leankv.search.greedy import Step, select_layers
+from leankv.storage.files import read_json, write_json
+from leankv.studies.activation_store import remove_captures
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.stored_bytes import bytes_of_plan
+from leankv.studies.sweep_origin import difference
+from leankv.studies.workspace import Workspace
+from leankv.version import __version__
+
+
+def select(evaluator: PlanEvaluator) -> Summary:
+    """Choose layers on the selection split, measure the set on the report split, write selection, summary and bundle.
+
+    Returns:
+        What stands in `summary.json`.
+
+    Raises:
+        UserError: there is no finished sweep of the layers that may be chosen.
+    """
+    workspace, protocol = evaluator.workspace, evaluator.protocol
+    experiment, folder = workspace.experiment, _folder(workspace)
+    costs = _costs(evaluator)
+    workspace.begin()
+    budget = Budget.parse(experiment.selection.budget)
+    base = evaluator.base()
+    points = budget.points(base.perplexity)
+    affordable = sum(cost <= points for cost in costs.values())
+    with workspace.progress.stage(f"selecting under +{points:.2f} points", affordable) as progressed:
+        measured: list[tuple[int, ...]] = []
+
+        def measure(layers: tuple[int, ...]) -> float:
+            cost = compare(base, evaluator.nats(workspace.plan.only(layers), extends_to_supersets=True)).delta_ppl
+            if any(recipe.n_context_layers for recipe in workspace.plan.recipes()):
+                # Every set has codecs of its own then; only those that later sets may grow from stay in memory.
+                parts = [each for each in measured if set(each) < set(layers)]
+                evaluator.codecs.forget(workspace.plan.only(each) for each in (*parts[-1:], layers))
+                measured.append(layers)
+            progressed(f"{len(layers)} layers: {cost:+.3f}")
+            return cost
+
+        chosen, steps = select_layers(costs, points, measure)
+    write_json(
+        folder / "selection.json",
+        {
+            "budget": str(budget),
+            "budget_points": points,
+            "base_ppl": base.perplexity,
+            "split": "selection",
+            "selected_layers": list(chosen),
+            "steps": [asdict(step) for step in steps],
+        },
+    )
+    summary = _summary(evaluator, budget, chosen, steps)
+    write_json(folder / SUMMARY_FILE, summary.to_json())
+    if chosen:
+        bundle = Bundle(
+            evaluator.codecs.plan(workspace.plan.only(chosen)),
+            protocol.sinks,
+            protocol.window,
+            workspace.rotation,
+            workspace.loaded.model.config,
+            describe(workspace.loaded),
+            asdict(experiment),
+            summary.to_json(),
+        )
+        bundle.save(folder / "bundle", model_card(summary, asdict(experiment)))
+    else:
+        shutil.rmtree(folder / "bundle", ignore_errors=True)  # an earlier choice's
+    remove_captures(folder)
+    write_manifest(workspace)
+    return summary
+
+
+def _folder(workspace: Workspace) -> Path:
+    assert workspace.folder is not None, "a selection reads a sweep's files and writes a bundle"
+    return workspace.folder
+
+
+def _costs(evaluator: PlanEvaluator) -> dict[int, float]:
+    """layer -> cost, of the finished sweep's layers that may be chosen."""
+    workspace = evaluator.workspace
+    folder = _folder(workspace)
+    table = read_sweep(folder)
+    allowed = set(parse_layers(workspace.experiment.selection.layers, workspace.n_layers))
+    for _, row in table[table["layer"] < workspace.n_layers].iterrows():
+        recipes = [workspace.plan[int(row["layer"]), part] for part in PARTS]
+        asked = [EXACT if recipe is None else recipe.text for recipe in recipes]
+        asked += [workspace.key_space, evaluator.protocol.kind]
+        done = list(row[["codec_k", "codec_v", "key_space", "protocol"]])
+        if asked != done:
+            raise UserError(
+                f"the sweep in {folder} is of {' '.join(done)}, not of {' '.join(asked)}; run leankv sweep with those"
+            )
+    if differs := difference(evaluator, float(table["base_ppl"].iloc[0])):
+        raise UserError(f"the sweep in {folder} {differs}; ask for what it was made with, or run leankv sweep again")
+    compressed = {site.layer for site in workspace.plan.sites(workspace.n_layers)}
+    swept = set(workspace.layers) & allowed & compressed
+    if missing := swept - set(table["layer"]):
+        raise UserError(
+            f"the sweep in {folder} lacks layers {format_layers(sorted(missing))}; run leankv sweep for them"
+        )
+    return {
+        int(layer): float(cost)
+        for layer, cost in zip(table["layer"], table["delta_ppl"], strict=True)
+        if layer in swept
+    }
+
+
+def _summary(evaluator: PlanEvaluator, budget: Budget, chosen: tuple[int, ...], steps: list[Step]) -> Summary:
+    """The figures a person or program wants first; perplexities are those of the report split."""
+    workspace = evaluator.workspace
+    experiment, loaded, folder = workspace.experiment, workspace.loaded, _folder(workspace)
+    spec = workspace.plan.only(chosen)
+    pair = evaluator.pair(spec, "report", "joint cost and divergence, report split")
+    joint = compare(pair.base, pair.compressed)
+    plan = evaluator.codecs.plan(spec)
+    measured_bytes = bytes_of_plan(evaluator, "report", spec)
+    bits = {site: codec.bits_per_token for site, codec in plan.items()}
+    footprint = Footprint(loaded.geometry, bits, experiment.protocol.sinks, experiment.protocol.window)
+    sweep_seconds = float(read_sweep(folder)["seconds"].sum())
+    return Summary(
+        model=loaded.name,
+        n_layers=len(loaded.geometry.layers),
+        width=loaded.geometry.width,
+        codec=str(PlanSpec.parse(experiment.plan)),
+        key_space=workspace.key_space,
+        error_metric=experiment.fit.error_metric,
+        protocol=experiment.protocol.kind,
+        sinks=experiment.protocol.sinks,
+        window=experiment.protocol.window,
+        dataset=experiment.data.dataset,
+        split="report",
+        tokens=joint.tokens,
+        budget=str(budget),
+        budget_points=budget.points(joint.base_ppl),
+        base_ppl=joint.base_ppl,
+        selected_layers=chosen,
+        ppl=joint.ppl,
+        delta_ppl=joint.delta_ppl,
+        delta_ppl_interval=joint.interval,
+        delta_percent=joint.delta_percent,
+        within_budget=joint.delta_ppl <= budget.points(joint.base_ppl),
+        divergence=divergence_columns(pair.divergence),
+        context=measured_bytes.context,
+        code_ratio=measured_bytes.code_ratio_live,
+        code_ratio_stored=measured_bytes.code_ratio_stored,
+        cache_ratio=measured_bytes.cache_ratio,
+        all_in_ratio=measured_bytes.all_in_ratio,
+        base_bytes=measured_bytes.base,
+        held_bytes=measured_bytes.held,
+        stored_bytes=measured_bytes.stored,
+        peak_step_bytes=measured_bytes.peak_step,
+        claimed_cache_ratio={tokens: footprint.cache_ratio(tokens) for tokens in CONTEXT_LENGTHS},
+        codec_parameters=sum(codec.n_parameters for codec in plan.values()),
+        codec_bytes=sum(codec.nbytes for codec in plan.values()),
+        codec_bytes_memory=measured_bytes.codecs,
+        seconds={
+            "capture": _capture_seconds(folder),
+            "fit": _fit_seconds(evaluator),
+            "sweep": sweep_seconds + evaluator.base().seconds,
+            "select": sum(evaluator.nats(workspace.plan.only(step.layers)).seconds for step in steps if _joint(step)),
+            "report": pair.seconds,
+        },
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        device=loaded.numerics["device"],
+        dtype=loaded.numerics["dtype"],
+    )
+
+
+def _joint(step: Step) -> bool:
+    """Whether the selection measured this step itself; a single layer's cost comes from the sweep."""
+    return step.joint_cost is not None and len(step.layers) > 1
+
+
+def _capture_seconds(folder: Path) -> float:
+    return sum(read_json(path)["result"]["seconds"] for path in sorted((folder / "cells").glob("capture-*.json")))
+
+
+def _fit_seconds(evaluator: PlanEvaluator) -> float:
+    """What fitting the sweep's codecs took: each layer's, as it is compressed alone."""
+    plan = evaluator.workspace.plan
+    alone = [evaluator.codecs.codecs(plan.only([layer])) for layer in evaluator.workspace.layers]
+    return sum(stored.seconds for own in alone for stored in own.values())
+
+
+def write_manifest(workspace: Workspace) -> None:
+    """`manifest.json`: what made the results. Written last, so its presence means that the run is complete."""
+    experiment = workspace.experiment
+    write_json(
+        _folder(workspace) / "manifest.json",
+        {
+            "leankv": __version__,
+            "model": describe(workspace.loaded),
+            "data": {split: workspace.blocks(split).hash for split in ("calibration", "selection", "report")},
+            "seed": experiment.seed,
+            "experiment": asdict(experiment),
+        },
+    )
+
+
+def experiment_of(folder: Path, config: Path | None, overrides: dict[str, Any]) -> Experiment:
+    """The experiment of a run in `folder`: its own `experiment.yaml` where there is one and no other is named."""
+    own = folder / "experiment.yaml"
+    return load_experiment(own if config is None and own.is_file() else config, overrides)

@@ -1,0 +1,53 @@
+"""Bundles of plans that differ from layer to layer, and bundles that nothing was measured of."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from leankv.cache.bundle import Bundle, load_bundle
+from leankv.cache.plan import PlanSpec
+from leankv.evaluation.perplexity import measure_nats
+from leankv.models.loading import describe
+from tests.test_bundle import evaluator_of, run_all
+
+MIXED = {"k": "int:4", "v": "resid(share:-1,transform:0.3)", "layers": {"0": {"k": "none"}, "2": "pca:8"}}
+
+
+def test_a_plan_of_several_recipes_is_swept_chosen_and_shipped(settings: dict[str, Any]) -> None:
+    """Layers with recipes of their own, a part left exact, and codecs that predict from layers of other recipes."""
+    folder = run_all({**settings, "plan": MIXED, "selection.budget": "500%"})
+    summary = json.loads((folder / "summary.json").read_text())
+    table = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
+    asked = PlanSpec.parse(MIXED).resolved(4)
+    assert list(table["codec_k"]) == ["none", "int:4", "pca:8", "int:4"]
+    assert list(table["codec_v"]) == [asked[layer, "v"].text for layer in range(4)]
+    assert (table["fvu_k"] == 0).tolist() == [True, False, False, False]
+    evaluator = evaluator_of(folder / "experiment.yaml", {})
+    model = evaluator.workspace.loaded.model
+    opened = load_bundle(folder / "bundle", model)
+    assert opened.spec == asked.only(summary["selected_layers"])
+    assert len(summary["selected_layers"]) > 1
+    measured = evaluator.nats(opened.spec, "report")
+    assert measured.perplexity == summary["ppl"]
+    protocol = evaluator.protocol
+    blocks = evaluator.workspace.blocks("report")
+    assert measure_nats(model, blocks, protocol, opened.new_cache().fresh).nats == measured.nats
+
+
+def test_a_bundle_of_a_plan_nothing_was_measured_of(settings: dict[str, Any], tmp_path: Path) -> None:
+    """With a card that says so; saved over another one, nothing of that is left."""
+    evaluator = evaluator_of(None, settings)
+    workspace = evaluator.workspace
+    about = workspace.loaded.model.config, describe(workspace.loaded), asdict(workspace.experiment)
+    plans = [PlanSpec.uniform(k="int:4"), PlanSpec.uniform(v="int:4").only([1])]
+    for spec in plans:
+        Bundle(evaluator.codecs.plan(spec), 2, 3, None, *about, {}).save(tmp_path / "b")
+    opened = load_bundle(tmp_path / "b", workspace.loaded.model)
+    assert opened.spec == plans[-1]
+    assert opened.key_space == "post-rope"
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "Nothing was measured of it yet" in card
+    assert str(plans[-1]) in card
