@@ -49,5 +49,5 @@ def test_a_bundle_of_a_plan_nothing_was_measured_of(settings: dict[str, Any], tm
     assert opened.spec == plans[-1]
     assert opened.key_space == "post-rope"
     card = (tmp_path / "b" / "README.md").read_text()
-    assert "Nothing was measured of it yet" in card
+    assert "Nothing was measured yet" in card
     assert str(plans[-1]) in card

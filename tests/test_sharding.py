@@ -182,7 +182,7 @@ def test_gathering_names_what_is_missing(serial: Sweep, tmp_path: Path) -> None:
     assert "leankv sweep" in refuse("sweep", "--gather", "-o", tmp_path)
     sweep(serial.evaluator(tmp_path, "2/3"))
     sentence = refuse("sweep", "--gather", "-o", tmp_path)
-    assert "layers 0, 2, 3, 5, 6;" in sentence
+    assert "layers 0,2-3,5-6;" in sentence
     assert f"leankv sweep --config {tmp_path}/experiment.yaml --output-dir {tmp_path}" in sentence
     assert not (tmp_path / "sweep.csv").exists()
 
