@@ -50,9 +50,7 @@ def evaluate(
     if bundle is not None and plan is not None:
         raise UserError("--bundle and --plan are both given; eval-ppl measures one of them")
     if new_tokens is not None and bundle is None and plan is None:
-        raise UserError(
-            "--free-run compares a cache with the base model's; give --bundle or --plan, or leave it out"
-        )
+        raise UserError("--free-run compares a cache with the base model's; give --bundle or --plan, or leave it out")
     if split == "all" and plan is not None:
         raise UserError("--split all has the text that the plan's codecs are fitted to; name a split")
     source = TextSource(experiment.data)
