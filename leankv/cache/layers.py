@@ -31,6 +31,7 @@ class LeanLayer(DynamicLayer):
         window: latest tokens held exact.
         key_space: where the key codec takes its vectors; as cached unless given.
         earlier: layers before this one, the nearest first, that its codecs predict from.
+        store_type: holds the keys, and the values.
     """
 
     is_compileable = False
@@ -44,6 +45,7 @@ class LeanLayer(DynamicLayer):
         window: int,
         key_space: KeySpace | None = None,
         earlier: Sequence["LeanLayer"] = (),
+        store_type: type[PartStore] = PartStore,
     ):
         super().__init__()
         self.codecs = dict(codecs)
@@ -52,7 +54,7 @@ class LeanLayer(DynamicLayer):
             codec = codecs.get(part)
             layers = codec.n_context_layers if codec else 0
             sources = [layer.parts[each] for layer in earlier[:layers] for each in ("k", "v")]
-            return PartStore(codec, sinks, window, space, sources + own if layers else [])
+            return store_type(codec, sinks, window, space, sources + own if layers else [])
 
         keys = store("k", key_space, [])
         self.parts = {"k": keys, "v": store("v", None, [keys])}
@@ -133,8 +135,9 @@ class LeanSlidingLayer(LeanLayer):
         window: int,
         key_space: KeySpace | None = None,
         earlier: Sequence[LeanLayer] = (),
+        store_type: type[PartStore] = PartStore,
     ):
-        super().__init__(codecs, sinks, window, key_space, earlier)
+        super().__init__(codecs, sinks, window, key_space, earlier, store_type)
         self.sliding_window = sliding_window
         self.record_past = False
 

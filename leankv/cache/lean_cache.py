@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from leankv.cache.decoded_once import DecodedOnceStore
 from leankv.cache.key_space import KeySpace
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
 from leankv.cache.memory import held_bytes
+from leankv.cache.part_store import PartStore
 from leankv.cache.plan import Plan, codecs_by_layer
 from leankv.models.rope import KeyRotation
 from leankv.models.structure import earlier_layers
@@ -34,6 +36,8 @@ class LeanCache(Cache):
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
+        decode_once: keep what was decoded beside its code: faster where a text is fed in many chunks, but no memory is
+            saved. For measuring.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class LeanCache(Cache):
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
+        decode_once: bool = False,
     ):
         padding = None
         if attention_mask is not None:
@@ -53,6 +58,7 @@ class LeanCache(Cache):
         if sinks and padding is not None:
             sinks += int(padding.max())
         layers = DynamicCache(config=config).layers
+        store_type = DecodedOnceStore if decode_once else PartStore
         windows = [getattr(layer, "sliding_window", None) for layer in layers]
         by_layer = codecs_by_layer(plan)
         earlier = {
@@ -65,15 +71,17 @@ class LeanCache(Cache):
             if rotation is not None:
                 space = KeySpace(partial(rotation.remove, layer), partial(rotation.restore, layer), padding)
             if type(stock) is DynamicSlidingWindowLayer:
-                layers[layer] = LeanSlidingLayer(stock.sliding_window, codecs, sinks, window, space, sources)
+                layers[layer] = LeanSlidingLayer(
+                    stock.sliding_window, codecs, sinks, window, space, sources, store_type
+                )
             else:
                 assert type(stock) is DynamicLayer, "find_geometry lets no other layers pass"
-                layers[layer] = LeanLayer(codecs, sinks, window, space, sources)
+                layers[layer] = LeanLayer(codecs, sinks, window, space, sources, store_type)
         for layer in range(first_layer):
             layers[layer] = SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
         self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
-        self.first_layer = first_layer
+        self.first_layer, self.decode_once = first_layer, decode_once
 
     def fresh(self) -> "LeanCache":
         """An empty cache, made as this one was: the same plan, sharing its codecs, and the same padding."""
@@ -81,7 +89,9 @@ class LeanCache(Cache):
         if self.padding is not None:
             longest = int(self.padding.max())
             mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
-        return LeanCache(self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation)
+        return LeanCache(
+            self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation, self.decode_once
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":
         """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""

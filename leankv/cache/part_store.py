@@ -96,6 +96,7 @@ class PartStore:
         """All tokens held, in the dtype of `like`."""
         sinks, coded, window = self._lengths()
         shown: list[torch.Tensor] = []
+        skipped = 0
         if window and not sinks + coded and self.window_rows is not None and self.window_rows.dtype == like.dtype:
             whole = self.window_rows
         else:
@@ -103,21 +104,26 @@ class PartStore:
             if self.sink_rows is not None:
                 whole[:, :, :sinks] = self.sink_rows
             if self.codec is not None and self.code is not None:
-                self._read_codes(self.codec, self.code, whole[:, :, sinks : sinks + coded], shown)
+                skipped = self._read_codes(self.codec, self.code, whole[:, :, sinks : sinks + coded], shown)
             if self.window_rows is not None:
                 whole[:, :, sinks + coded :] = self.window_rows
         if self.codec is None and self.cross_layer.readers and self.window_rows is not None:
             # Held exact; which of these tokens are codes in the stores that look here, they know.
             shown = [self._shown(self.window_rows, self._first_coded())]
-        self.cross_layer.show(shown, self._first_coded())
+        self.cross_layer.show(shown, self._first_coded() + skipped)
         return whole
 
-    def _read_codes(self, codec: Codec, code: Code, into: Rows, shown: list[torch.Tensor]) -> None:
-        """Decode all codes into place, piece by piece; `shown` gets what readers see of each piece."""
+    def _read_codes(self, codec: Codec, code: Code, into: Rows, shown: list[torch.Tensor]) -> int:
+        """Put what all codes stand for into place; `shown` gets what readers see, from the code on that is returned."""
+        self._decode(codec, code, 0, into, shown)
+        return 0
+
+    def _decode(self, codec: Codec, code: Code, start: int, into: Rows, shown: list[torch.Tensor]) -> None:
+        """Decode codes from the one numbered `start` on into place, piece by piece; `shown` gets what readers see."""
         batch, coded = code.shape
         # What vectors are predicted from stands beside them, so there are fewer at a time.
         piece = max(1, PIECE // (1 + len(self.cross_layer.sources)))
-        for first in range(0, coded, piece):
+        for first in range(start, coded, piece):
             last, token = min(first + piece, coded), self._first_coded() + first
             context = None
             if codec.n_context_layers:

@@ -34,12 +34,15 @@ class FittedCodec:
         fvu: fraction of variance unexplained on the held-out calibration blocks, through encode and decode.
         fvu_by_epoch: the same after each epoch, as training saw it; empty for closed-form families.
         seconds: this codec's share of the batched fit.
+        error: mean of `e^T M e` over the held-out vectors, `e` their errors and `M` the error metric; None where it was
+            not asked for.
     """
 
     codec: Codec
     fvu: float
     fvu_by_epoch: list[float]
     seconds: float
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,22 @@ def fit_codecs(
                 fvu = fraction_of_variance_unexplained(heldout[index], reconstructed).item()
                 by_epoch = [finite(error[index].item()) for error in history]
                 seconds = (time.monotonic() - started) / len(group)
-                on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), by_epoch, seconds))
+                error = weighted_error(heldout[index], reconstructed, None if metric is None else metric[index])
+                on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), by_epoch, seconds, error))
+
+
+def fit_data(
+    x: torch.Tensor, context: torch.Tensor, first_heldout: int, metric: torch.Tensor | None, fitting: Fitting
+) -> FitData:
+    """What one site's codec is fitted to: its vectors `[N, W]` and their context `[N, R]`, parted at a token."""
+    return FitData(
+        train=x[None, :first_heldout],
+        heldout=x[None, first_heldout:],
+        context=context[None, :first_heldout],
+        heldout_context=context[None, first_heldout:],
+        error_metric=None if metric is None else metric.to(fitting.device)[None],
+        training=fitting.training,
+    )
 
 
 def in_precision(codec: Codec, dtype: torch.dtype) -> Codec:
@@ -164,6 +182,13 @@ def on_its_own(codec: Codec) -> Codec:
 def finite(fvu: float) -> float:
     """An error over no variance at all counts as 0 when there is no error: the mean then says everything."""
     return fvu if math.isfinite(fvu) else 0.0
+
+
+def weighted_error(x: torch.Tensor, shown: torch.Tensor, metric: torch.Tensor | None) -> float:
+    """Mean of `e^T M e` over vectors `[N, W]`, `e` their errors; of `|e|^2` without a metric."""
+    error = x.float() - shown.float()
+    weighted = error if metric is None else error @ metric.to(error.device)
+    return float((error * weighted).sum(dim=1).double().mean())
 
 
 def _stacked(activations: Activations, group: Sequence[Site], width: int, fitting: Fitting) -> torch.Tensor:

@@ -9,8 +9,16 @@ import torch
 from leankv.cache.plan import Site
 from leankv.calibration.activations import Activations
 from leankv.calibration.error_metrics import ErrorMetrics
-from leankv.calibration.fit import FittedCodec, Fitting, finite, in_precision, on_its_own, refuse_if_short
-from leankv.codecs import Codec, FitData, Recipe
+from leankv.calibration.fit import (
+    FittedCodec,
+    Fitting,
+    finite,
+    fit_data,
+    in_precision,
+    on_its_own,
+    refuse_if_short,
+)
+from leankv.codecs import Codec, Recipe
 from leankv.codecs.share import as_context
 from leankv.codecs.statistics import ROWS, fraction_of_variance_unexplained
 
@@ -53,7 +61,7 @@ def fit_in_context(
         UserError: the memory does not hold a site's vectors with those that it predicts from.
     """
     first_heldout = fitting.first_heldout(activations.manifest)
-    _check_memory(activations, sites, fitting)
+    check_memory(activations, sites, fitting)
     decoded: dict[Site, torch.Tensor] = {}
     for site, own in sites.items():
         started = time.monotonic()
@@ -65,10 +73,10 @@ def fit_in_context(
             context = torch.cat(known, dim=1) if known else x[:, :0].float()
             codec = own.codec or _fitted(own.recipe, x, context, site, first_heldout, fitting, error_metrics)
             codec = codec.to(fitting.device)
-            reconstructed = _reconstructed(codec, x, context)
-            decoded[site] = as_context(reconstructed)
+            shown = reconstructed(codec, x, context)
+            decoded[site] = as_context(shown)
             if own.codec is None:
-                fvu = fraction_of_variance_unexplained(x[first_heldout:], reconstructed[first_heldout:]).item()
+                fvu = fraction_of_variance_unexplained(x[first_heldout:], shown[first_heldout:]).item()
                 seconds = time.monotonic() - started
                 on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), [], seconds))
         still = {source for later, other in sites.items() if later > site for source in other.context}
@@ -85,25 +93,18 @@ def _fitted(
     error_metrics: ErrorMetrics,
 ) -> Codec:
     """The codec of one site, from vectors `[N, W]` and their context `[N, R]`."""
-    data = FitData(
-        train=x[None, :first_heldout],
-        heldout=x[None, first_heldout:],
-        context=context[None, :first_heldout],
-        heldout_context=context[None, first_heldout:],
-        error_metric=error_metrics[site].to(fitting.device)[None] if error_metrics else None,
-        training=fitting.training,
-    )
+    data = fit_data(x, context, first_heldout, error_metrics.get(site), fitting)
     (codec,) = recipe.fit(data)
     return in_precision(codec, fitting.codec_dtype)
 
 
-def _reconstructed(codec: Codec, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+def reconstructed(codec: Codec, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """What a codec makes of vectors `[N, W]` given their context `[N, R]`, `[N, W]`."""
     pieces = zip(x.split(ROWS), context.split(ROWS), strict=True)
     return torch.cat([codec.decode(codec.encode(rows, known), known) for rows, known in pieces])
 
 
-def _check_memory(activations: Activations, sites: Mapping[Site, SiteInContext], fitting: Fitting) -> None:
+def check_memory(activations: Activations, sites: Mapping[Site, SiteInContext], fitting: Fitting) -> None:
     """Refuse a memory that does not hold what `fit_in_context` does at its fullest."""
     manifest = activations.manifest
     width = max(manifest["widths"])

@@ -213,6 +213,14 @@ class Recipe(ABC):
     def fit(self, data: FitData) -> list[Codec]:
         """Fit a codec to each site's vectors, none depending on which others there are."""
 
+    @classmethod
+    def fit_together(cls, recipes: Sequence["Recipe"], data: FitData) -> list[list[Codec]]:
+        """Fit several recipes of this family to the same vectors, one list of codecs a recipe, as `fit` gives them.
+
+        Families whose recipes have work in common do it once here: a ladder of rates is fitted this way.
+        """
+        return [recipe.fit(data) for recipe in recipes]
+
     def fit_and_leave(self, data: FitData) -> tuple[list[Codec], Float[torch.Tensor, "sites tokens width"]]:
         """As `fit`, and what another codec can be fitted to: errors `x - x_hat` of `data.train`.
 
@@ -259,6 +267,15 @@ class Recipe(ABC):
             UserError: there is neither a revision nor a source.
         """
         return {self.family: self.revision or _source_hash(type(self))}
+
+
+def fit_together(recipes: Sequence[Recipe], data: FitData) -> list[list[Codec]]:
+    """Fit recipes of any families to the same vectors: one list of codecs, one a site, for each recipe."""
+    fitted: dict[Recipe, list[Codec]] = {}
+    for family in dict.fromkeys(type(recipe) for recipe in recipes):
+        own = [recipe for recipe in dict.fromkeys(recipes) if type(recipe) is family]
+        fitted.update(zip(own, family.fit_together(own, data), strict=True))
+    return [fitted[recipe] for recipe in recipes]
 
 
 def as_float16(x: Float[torch.Tensor, "*any"]) -> Float16[torch.Tensor, "*any"]:

@@ -1,9 +1,10 @@
 """`resid(A,B)`: codec A, and codec B for what A leaves."""
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, TrainingSettings, Vectors, errors_of
+from leankv.codecs.base import Codec, Context, FitData, Recipe, TrainingSettings, Vectors, errors_of, fit_together
 from leankv.codecs.code import Code
 from leankv.codecs.registry import known_recipe, register
 from leankv.codecs.statistics import mean_of, sum_of_squares
@@ -50,21 +51,36 @@ class ResidualRecipe(Recipe):
 
     def fit(self, data: FitData) -> list[Codec]:
         """Fit A, then B to what A leaves. Where both are trained there are twice as many epochs, A's first."""
-        firsts, left = self.first.fit_and_leave(data)
+        return self.fit_together([self], data)[0]
+
+    @classmethod
+    def fit_together(cls, recipes: Sequence[Recipe], data: FitData) -> list[list[Codec]]:
+        """What recipes have for A in common is fitted once."""
+        own = [recipe for recipe in recipes if isinstance(recipe, cls)]
+        fitted: dict[Recipe, list[Codec]] = {}
+        for first in dict.fromkeys(recipe.first for recipe in own):
+            fitted |= cls._fit_behind(first, [recipe for recipe in own if recipe.first == first], data)
+        return [fitted[recipe] for recipe in own]
+
+    @staticmethod
+    def _fit_behind(first: Recipe, recipes: Sequence["ResidualRecipe"], data: FitData) -> dict[Recipe, list[Codec]]:
+        firsts, left = first.fit_and_leave(data)
         heldout_left = errors_of(firsts, data.heldout, data.heldout_context)
         # B's error is known as a fraction of what A left; this makes it one of the vectors themselves.
         share = sum_of_squares(heldout_left, mean_of(heldout_left)[:, None]) / sum_of_squares(
             data.heldout, mean_of(data.heldout)[:, None]
         )
-        seconds = self.second.fit(
-            replace(
-                data,
-                train=left,
-                heldout=heldout_left,
-                on_epoch=lambda epoch, error: data.on_epoch(epoch, error * share.to(error.device)),
-            )
+        behind = replace(
+            data,
+            train=left,
+            heldout=heldout_left,
+            on_epoch=lambda epoch, error: data.on_epoch(epoch, error * share.to(error.device)),
         )
-        return [Residual(self, own, other) for own, other in zip(firsts, seconds, strict=True)]
+        fitted = fit_together([recipe.second for recipe in recipes], behind)
+        return {
+            recipe: [Residual(recipe, own, other) for own, other in zip(firsts, seconds, strict=True)]
+            for recipe, seconds in zip(recipes, fitted, strict=True)
+        }
 
     def unfitted(self, width: int) -> Codec:
         return Residual(self, self.first.unfitted(width), self.second.unfitted(width))

@@ -1,6 +1,7 @@
 """`transform:R`, `transform:sX`: principal components, one step size for all coordinates, integers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +61,21 @@ class TransformRecipe(Recipe):
         return _shortest(self.rate)
 
     def fit(self, data: FitData) -> list[Codec]:
-        codecs: list[Codec] = []
+        return self.fit_together([self], data)[0]
+
+    @classmethod
+    def fit_together(cls, recipes: Sequence[Recipe], data: FitData) -> list[list[Codec]]:
+        """Steps and rates share the components."""
+        fitted: list[list[Codec]] = [[] for _ in recipes]
         for index, x in enumerate(data.train):
             found = principal_components(x, None if data.error_metric is None else data.error_metric[index])
             y = _coordinates(x[:: max(1, len(x) // FITTED_ROWS)], found)
-            codec = self._fitted(found, y, self._step_for(y))
-            codec.count_bits(data.heldout[index])
-            codecs.append(codec)
-        return codecs
+            for recipe, codecs in zip(recipes, fitted, strict=True):
+                assert isinstance(recipe, cls)
+                codec = recipe._fitted(found, y, recipe._step_for(y))
+                codec.count_bits(data.heldout[index])
+                codecs.append(codec)
+        return fitted
 
     def _step_for(self, y: torch.Tensor) -> float:
         if self.step is not None:

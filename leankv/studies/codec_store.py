@@ -14,6 +14,7 @@ from leankv.cache.plan import Plan, PlanSpec, Site
 from leankv.calibration.error_metrics import ErrorMetrics, fit_error_metrics
 from leankv.calibration.fit import FITTING_REVISION, FittedCodec, Fitting, fit_codecs
 from leankv.calibration.fit_in_context import SiteInContext, fit_in_context
+from leankv.calibration.fit_ladder import fit_ladders
 from leankv.calibration.metric_sample import MetricSample
 from leankv.codecs import Codec, Recipe
 from leankv.storage.files import hash_of
@@ -32,12 +33,14 @@ class StoredCodec:
         key: hash of all that it depends on.
         fvu: fraction of variance unexplained on held-out calibration text.
         seconds: what fitting it took.
+        error: mean of `e^T M e` over held-out vectors; of codecs of a ladder only.
     """
 
     codec: Codec
     key: str
     fvu: float
     seconds: float
+    error: float | None = None
 
 
 class CodecStore:
@@ -45,11 +48,18 @@ class CodecStore:
 
     A codec that takes its vectors alone depends on its recipe and site only, so plans share it. One that predicts from
     earlier layers was fitted to what the codecs there leave, so its key holds theirs.
+
+    Args:
+        workspace: model, text and folder.
+        activations: of its calibration text.
+        reference: given, codecs that predict are fitted to what this plan leaves of their context, whatever plan they
+            stand in; so plans share them too (`leankv.calibration.fit_ladder`).
     """
 
-    def __init__(self, workspace: Workspace, activations: ActivationStore):
+    def __init__(self, workspace: Workspace, activations: ActivationStore, reference: PlanSpec | None = None):
         self.workspace = workspace
         self.activations = activations
+        self.reference = reference
         self._at_hand: dict[str, StoredCodec] = {}
         self._keys: dict[tuple[PlanSpec, Site], str] = {}
         self._metrics: ErrorMetrics = {}
@@ -79,7 +89,10 @@ class CodecStore:
                     self._error_metrics(layers)
                 # Another worker with the same shard may have fitted some while this one waited.
                 self._fit_alone(specs)
-                self._fit_in_context(specs)
+                if self.reference is None:
+                    self._fit_in_context(specs)
+                else:
+                    self._fit_ladders(specs, self.reference)
 
     def forget(self, all_but: Iterable[PlanSpec] = ()) -> None:
         """Give back the memory of the codecs at hand, where there are files to read them from again.
@@ -108,7 +121,10 @@ class CodecStore:
             "revisions": recipe.revisions(),
         }
         if context := self.workspace.context_of(site, recipe):
-            depends_on["context"] = ["exact" if spec[source] is None else self.key(spec, source) for source in context]
+            left_by = self.reference or spec
+            depends_on["context"] = [
+                "exact" if left_by[source] is None else self.key(left_by, source) for source in context
+            ]
         return depends_on
 
     def path(self, spec: PlanSpec, site: Site) -> Path:
@@ -196,6 +212,41 @@ class CodecStore:
                 if sites:  # else an earlier plan of these had the same
                     fit_in_context(activations, sites, self.fitting, metrics, on_fitted)
 
+    def _fit_ladders(self, specs: list[PlanSpec], reference: PlanSpec) -> None:
+        """Fit what predicts from earlier layers, all recipes of a site at once: its context is the reference's."""
+        missing = [rung for spec in specs for rung in self._missing(spec).items()]
+        if not missing:
+            return
+        waiting = [source for site, recipe in missing for source in self.workspace.context_of(site, recipe)]
+        sources: set[Site] = set()
+        while waiting:  # what is predicted from may itself be predicted
+            site = waiting.pop()
+            if site not in sources:
+                sources.add(site)
+                recipe = reference[site]
+                waiting += self.workspace.context_of(site, recipe) if recipe is not None else []
+        self._find_all(reference, sources)
+        sites = {site: self._in_context(reference, site) for site in sorted({*sources, *(site for site, _ in missing)})}
+        unfitted = [(site, own.recipe) for site, own in sites.items() if own.recipe is not None and own.codec is None]
+        ladders: dict[Site, list[SiteInContext]] = {}
+        for site, recipe in dict.fromkeys([*unfitted, *missing]):
+            ladders.setdefault(site, []).append(SiteInContext(recipe, None, self.workspace.context_of(site, recipe)))
+        layers = sorted({site.layer for site in sites})
+        activations, metrics = self.activations.of(layers), self._error_metrics(layers)
+        with self.workspace.progress.stage("fitting ladders layer by layer", sum(map(len, ladders.values()))) as step:
+
+            def on_fitted(site: Site, recipe: Recipe, fitted: FittedCodec) -> None:
+                self._keeper(PlanSpec().with_sites({site: recipe}))(site, fitted)
+                step()
+
+            fit_ladders(activations, ladders, sites, self.fitting, metrics, on_fitted)
+
+    def _find_all(self, spec: PlanSpec, sites: Iterable[Site]) -> None:
+        """Read the codecs of these sites that are in files."""
+        for site in sites:
+            if spec[site] is not None:
+                self._find(spec, site)
+
     def _in_context(self, spec: PlanSpec, site: Site) -> SiteInContext:
         recipe = spec[site]
         if recipe is None:
@@ -221,13 +272,14 @@ class CodecStore:
         def keep(site: Site, fitted: FittedCodec) -> None:
             key = self.key(spec, site)
             if self.workspace.folder is None:
-                self._at_hand[key] = StoredCodec(fitted.codec, key, fitted.fvu, fitted.seconds)
+                self._at_hand[key] = StoredCodec(fitted.codec, key, fitted.fvu, fitted.seconds, fitted.error)
                 return
             about = {
                 "key": key,
                 "fvu": json.dumps(fitted.fvu),
                 "fvu_by_epoch": json.dumps(fitted.fvu_by_epoch),
                 "seconds": json.dumps(fitted.seconds),
+                "error": json.dumps(fitted.error),
             }
             # Workers with differently cut shards may fit the same one; the bits agree.
             if not self._find(spec, site):
@@ -270,4 +322,5 @@ def read_codec(path: Path) -> StoredCodec:
         UserError: the file is damaged.
     """
     codec, about = load_codec(path)
-    return StoredCodec(codec, about["key"], float(json.loads(about["fvu"])), float(json.loads(about["seconds"])))
+    fvu, seconds = float(json.loads(about["fvu"])), float(json.loads(about["seconds"]))
+    return StoredCodec(codec, about["key"], fvu, seconds, json.loads(about.get("error", "null")))

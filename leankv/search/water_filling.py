@@ -1,0 +1,189 @@
+"""`waterfill`: rates from sensitivities at one slope, the slope by bisection on the measured joint cost.
+
+Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3) in its operational form (Shoham and
+Gersho, IEEE Trans. ASSP 36, 1988): at one price a byte, every site takes the option whose predicted cost and price
+together are least. What an option is predicted to cost is the site's contribution at a plan that was measured, times
+the error of the option over that of the plan's own. The price follows from the joint cost that is wanted; that is
+measured, and the prediction scaled by what it missed.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+
+from leankv.search.path import Measured, Path
+from leankv.search.plan_space import Choice, Contributions, PlanSpace
+
+ROUNDS = 48  # halvings of the logarithm of a price: far below what separates two choices
+PRICES = (-80.0, 20.0)  # its range, of nats a token and byte: from everything at its finest to all at its coarsest
+LEAST_SHARE = 1e-2  # assumption: a contribution below this share of the mean one is noise, and may even be negative
+CLOSE_ENOUGH = 0.03  # of the wanted cost
+TRIES = 4  # slopes that are measured before contributions are taken anew
+
+
+class Prediction:
+    """What choices are expected to cost, from what the sites contribute at one that was measured.
+
+    Args:
+        space: what is chosen from.
+        at: the choice that contributions are known at.
+        contributions: site -> nats a token.
+        cost: measured cost of `at`; contributions are scaled to add up to it.
+    """
+
+    def __init__(self, space: PlanSpace, at: Choice, contributions: Mapping[Hashable, float], cost: float):
+        self.space = space
+        shape = len(space.sites), max(map(len, space.options))
+        self._errors, self._sizes, self._codec_bytes = np.zeros((3, *shape))
+        for site, options in enumerate(space.options):
+            # Where there are fewer options, the last one stands again.
+            own = [options[min(index, len(options) - 1)] for index in range(shape[1])]
+            self._errors[site] = [option.error for option in own]
+            self._sizes[site] = [option.size for option in own]
+            self._codec_bytes[site] = [option.codec_bytes for option in own]
+        errors = self._errors[np.arange(shape[0]), list(at)]
+        known = np.array([contributions.get(site, 0.0) for site in space.sites])
+        seen = errors > 0  # an exact site tells nothing of what its options would cost
+        least = LEAST_SHARE * float(np.clip(known[seen], 0, None).mean()) if seen.any() else 0.0
+        weights = np.zeros(shape[0])
+        weights[seen] = np.maximum(known[seen], max(least, 1e-12)) / errors[seen]
+        weights[~seen] = np.median(weights[seen]) if seen.any() else 1.0
+        predicted = float((weights * errors).sum())
+        self._weights = weights * (max(cost, 1e-9) / predicted if predicted else 1.0)
+        self._costs = self._weights[:, None] * self._errors
+
+    def scaled(self, factor: float) -> None:
+        """Expect so many times as much of every choice."""
+        self._costs = self._costs * factor
+
+    def of_site(self, site: int, option: int) -> float:
+        """Nats a token that one site is expected to add."""
+        return float(self._costs[site, option])
+
+    def of(self, choice: Choice) -> float:
+        """Nats a token that a choice is expected to add."""
+        return math.fsum(self._costs[np.arange(len(choice)), list(choice)])
+
+    def tilted(self, sites: Mapping[int, float]) -> "Prediction":
+        """The same where some sites (by number) are expected to cost so many times as much."""
+        other = object.__new__(Prediction)
+        other.__dict__.update(self.__dict__)
+        factors = np.ones(len(self.space.sites))
+        factors[list(sites)] = list(sites.values())
+        other._costs = self._costs * factors[:, None]
+        return other
+
+    def at_price(self, price: float, codec_price: float = 0.0) -> Choice:
+        """The best choice where a byte costs `price` nats a token, and a byte of codecs `codec_price` more."""
+        total = self._costs + price * self._sizes + codec_price * self._codec_bytes
+        return tuple(int(index) for index in total.argmin(axis=1))
+
+    def smallest_within(self, cost: float) -> Choice:
+        """The smallest choice that is expected to cost no more, within the memory for codecs."""
+        choice = self._priced(lambda choice: self.of(choice) > cost, dearer_if_true=False)
+        # One price reaches the hull only; what is left up to the cost is spent site by site.
+        return self._moved_on(choice, 1, lambda moved: self.of(moved) <= cost)
+
+    def cheapest_within(self, size: float) -> Choice:
+        """The choice that is expected to cost the least and takes no more bytes, within the memory for codecs."""
+        choice = self._priced(lambda choice: self.space.size(choice) > size, dearer_if_true=True)
+        return self._moved_on(choice, -1, lambda moved: self.space.size(moved) <= size)
+
+    def _moved_on(self, choice: Choice, by: int, is_allowed: Callable[[Choice], bool]) -> Choice:
+        """The choice with one site after another a level coarser (1) or finer (-1), best first, as far as allowed."""
+        space, stuck = self.space, set[int]()
+        while len(stuck) < len(choice):
+            moves = {}
+            for site in set(range(len(choice))) - stuck:
+                moved = space.moved(choice, [site], by)
+                if moved == choice:
+                    stuck.add(site)
+                    continue
+                cost = self.of_site(site, moved[site]) - self.of_site(site, choice[site])
+                size = space.options[site][moved[site]].size - space.options[site][choice[site]].size
+                moves[site] = cost / size if size else math.inf  # nats a byte: the fewest to give, the most to get
+            if not moves:
+                break
+            site = (max if by > 0 else min)(moves, key=lambda each: (moves[each], each))
+            moved = space.moved(choice, [site], by)
+            if is_allowed(moved) and space.codec_bytes(moved) <= space.max_codec_bytes:
+                choice = moved
+            else:
+                stuck.add(site)
+        return choice
+
+    def _priced(self, beyond: Callable[[Choice], bool], dearer_if_true: bool) -> Choice:
+        """The choice at the price where `beyond` changes, on the side where it is not true."""
+
+        def choice_at(codec_price: float) -> Choice:
+            def is_far(price: float) -> bool:
+                return beyond(self.at_price(price, codec_price)) is dearer_if_true
+
+            # Prices below: `beyond` as it is at the least price; above: the other.
+            low, high = _bisected(is_far)
+            return self.at_price(high if dearer_if_true else low, codec_price)
+
+        free = choice_at(0.0)
+        if self.space.codec_bytes(free) <= self.space.max_codec_bytes:
+            return free
+        _, high = _bisected(
+            lambda codec_price: self.space.codec_bytes(choice_at(codec_price)) > self.space.max_codec_bytes
+        )
+        return choice_at(high)
+
+
+def _bisected(is_low: Callable[[float], bool]) -> tuple[float, float]:
+    """Two prices next to each other between which `is_low` changes from true to false."""
+    low, high = PRICES
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        if is_low(math.exp(middle)):
+            low = middle
+        else:
+            high = middle
+    return math.exp(low), math.exp(high)
+
+
+def waterfill(
+    path: Path, start: Choice, contributions: Contributions, wanted: float, max_evaluations: float, rounds: int = 2
+) -> tuple[Measured, Prediction]:
+    """The smallest choice that costs `wanted` nats a token or less, as far as predictions lead to it.
+
+    Args:
+        path: measures.
+        start: a choice to begin at, whose cost is of the size that is wanted.
+        contributions: of a choice's sites.
+        wanted: nats a token.
+        max_evaluations: full evaluations that may be spent.
+        rounds: how often contributions are taken anew, each time at the best choice so far.
+
+    Returns:
+        The smallest measured step within `wanted` (the cheapest one where none is), and what choices are expected to
+        cost around it.
+    """
+    first = path.evaluations
+    best = path.record(start, "waterfill", "start")
+    prediction = Prediction(path.space, start, contributions(start), best.cost)
+    for round_ in range(rounds):
+        if round_:
+            prediction = Prediction(path.space, best.choice, contributions(best.choice), best.cost)
+        aim = wanted
+        for _ in range(TRIES):
+            choice = prediction.smallest_within(aim)
+            if path.evaluations - first + 1 > max_evaluations:
+                return best, prediction
+            predicted = prediction.of(choice)
+            here = path.record(choice, "waterfill", f"slope {round_ + 1}", predicted)
+            best = best_within(path.steps, wanted)
+            if abs(here.cost / wanted - 1) < CLOSE_ENOUGH:
+                break
+            # A second order that misses by some factor here misses by about as much nearby.
+            aim = min(max(wanted * predicted / max(here.cost, 1e-9), wanted / 8), wanted * 8)
+    return best, prediction
+
+
+def best_within(steps: Sequence[Measured], cost: float) -> Measured:
+    """The smallest step within a cost; where none is, the one that costs the least."""
+    within = [step for step in steps if step.cost <= cost]
+    return min(within, key=lambda step: step.size) if within else min(steps, key=lambda step: step.cost)

@@ -1,0 +1,161 @@
+"""Searches over plans, on made-up costs whose best choice is known."""
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leankv.search.evolution import evolve
+from leankv.search.local_search import refine
+from leankv.search.path import Path, frontier
+from leankv.search.plan_space import Option, PlanSpace, ladder
+from leankv.search.water_filling import Prediction, waterfill
+
+BLOCKS = 8
+
+
+def rates(site: int, levels: int = 6, size: float = 100.0) -> tuple[Option, ...]:
+    """A ladder whose error quarters with every step of its size, as at high rates."""
+    return tuple(Option(f"s{site}.{level}", size * (levels - level), 10.0, 4.0**level) for level in range(levels))
+
+
+def space_of(sites: int, **limits) -> PlanSpace:
+    return PlanSpace(tuple(range(sites)), tuple(rates(site) for site in range(sites)), 50.0, 10000.0, **limits)
+
+
+def quadratic(space: PlanSpace, weights, noise: float = 0.0):
+    """Costs that are the weighted errors, on blocks that differ."""
+
+    def cost(choice) -> float:
+        return sum(w * own[i].error for w, own, i in zip(weights, space.options, choice, strict=True))
+
+    def measure(choice, blocks):
+        rng = random.Random(str(choice))
+        return [cost(choice) * (1 + 0.3 * math.sin(block)) + rng.gauss(0, noise) for block in range(blocks)]
+
+    def contributions(choice):
+        each = zip(space.sites, weights, space.options, choice, strict=True)
+        return {site: w * own[i].error for site, w, own, i in each}
+
+    return cost, measure, contributions
+
+
+@given(st.lists(st.tuples(st.floats(1, 1000), st.floats(0, 1000)), min_size=1, max_size=12), st.floats(1e-3, 1e3))
+def test_a_ladder_holds_the_best_option_at_every_price(pairs, price):
+    options = [Option(str(number), size, 0, error) for number, (size, error) in enumerate(pairs)]
+    best = min(option.error + price * option.size for option in options)
+    kept = ladder(options)
+    assert min(option.error + price * option.size for option in kept) == pytest.approx(best)
+    assert [option.size for option in kept] == sorted((option.size for option in kept), reverse=True)
+    assert all(later.error > former.error for former, later in itertools.pairwise(kept))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(1e-4, 1e-1), min_size=3, max_size=4), st.floats(0.01, 10.0))
+def test_water_filling_is_as_good_as_trying_every_choice_on_the_hull(weights, wanted):
+    space = space_of(len(weights))
+    cost, _, contributions = quadratic(space, weights)
+    start = (2,) * len(weights)
+    prediction = Prediction(space, start, contributions(start), cost(start))
+    found = prediction.smallest_within(wanted)
+    every = list(itertools.product(range(6), repeat=len(weights)))
+    within = [choice for choice in every if cost(choice) <= wanted]
+    if not within:
+        assert found == (0,) * len(weights)
+        return
+    assert cost(found) <= wanted * (1 + 1e-9)
+    assert space.size(found) <= min(map(space.size, within)) + 100.0  # one level of one site
+
+
+def test_waterfill_finds_the_cost_that_is_wanted_though_predictions_miss():
+    space, rng = space_of(20), random.Random(1)
+    weights = [10 ** rng.uniform(-5, -3) for _ in space.sites]
+    _, measure, contributions = quadratic(space, weights)
+
+    def half_of_it(choice):  # a prediction that is off by a factor which depends on the site
+        return {site: value * (0.5 + site % 3) for site, value in contributions(choice).items()}
+
+    path = Path(space, lambda c, n: [1.7 * x for x in measure(c, n)], BLOCKS)
+    wanted = 0.05 * 1.7
+    best, _ = waterfill(path, (3,) * 20, half_of_it, wanted, 12)
+    assert path.evaluations <= 12
+    assert best.cost <= wanted
+    assert best.cost > 0.7 * wanted
+    uniform = [
+        step for step in (path.record((level,) * 20, "uniform", "") for level in range(6)) if step.cost <= wanted
+    ]
+    assert best.size < min(step.size for step in uniform)
+
+
+def test_refine_mends_sensitivities_that_are_wrong_for_a_group():
+    space = space_of(12)
+    truth = [1e-3] * 6 + [1e-4] * 6
+    _, measure, _ = quadratic(space, truth)
+    _, _, wrong = quadratic(space, [1e-4] * 6 + [1e-3] * 6)
+    path = Path(space, measure, BLOCKS)
+    start, prediction = waterfill(path, (3,) * 12, wrong, 0.3, 6)
+    before = path.evaluations
+    best, _ = refine(path, start, prediction, [range(6), range(6, 12)], 30)
+    assert path.evaluations - before <= 30
+    assert best.size <= start.size
+    assert best.cost < 0.8 * start.cost
+
+
+def test_evolve_keeps_bytes_and_never_gets_worse():
+    space, rng = space_of(10), random.Random(3)
+    weights = [10 ** rng.uniform(-5, -2) for _ in space.sites]
+    _, measure, _ = quadratic(space, weights)
+    path = Path(space, measure, BLOCKS)
+    start = path.record((3,) * 10, "uniform", "")
+    best = evolve(path, start, 60, seed=0)
+    assert path.evaluations <= 61
+    assert best.size <= start.size
+    assert best.cost < 0.7 * start.cost
+    costs = [step.cost for step in path.steps]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_memory_for_codecs_is_a_limit():
+    heavy = tuple(Option(f"h{level}", 60.0 * (6 - level), 100.0, 4.0**level) for level in range(6))
+    light = tuple(Option(f"l{level}", 100.0 * (6 - level), 1.0, 4.0**level) for level in range(6))
+    options = ladder([*heavy, *light]) + light  # the hull has heavy ones only
+    limited = PlanSpace(tuple(range(5)), (options,) * 5, 0.0, 10000.0, max_codec_bytes=250)
+    prediction = Prediction(limited, (0,) * 5, dict.fromkeys(range(5), 1e-3), 5e-3)
+    for wanted in (0.02, 0.2, 1.0):
+        choice = prediction.smallest_within(wanted)
+        assert limited.codec_bytes(choice) <= 250
+        assert prediction.of(choice) <= wanted
+
+
+def test_a_frontier_has_only_what_no_other_beats():
+    space = space_of(2)
+    _, measure, _ = quadratic(space, [1e-3, 1e-3])
+    path = Path(space, measure, BLOCKS)
+    for choice in itertools.product(range(6), repeat=2):
+        path.record(choice, "all", "")
+    kept = frontier(path.steps)
+    for step in path.steps:
+        assert any(own.cost <= step.cost and own.size <= step.size for own in kept)
+    for former, later in itertools.pairwise(kept):
+        assert former.cost < later.cost
+        assert former.size > later.size
+
+
+def test_a_part_of_an_evaluation_counts_as_a_part_and_nothing_is_measured_twice():
+    space = space_of(2)
+    calls = []
+
+    def measure(choice, blocks):
+        calls.append((choice, blocks))
+        return [1.0] * blocks
+
+    path = Path(space, measure, BLOCKS)
+    path.cost((0, 0), 2)
+    path.cost((0, 0))
+    path.cost((0, 0), 4)
+    path.record((0, 0), "x", "")
+    assert path.evaluations == pytest.approx(1)
+    assert calls == [((0, 0), 2), ((0, 0), 8)]
