@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from leankv.config.notation import Budget, parse_layers
+from leankv.config.notation import parse_budgets, parse_bytes, parse_layers, parse_windows
 from leankv.config.plan_table import PlanTable, compresses_nothing
 from leankv.errors import UserError
 
@@ -19,6 +19,12 @@ PROTOCOLS = ("strict", "stream", "decode")
 KEY_SPACES = ("post-rope", "pre-rope", "auto")
 
 ERROR_METRICS = ("none", "gradient", "attention")
+
+STRATEGIES = ("greedy", "waterfill", "refine", "evolve")
+
+MINIMIZED = ("live", "stored", "all-in")
+
+REFITS = ("none", "sequential")
 
 SPLITS = ("calibration", "selection", "certification", "report")
 
@@ -54,12 +60,19 @@ class DataConfig:
     block_length: int = 1024
     calibration_blocks: int = 32
     """Codecs are fitted on these; the last tenth is held out to watch the error."""
-    selection_blocks: int = 4
-    """Layers are compared, and the plan chosen, on these."""
+    selection_blocks: int = 16
+    """Layers are compared, and the plan chosen, on these; they are spread over their split."""
+    selection_block_length: int | None = None
+    """Their length; `block_length` unless given. Shorter blocks make a search faster; what it finds is measured at
+    `block_length` before it is believed."""
     certification_blocks: int = 8
     """Where certification text is measured in blocks. A certificate takes its documents one by one."""
     report_blocks: int = 8
     """The plan is reported on these, and nothing is chosen by them."""
+
+    def length_of(self, split: str) -> int:
+        """Tokens in a block of a split."""
+        return (self.selection_block_length if split == "selection" else None) or self.block_length
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,24 @@ class SelectionConfig:
     """Joint cost allowed: perplexity points (`2.5`) or percent of the base perplexity (`7%`)."""
     layers: str = "all"
     """Layers that may be chosen, e.g. `40-63`."""
+    strategy: str = "waterfill,refine"
+    """How plans are searched, one strategy after another: `waterfill`, `refine`, `evolve`; or `greedy` alone, LeanLlama's:
+    layers in order of cost, from a finished sweep."""
+    minimize: str = "live"
+    """Which bytes are to be few: `live`, held between steps; `stored`, serialized; `all-in`, with the codecs and the peak
+    of a step."""
+    recipes: str = "transform,resid(share,transform)"
+    """What a site may get: families, each with its usual rates, and recipes with rates of their own."""
+    sites: str = "all"
+    """Which keys and values may be compressed, e.g. `k:0-29,v:10-29`."""
+    windows: str | None = None
+    """Exact windows to choose among, e.g. `32,128`; the protocol's own unless given."""
+    max_codec_memory: str | None = None
+    """Memory that the codecs may take, e.g. `16MB`."""
+    target_ratio: float | None = None
+    """Given, the ratio of bytes is fixed and the cost made least; the budget is then what is certified."""
+    refit: str = "none"
+    """`sequential`: what predicts from earlier layers is fitted anew to what the found plan leaves of those."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +184,7 @@ class Experiment:
         """
         for key, least in {
             "data.block_length": 2,
+            "data.selection_block_length": 2,
             "data.calibration_blocks": 2,
             "data.selection_blocks": 1,
             "data.certification_blocks": 1,
@@ -166,7 +198,7 @@ class Experiment:
             "seed": 0,
         }.items():
             value = self.value(key)
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"{key} must be at least {least}, not {value}")
         _one_of("protocol.kind", self.protocol.kind, PROTOCOLS)
         _one_of("codec.key_space", self.codec.key_space, KEY_SPACES)
@@ -185,10 +217,36 @@ class Experiment:
             raise UserError("a strict pass has no exact window: set protocol.window to 0, or use --protocol stream")
         if compresses_nothing(self.plan):
             raise UserError("plan leaves keys and values exact, so nothing would be compressed; give one a recipe")
-        Budget.parse(self.selection.budget)
+        self._check_selection()
         for text in (self.layers, self.selection.layers):
             if text != "all":
                 parse_layers(text)
+
+    def _check_selection(self) -> None:
+        selection = self.selection
+        for budget in parse_budgets(selection.budget):
+            assert budget.amount > 0
+        strategies = tuple(name.strip() for name in selection.strategy.split(","))
+        for name in strategies:
+            _one_of("selection.strategy", name, STRATEGIES)
+        if "greedy" in strategies and len(strategies) > 1:
+            raise UserError(
+                "selection.strategy greedy takes whole layers from a sweep and stands alone; name it by itself"
+            )
+        if strategies[0] in ("refine", "evolve"):
+            raise UserError(
+                f"selection.strategy {strategies[0]} changes a plan that another found; write waterfill before it"
+            )
+        _one_of("selection.minimize", selection.minimize, MINIMIZED)
+        _one_of("selection.refit", selection.refit, REFITS)
+        if selection.max_codec_memory is not None:
+            parse_bytes(selection.max_codec_memory)
+        if selection.target_ratio is not None and selection.target_ratio <= 1:
+            raise UserError(f"selection.target_ratio must be above 1, not {selection.target_ratio:g}")
+        if selection.windows is not None:
+            windows = parse_windows(selection.windows)
+            if self.protocol.kind not in ("stream", "decode") and any(windows):
+                raise UserError(f"there is no exact window under {self.protocol.kind}; leave selection.windows out")
 
     def value(self, key: str) -> Any:
         """The value under a dotted key such as `data.block_length`."""

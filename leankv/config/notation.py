@@ -1,6 +1,7 @@
 """What people write in one word: a budget (`2.5`, `7%`), layers (`0,4,40-63`), a shard (`2/8`)."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,63 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.amount:g}%" if self.percent else f"{self.amount:g}"
+
+
+def parse_budgets(text: str) -> list[Budget]:
+    """Read one budget or several, `1%,2.5%,7%`.
+
+    Raises:
+        UserError: one is not understood.
+    """
+    return [Budget.parse(piece) for piece in text.split(",")]
+
+
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Read `16MB` (10^6 bytes a megabyte) or a number of bytes.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?b)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UserError(f"{text!r} is no amount of memory; write one such as 16MB")
+    return round(float(found[1]) * UNITS[(found[2] or "b").lower()])
+
+
+def parse_windows(text: str) -> tuple[int, ...]:
+    """Read lengths of exact windows, `0,32,128`, each once.
+
+    Raises:
+        UserError: one is no whole number.
+    """
+    pieces = [piece.strip() for piece in text.split(",")]
+    if not all(piece.isdecimal() for piece in pieces):
+        raise UserError(f"windows {text!r} are not understood; write numbers of tokens such as 32,128")
+    return tuple(dict.fromkeys(map(int, pieces)))
+
+
+def parse_sites(text: str, n_layers: int, parts: Sequence[str]) -> set[tuple[int, str]]:
+    """Read `all`, or parts with their layers, `k:0-29,5,v:10-29`, into (layer, part) pairs.
+
+    Raises:
+        UserError: it does not parse, or a layer does not exist.
+    """
+    if text == "all":
+        return {(layer, part) for layer in range(n_layers) for part in parts}
+    sites: set[tuple[int, str]] = set()
+    part = ""
+    for piece in text.split(","):
+        name, colon, layers = piece.rpartition(":")
+        part = name.strip() if colon else part
+        if part not in parts:
+            raise UserError(
+                f"sites {text!r} are not understood; write all, or parts with layers such as k:0-29,v:10-29"
+            )
+        sites |= {(layer, part) for layer in parse_layers(layers.strip(), n_layers, "--sites")}
+    return sites
 
 
 MOST_LAYERS = 99_999  # assumption: above any model; a range up to it is still a short list

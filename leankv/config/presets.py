@@ -27,3 +27,25 @@ COMPARE_SETTINGS = {
     "protocol.window": USUAL_WINDOW,
 }
 """What `leankv compare` starts from where no experiment is named: a cache as one would really use it."""
+
+_STEPS = tuple(f"s{0.005 * 2 ** (half / 2):.3g}" for half in range(9))
+_RATES = tuple(f"{0.25 * 2 ** (half / 2):.3g}" for half in range(9))
+
+LADDERS = {
+    "transform": tuple(f"transform:{step}" for step in _STEPS),
+    "resid(share,transform)": tuple(f"resid(share:-2,transform:{step})" for step in _STEPS),
+    "nuq": ("nuq:4+1", "nuq:3+1", "nuq:2+1"),
+    "int": ("int:8", "int:4", "int:3", "int:2"),
+    "rot": ("rot:4", "rot:3", "rot:2"),
+    "pca": ("pca:64", "pca:32", "pca:16", "pca:8"),
+    "ae": ("ae:16", "ae:8", "ae:4"),
+}
+"""What a family's name alone stands for in a search. Steps of `transform` are half an octave apart, so that the energy of
+errors doubles from one to the next; they end where `share` breaks down (log of 2026-11-24)."""
+
+RATE_LADDERS = {
+    "transform": tuple(f"transform:{rate}" for rate in _RATES),
+    "resid(share,transform)": tuple(f"resid(share:-2,transform:{rate})" for rate in _RATES),
+}
+"""The same where errors are not weighted by gradients: a step is then in the units of each site's own vectors, so that
+rates, in bits a value, stand in their place."""

@@ -64,20 +64,23 @@ class TextSource:
             test = self._own["test"]
             return test[documents_with(SPENT_REPORT_TOKENS, test, tokenizer) :]
         train, validation, data = self._own["train"], self._own["validation"], self._config
-        body = data.block_length - len(bos_tokens(tokenizer))
+        bos = len(bos_tokens(tokenizer))
+        body = data.block_length - bos
         # Spare ones, so that no token of the blocks is another for the text's being cut behind them.
         fitted = documents_with(data.calibration_blocks * body + SPARE_TOKENS, train, tokenizer)
         if split == "calibration":
             return train[:fitted]
         left = train[fitted:]
-        wanted = documents_with(data.selection_blocks * body, validation + left, tokenizer)
+        chosen_on = data.selection_blocks * (data.length_of("selection") - bos)
+        wanted = documents_with(chosen_on, validation + left, tokenizer)
         chosen_by = max(0, wanted - len(validation))
         return validation + left[:chosen_by] if split == "selection" else left[chosen_by:]
 
     def blocks(self, split: str, tokenizer: Any, n_blocks: int, block_length: int) -> Blocks:
-        """The first `n_blocks` blocks of a split, each `block_length` tokens.
+        """`n_blocks` blocks of a split, each `block_length` tokens: the first ones; of selection text, spread over it.
 
-        The text is tokenized as one stream; `leankv.data.tokens` says where a BOS token stands.
+        The text is tokenized as one stream; `leankv.data.tokens` says where a BOS token stands. Neighbouring blocks are
+        often of one article, so what is chosen by a few of them suits that article.
 
         Raises:
             UserError: the split holds fewer tokens.
@@ -87,10 +90,15 @@ class TextSource:
         wanted = n_blocks * body
         spent = SPENT_REPORT_TOKENS if self._own and split == "report" else 0
         documents = self._own["test"] if spent else self.documents(split, tokenizer)
-        ids = first_tokens("\n".join(documents), tokenizer, spent + wanted)[spent:]
+        text = "\n".join(documents)
+        spread = split == "selection"
+        ids = (tokens_of(text, tokenizer) if spread else first_tokens(text, tokenizer, spent + wanted))[spent:]
         if len(ids) < wanted:
             raise UserError(self._too_short(split, len(ids), n_blocks, block_length, wanted))
-        return Blocks(in_blocks(ids[:wanted], bos, block_length), split, self.name)
+        if not spread:
+            return Blocks(in_blocks(ids[:wanted], bos, block_length), split, self.name)
+        every = in_blocks(ids, bos, block_length)
+        return Blocks(every, split, self.name).take([number * len(every) // n_blocks for number in range(n_blocks)])
 
     def _too_short(self, split: str, tokens: int, n_blocks: int, block_length: int, wanted: int) -> str:
         """What a split lacks, and the way out."""
@@ -101,9 +109,10 @@ class TextSource:
         setting = f"data.{split}_blocks"
         if self._own and split in ("calibration", "selection"):
             given = getattr(self._config, f"{split}_blocks")
-            if n_blocks * block_length > given * self._config.block_length:
+            length = self._config.length_of(split)
+            if n_blocks * block_length > given * length:
                 return (
-                    f"{has}, put aside for {given} blocks of {self._config.block_length}, but {needs}; set {setting} "
+                    f"{has}, put aside for {given} blocks of {length}, but {needs}; set {setting} "
                     "to as many as you ask for, so that no other split takes their text"
                 )
         way_out = f"ask for fewer or shorter blocks ({setting}, --block-length) or give more text"

@@ -26,7 +26,7 @@ from leankv.errors import UserError
 from leankv.models.logits import Logits, piecewise_logits
 from leankv.search.statistics import t_interval
 
-MEASURING_REVISION = 2
+MEASURING_REVISION = 3
 """Raised when the nats measured under one plan change: feeding, cache, replay, summing."""
 
 LogitsRun = Callable[[torch.Tensor, int], Iterator[torch.Tensor]]

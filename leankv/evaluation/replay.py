@@ -157,5 +157,12 @@ class Replay:
         return first
 
     def _cache(self, plan: Plan, first: int) -> LeanCache:
-        sinks, window = self.protocol.sinks, self.protocol.window
-        return LeanCache(self.model.config, plan, sinks, window, first_layer=first, rotation=self.rotation)
+        return LeanCache(
+            self.model.config,
+            plan,
+            sinks=self.protocol.sinks,
+            window=self.protocol.window,
+            first_layer=first,
+            rotation=self.rotation,
+            decode_once=True,
+        )

@@ -65,7 +65,7 @@ class Path:
         known = self._known.setdefault(choice, [])
         if len(known) < wanted:
             self.evaluations += (wanted - len(known)) / self.n_blocks
-            known[:] = self.measure(choice, wanted)
+            known += self.measure(choice, len(known), wanted)
         return math.fsum(known[:wanted]) / wanted
 
     def record(self, choice: Choice, strategy: str, what: str, predicted: float | None = None) -> Measured:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 Choice = tuple[int, ...]
 """The number of the option of each site, in the order of `PlanSpace.sites`."""
 
-Measure = Callable[[Choice, int], Sequence[float]]
-"""A choice and a number of blocks -> nats a token that it adds on each of the first so many, in one fixed order."""
+Measure = Callable[[Choice, int, int], Sequence[float]]
+"""A choice, a first block and an end block -> nats a token that it adds on each of these, in one fixed order."""
 
 Contributions = Callable[[Choice], Mapping[Hashable, float]]
 """A choice -> what each site contributes to its cost, nats a token; see `leankv.calibration.sensitivity`."""
@@ -89,6 +89,18 @@ def ladder(options: Sequence[Option]) -> tuple[Option, ...]:
             hull.pop()
         hull.append(option)
     return tuple(reversed(hull))
+
+
+def not_beaten(options: Sequence[Option]) -> tuple[Option, ...]:
+    """The options that no other beats in size, error and memory of codecs at once, the largest first.
+
+    Where that memory is a limit, options off the hull of size and error may be the ones that fit.
+    """
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda each: (each.size, each.error, each.codec_bytes)):
+        if not any(own.error <= option.error and own.codec_bytes <= option.codec_bytes for own in kept):
+            kept.append(option)
+    return tuple(reversed(kept))
 
 
 def _slope(smaller: Option, larger: Option) -> float:

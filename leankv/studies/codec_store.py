@@ -104,6 +104,12 @@ class CodecStore:
             stay = {self.key(spec, site) for spec in all_but for site in spec.sites(self.workspace.n_layers)}
             self._at_hand = {key: stored for key, stored in self._at_hand.items() if key in stay}
 
+    def with_reference(self, reference: PlanSpec) -> "CodecStore":
+        """The same codecs, but that those which predict are fitted to what `reference` leaves of their context."""
+        other = CodecStore(self.workspace, self.activations, reference)
+        other._at_hand, other._metrics = self._at_hand, self._metrics
+        return other
+
     def key(self, spec: PlanSpec, site: Site) -> str:
         """Hash of all that the codec of a site depends on in a plan."""
         # Remembered, as the key of a late layer holds those of the layers before, and theirs again.

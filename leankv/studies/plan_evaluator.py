@@ -1,5 +1,6 @@
 """What plans cost: nats of a split's blocks under a plan, measured once and looked up ever after."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -50,6 +51,18 @@ class PlanEvaluator:
         other._base_pass = self._base_pass
         return other
 
+    def with_reference(self, reference: PlanSpec) -> "PlanEvaluator":
+        """The same with codecs that are fitted to what `reference` leaves; see `CodecStore.with_reference`."""
+        other = copy.copy(self)
+        other.codecs = self.codecs.with_reference(reference)
+        return other
+
+    def with_long_blocks(self) -> "PlanEvaluator":
+        """The same with selection blocks as long as those of reports; codecs are shared."""
+        other = PlanEvaluator(self.workspace.with_long_selection_blocks(), self.protocol)
+        other.codecs = self.codecs
+        return other
+
     @cached_property
     def _selection_replay(self) -> Replay:
         """Selection blocks are measured under many plans, so each is run from its first changed layer on only."""
@@ -69,11 +82,23 @@ class PlanEvaluator:
         model = self.workspace.loaded.model
         return BasePass(model, lambda: LeanCache(model.config, {}), self.workspace.memory_bytes)
 
-    def new_cache(self, spec: PlanSpec) -> LeanCache:
-        """An empty cache under a plan, with the protocol's sinks and window."""
+    def new_cache(self, spec: PlanSpec, decode_once: bool = False) -> LeanCache:
+        """An empty cache under a plan, with the protocol's sinks and window.
+
+        Args:
+            spec: the plan.
+            decode_once: for measuring perplexity, which is faster then; such a cache saves no memory.
+        """
         model, protocol = self.workspace.loaded.model, self.protocol
         plan = self.codecs.plan(spec)
-        return LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.workspace.rotation)
+        return LeanCache(
+            model.config,
+            plan,
+            sinks=protocol.sinks,
+            window=protocol.window,
+            rotation=self.workspace.rotation,
+            decode_once=decode_once,
+        )
 
     def nats(
         self,
@@ -97,7 +122,7 @@ class PlanEvaluator:
         def measured(on_block: Callable[[], None]) -> BlockNats:
             if split == "selection":
                 return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
-            cache = self.new_cache(spec)
+            cache = self.new_cache(spec, decode_once=True)
             return measure_nats(self.workspace.loaded.model, blocks, self.protocol, cache.fresh, on_block)
 
         def compute() -> dict[str, Any]:
@@ -106,7 +131,7 @@ class PlanEvaluator:
             with self.workspace.progress.stage(title, len(blocks)) as step:
                 return asdict(measured(step))
 
-        return nats_of(self.workspace.cells.get_or_compute(f"nats-{split}", self._depends_on(spec, blocks), compute))
+        return nats_of(self.workspace.cells.get_or_compute(f"nats-{split}", self.depends_on(spec, blocks), compute))
 
     def base(self, split: str = "selection") -> BlockNats:
         """Nats of the base model."""
@@ -122,7 +147,7 @@ class PlanEvaluator:
             block_ids: numbers of the blocks to measure, in this order; all of them unless given.
         """
         blocks = self._blocks(split, block_ids)
-        return self._pair(blocks, self.new_cache(spec).fresh, self._depends_on(spec, blocks), title)
+        return self._pair(blocks, self.new_cache(spec, decode_once=True).fresh, self.depends_on(spec, blocks), title)
 
     def baseline_pair(
         self, make_cache: Callable[[], Any], made_by: Mapping[str, str], split: str, title: str
@@ -137,17 +162,17 @@ class PlanEvaluator:
         """
         blocks = self.workspace.blocks(split)
         seed = self.workspace.experiment.seed
-        depends_on = {**self._depends_on(EVERYTHING_EXACT, blocks), "cache": dict(made_by), "seed": seed}
+        depends_on = {**self.depends_on(EVERYTHING_EXACT, blocks), "cache": dict(made_by), "seed": seed}
         return self._pair(blocks, make_cache, depends_on, title)
 
     def key(self, spec: PlanSpec, split: str) -> str:
         """Names all that a plan's nats on a split depend on, as their cell does."""
-        return cell_name(f"nats-{split}", self._depends_on(spec, self.workspace.blocks(split)))
+        return cell_name(f"nats-{split}", self.depends_on(spec, self.workspace.blocks(split)))
 
     def nats_path(self, spec: PlanSpec, split: str = "selection") -> Path:
         """The cell of `nats(spec, split)` in the workspace's folder, whether it is there or not."""
         assert isinstance(self.workspace.cells, StoredCells)
-        return self.workspace.cells.path(f"nats-{split}", self._depends_on(spec, self.workspace.blocks(split)))
+        return self.workspace.cells.path(f"nats-{split}", self.depends_on(spec, self.workspace.blocks(split)))
 
     def _pair(self, blocks: Blocks, make_cache: Callable[[], Any], depends_on: dict[str, Any], title: str) -> PairedRun:
         model = self.workspace.loaded.model
@@ -162,7 +187,8 @@ class PlanEvaluator:
         blocks = self.workspace.blocks(split)
         return blocks if block_ids is None else blocks.take(block_ids)
 
-    def _depends_on(self, spec: PlanSpec, blocks: Blocks) -> dict[str, Any]:
+    def depends_on(self, spec: PlanSpec, blocks: Blocks) -> dict[str, Any]:
+        """All that what is measured of a plan on some blocks depends on."""
         sites = spec.sites(self.workspace.n_layers)
         asked = asdict(self.protocol)
         if not sites:  # the base run depends on how tokens are fed, not on what is kept exact

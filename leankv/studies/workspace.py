@@ -1,5 +1,6 @@
 """What every study starts from: an experiment, its model, its text, and where results are kept."""
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -148,8 +149,20 @@ class Workspace:
         if split not in self._blocks:
             data = self.experiment.data
             wanted: int = getattr(data, f"{split}_blocks")
-            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.block_length)
+            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.length_of(split))
         return self._blocks[split]
+
+    def with_long_selection_blocks(self) -> "Workspace":
+        """The same with selection blocks as long as those of reports: the same documents, and about as many tokens."""
+        data = self.experiment.data
+        short, long = data.length_of("selection"), data.block_length
+        count = max(1, data.selection_blocks * short // long)
+        other = copy.copy(self)
+        other._blocks = {
+            **self._blocks,
+            "selection": self._source.blocks("selection", self.loaded.tokenizer, count, long),
+        }
+        return other
 
     @cached_property
     def rotation(self) -> KeyRotation | None:

@@ -1,0 +1,205 @@
+"""Searching plans: the strategies of `leankv.search` at work on a workspace's codecs, text and model."""
+
+import random
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from leankv.cache.plan import PlanSpec, Site
+from leankv.calibration.sensitivity import site_contributions
+from leankv.codecs import Recipe
+from leankv.config.experiment import SelectionConfig
+from leankv.config.plan_table import EXACT
+from leankv.evaluation.perplexity import chunk_length
+from leankv.search.evolution import evolve
+from leankv.search.local_search import refine
+from leankv.search.path import Measured, Path, frontier, grouped
+from leankv.search.plan_space import Choice, PlanSpace
+from leankv.search.water_filling import Prediction, best_within, waterfill
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.plan_options import fit_ladders, plan_of, plan_space, search_recipes, search_sites
+
+MOST_EVALUATIONS = {"waterfill": 12, "refine": 60, "evolve": 200}
+"""Full evaluations that a strategy may spend."""
+
+CONTRIBUTION_BLOCKS = 8  # assumption: contributions of 60 sites are then known to some 6 % (log of 2026-11-25)
+
+CONTRIBUTION_REVISION = 1
+"""Raised when the contributions of a plan's sites change."""
+
+BANDS = 5  # assumption: keys and values of a fifth of the layers move together in `refine`
+
+FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Parts of the wanted cost at which a plan is measured too: a certificate may ask for one that costs less."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search came to.
+
+    Attributes:
+        steps: every plan that was measured on all blocks, in order.
+        plans: the steps' plans.
+        best: the smallest step within the wanted cost, or the cheapest.
+        evaluations: strategy -> full evaluations that it spent.
+        seconds: strategy -> what it took.
+    """
+
+    steps: tuple[Measured, ...]
+    plans: tuple[PlanSpec, ...]
+    best: Measured
+    evaluations: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def frontier(self) -> list[tuple[Measured, PlanSpec]]:
+        """The plans that no other beats, from the cheapest (and largest) to the dearest."""
+        plans = dict(zip((step.choice for step in self.steps), self.plans, strict=True))
+        return [(step, plans[step.choice]) for step in frontier(self.steps)]
+
+
+class PlanSearch:
+    """One search: what it may choose from, and how that is measured.
+
+    Attributes:
+        evaluator: fits to a reference plan (`CodecStore.with_reference`), and measures.
+        space: the choices.
+    """
+
+    def __init__(self, evaluator: PlanEvaluator, selection: SelectionConfig, peak: int = 0):
+        """
+        Args:
+            evaluator: of the workspace, with the protocol that costs are wanted under.
+            selection: what is wanted.
+            peak: bytes that a decoding step takes over what is held, for `all-in`.
+
+        Raises:
+            UserError: recipes or sites do not suit the model, or limits contradict each other.
+        """
+        workspace = evaluator.workspace
+        self.recipes = search_recipes(selection.recipes, workspace.experiment.fit.error_metric)
+        for recipe in self.recipes:
+            workspace.checked(PlanSpec.uniform(recipe))
+        sites = search_sites(workspace, selection)
+        self.reference = PlanSpec().with_sites(dict.fromkeys(sites, self._reference_recipe()))
+        self.evaluator = evaluator.with_reference(self.reference)
+        fit_ladders(self.evaluator.codecs, sites, self.recipes)
+        self.space: PlanSpace = plan_space(self.evaluator, selection, sites, self.recipes, peak)
+        blocks = workspace.blocks("selection")
+        self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))
+        self._base = self.evaluator.base()
+        self.path = Path(self.space, self._measure, len(self.order))
+
+    def _reference_recipe(self) -> Recipe:
+        """The middle rate of the last family named, the one that predicts if any does."""
+        looking_back = [recipe for recipe in self.recipes if recipe.n_context_layers]
+        candidates = looking_back or self.recipes
+        return candidates[len(candidates) // 2]
+
+    def plan(self, choice: Choice) -> PlanSpec:
+        """The plan of a choice."""
+        names: dict[Any, str] = self.space.names(choice)
+        return plan_of(names)
+
+    def _measure(self, choice: Choice, first: int, end: int) -> Sequence[float]:
+        ids = self.order[first:end]
+        compressed = self.evaluator.nats(self.plan(choice), block_ids=ids)
+        base = [self._base.nats[number] for number in ids]
+        return [(c - b) / self._base.tokens for b, c in zip(base, compressed.nats, strict=True)]
+
+    def contributions(self, choice: Choice) -> Mapping[Hashable, float]:
+        """What each site contributes to a choice's cost, nats a token; looked up where it was measured before."""
+        spec, workspace = self.plan(choice), self.evaluator.workspace
+        blocks = workspace.blocks("selection").take(self.order[:CONTRIBUTION_BLOCKS])
+
+        def compute() -> dict[str, float]:
+            cache = self.evaluator.new_cache(spec, decode_once=True)
+            chunk = chunk_length(self.evaluator.protocol, blocks.tokens.shape[1])
+            with workspace.progress.stage("contributions of all sites", len(blocks)) as step:
+                model = workspace.loaded.model
+                found = site_contributions(model, blocks.tokens, chunk, cache.fresh, step)
+            return {f"{site.layer}.{site.part}": value for site, value in found.items()}
+
+        depends_on = {"revision": CONTRIBUTION_REVISION, **self.evaluator.depends_on(spec, blocks)}
+        found = workspace.cells.get_or_compute("contributions", depends_on, compute)
+        return {Site(int(name.split(".")[0]), name.split(".")[1]): value for name, value in found.items()}
+
+    def start(self, wanted: float) -> Choice:
+        """A uniform choice whose cost is of the size that is wanted: the rates are tried on few blocks, from the middle.
+
+        Args:
+            wanted: nats a token.
+        """
+        family = [recipe for recipe in self.recipes if bool(recipe.n_context_layers) == self._predicts]
+        rungs = [self._nearest(recipe.text) for recipe in family]
+        place, few = len(rungs) // 2, max(1, self.path.n_blocks // 4)
+        tried: dict[int, float] = {}
+        while 0 <= place < len(rungs) and place not in tried:
+            tried[place] = self.path.cost(rungs[place], few)
+            place += 1 if tried[place] < wanted else -1
+        return rungs[min(tried, key=lambda each: abs(tried[each] - wanted))]
+
+    @property
+    def _predicts(self) -> bool:
+        return any(recipe.n_context_layers for recipe in self.recipes)
+
+    def _nearest(self, name: str) -> Choice:
+        """Every site at this recipe; where it is no option of a site, at the one with the error that is nearest."""
+        errors = {site: self.evaluator.codecs.codecs(plan_of({site: name}))[site].error for site in self._sites}
+        choice = []
+        for site, options in zip(self._sites, self.space.options, strict=True):
+            names = [option.name for option in options]
+            error = errors[site] or 0.0
+            coded = [index for index, own in enumerate(options) if own.name != EXACT]
+            choice.append(
+                names.index(name) if name in names else min(coded, key=lambda i: abs(options[i].error - error))
+            )
+        return tuple(choice)
+
+    @property
+    def _sites(self) -> list[Site]:
+        return [Site(*site) for site in self.space.sites]  # type: ignore[misc]
+
+    def groups(self) -> list[list[int]]:
+        """Sites that move together: keys or values of neighbouring layers."""
+        n_layers = self.evaluator.workspace.n_layers
+        keys = [(site.part, site.layer * BANDS // n_layers) for site in self._sites]
+        return list(grouped(self.space.sites, keys).values())
+
+
+def search(own: PlanSearch, strategies: Sequence[str], wanted: float) -> Found:
+    """Run strategies one after another, each from what the one before found.
+
+    Args:
+        own: what to search.
+        strategies: `waterfill` first.
+        wanted: nats a token that the plan may cost.
+    """
+    path, progress = own.path, own.evaluator.workspace.progress
+    before, spent, seconds = len(path.steps), {}, {}
+    best: Measured | None = None
+    prediction: Prediction | None = None
+    for strategy in strategies:
+        started, evaluations = time.monotonic(), path.evaluations
+        most = MOST_EVALUATIONS[strategy]
+        if strategy == "waterfill":
+            best, prediction = waterfill(path, own.start(wanted), own.contributions, wanted, most - len(FRONTIER))
+            for part in FRONTIER:
+                choice = prediction.smallest_within(wanted * part)
+                path.record(choice, "waterfill", f"{part:.0%} of the budget", prediction.of(choice))
+        elif strategy == "refine":
+            assert best is not None and prediction is not None
+            best, prediction = refine(path, best, prediction, own.groups(), most - len(FRONTIER) - 2)
+            # At the bytes of the plan that was refined it costs less now; what is left of the budget buys bytes.
+            for part in (1.0, *reversed(FRONTIER)):
+                choice = prediction.smallest_within(wanted * part)
+                path.record(choice, "refine", f"{part:.0%} of the budget", prediction.of(choice))
+        else:
+            assert best is not None
+            best = evolve(path, best, most, own.evaluator.workspace.experiment.seed)
+        best = best_within(path.steps[before:], wanted)
+        spent[strategy], seconds[strategy] = path.evaluations - evaluations, time.monotonic() - started
+        progress.say(f"{strategy}: {best.percent:+.2f} % at a ratio of {best.ratio:.1f}")
+    assert best is not None
+    steps = tuple(path.steps[before:])
+    return Found(steps, tuple(own.plan(step.choice) for step in steps), best, spent, seconds)
