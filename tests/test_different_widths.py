@@ -55,7 +55,10 @@ def test_the_geometry_has_both_widths(mimo: Any) -> None:
 
 @pytest.mark.parametrize("kept", [(0, 0), (2, 5)], ids=["no exact rows", "sinks and window"])
 def test_identity_codecs_give_the_bits_of_the_stock_cache(mimo: Any, kept: tuple[int, int]) -> None:
-    caches = [DynamicCache(config=mimo.config), LeanCache(mimo.config, identity_plan(mimo), *kept)]
+    caches = [
+        DynamicCache(config=mimo.config),
+        LeanCache(mimo.config, identity_plan(mimo), sinks=kept[0], window=kept[1]),
+    ]
     stock, lean = (
         mimo.generate(
             tiny.tokens(2, 30),
@@ -73,7 +76,7 @@ def test_identity_codecs_give_the_bits_of_the_stock_cache(mimo: Any, kept: tuple
 
 def test_a_lossy_pass_equals_one_over_reconstructions(mimo: Any) -> None:
     plan = plan_of(mimo, Rounding)
-    lean, slow = LeanCache(mimo.config, plan, 2, 3), SlowCache(mimo.config, plan, 2, 3)
+    lean, slow = LeanCache(mimo.config, plan, sinks=2, window=3), SlowCache(mimo.config, plan, 2, 3)
     with torch.no_grad():
         for chunk in tiny.tokens(2, 30).split([13, 1, 9, 7], dim=1):
             got, expected = (mimo(chunk, past_key_values=cache).logits for cache in (lean, slow))
@@ -84,7 +87,7 @@ def test_a_lossy_pass_equals_one_over_reconstructions(mimo: Any) -> None:
 def test_a_cache_holds_the_bytes_of_its_footprint(mimo: Any) -> None:
     """Rounding takes a byte a number; the tiny model caches float32, twice the 16 bits that footprints count."""
     plan = plan_of(mimo, Rounding)
-    cache = LeanCache(mimo.config, plan, 0, 0)
+    cache = LeanCache(mimo.config, plan, sinks=0, window=0)
     with torch.no_grad():
         mimo(tiny.tokens(1, 9), past_key_values=cache)
     bits = {site: codec.bits_per_token for site, codec in plan.items()}

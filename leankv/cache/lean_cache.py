@@ -40,8 +40,9 @@ class LeanCache(Cache):
         self,
         config: Any,
         plan: Plan,
-        sinks: int = 0,
-        window: int = 0,
+        *,
+        sinks: int,
+        window: int,
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
@@ -81,7 +82,15 @@ class LeanCache(Cache):
         if self.padding is not None:
             longest = int(self.padding.max())
             mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
-        return LeanCache(self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation)
+        return LeanCache(
+            self.config,
+            self.plan,
+            sinks=self.sinks,
+            window=self.window,
+            attention_mask=mask,
+            first_layer=self.first_layer,
+            rotation=self.rotation,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":
         """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""

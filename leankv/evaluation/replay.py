@@ -158,4 +158,4 @@ class Replay:
 
     def _cache(self, plan: Plan, first: int) -> LeanCache:
         sinks, window = self.protocol.sinks, self.protocol.window
-        return LeanCache(self.model.config, plan, sinks, window, first_layer=first, rotation=self.rotation)
+        return LeanCache(self.model.config, plan, sinks=sinks, window=window, first_layer=first, rotation=self.rotation)

@@ -67,13 +67,15 @@ class PlanEvaluator:
     def _base_pass(self) -> BasePass:
         """Many plans are set beside the base model on the same blocks, so its layers run once for each block."""
         model = self.workspace.loaded.model
-        return BasePass(model, lambda: LeanCache(model.config, {}), self.workspace.memory_bytes)
+        return BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), self.workspace.memory_bytes)
 
     def new_cache(self, spec: PlanSpec) -> LeanCache:
         """An empty cache under a plan, with the protocol's sinks and window."""
         model, protocol = self.workspace.loaded.model, self.protocol
         plan = self.codecs.plan(spec)
-        return LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.workspace.rotation)
+        return LeanCache(
+            model.config, plan, sinks=protocol.sinks, window=protocol.window, rotation=self.workspace.rotation
+        )
 
     def nats(
         self,
