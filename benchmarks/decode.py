@@ -65,7 +65,9 @@ def main() -> None:
                     return took
 
                 def ours(plan: Plan = plan, seconds: Any = seconds) -> float:
-                    return float(seconds("ours", LeanCache(model.config, plan, 4, 128, rotation=workspace.rotation)))
+                    return float(
+                        seconds("ours", LeanCache(model.config, plan, sinks=4, window=128, rotation=workspace.rotation))
+                    )
 
                 def stock(seconds: Any = seconds) -> float:
                     return float(seconds("stock", DynamicCache(config=model.config)))

@@ -38,7 +38,9 @@ def main() -> None:
         def full() -> float:
             def sweep() -> list[float]:
                 return [
-                    measure_nats(model, blocks, protocol, lambda plan=plan: LeanCache(model.config, plan)).perplexity
+                    measure_nats(
+                        model, blocks, protocol, lambda plan=plan: LeanCache(model.config, plan, sinks=0, window=0)
+                    ).perplexity
                     for plan in plans
                 ]
 
@@ -50,7 +52,9 @@ def main() -> None:
             def sweep() -> list[float]:
                 return [
                     model(
-                        input_ids=tokens[None], labels=tokens[None], past_key_values=LeanCache(model.config, plan)
+                        input_ids=tokens[None],
+                        labels=tokens[None],
+                        past_key_values=LeanCache(model.config, plan, sinks=0, window=0),
                     ).loss.item()
                     for plan in plans
                     for tokens in blocks.tokens

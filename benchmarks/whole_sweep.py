@@ -70,10 +70,14 @@ def main() -> None:
                         train_alone(x, fit.epochs, fit.batch_tokens, fit.learning_rate) for x in captured_alone(layer)
                     )
                     plan = {Site(layer, "k"): k, Site(layer, "v"): v}
-                    measure_nats(model, selection, protocol, lambda plan=plan: LeanCache(model.config, plan))
+                    measure_nats(
+                        model, selection, protocol, lambda plan=plan: LeanCache(model.config, plan, sinks=0, window=0)
+                    )
 
             done = len(layers[::EVERY])
-            base = timed(lambda: measure_nats(model, selection, protocol, lambda: LeanCache(model.config, {})))[0]
+            base = timed(
+                lambda: measure_nats(model, selection, protocol, lambda: LeanCache(model.config, {}, sinks=0, window=0))
+            )[0]
             return base + timed(layer_by_layer)[0] * len(layers) / done
 
         count = iter(range(100))

@@ -166,7 +166,7 @@ def perplexity(
     blocks = Blocks(tokens, "all", GivenBlocks.name)
 
     def make_base() -> LeanCache:
-        return LeanCache(model.config, {})
+        return LeanCache(model.config, {}, sinks=0, window=0)
 
     with _progress(progress).stage("perplexity", len(blocks)) as step:
         if bundle is None:
@@ -335,7 +335,7 @@ def Cache(  # noqa: N802 - reads as the class that it makes
         plan[site] = own.without_text(width)
     Experiment(codec=CodecConfig(key_space=key_space), protocol=ProtocolConfig("stream", sinks, window))  # checks them
     rotation = None if key_space == "post-rope" else find_rotation(model, key_space == "pre-rope")
-    return LeanCache(model.config, plan, sinks, window, attention_mask, rotation=rotation)
+    return LeanCache(model.config, plan, sinks=sinks, window=window, attention_mask=attention_mask, rotation=rotation)
 
 
 @contextmanager

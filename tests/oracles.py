@@ -173,7 +173,7 @@ def held_tensors(thing: Any) -> list[torch.Tensor]:
 def plan_of(model: Any, make: Callable[[int], Codec], parts: Sequence[str] = ("k", "v")) -> dict[Site, Codec]:
     """A plan with `make(width)` for the given parts of every layer."""
     layers = find_geometry(model).layers
-    return {Site(number, part): make(layer.width) for number, layer in enumerate(layers) for part in parts}
+    return {Site(number, part): make(layer.width_of(part)) for number, layer in enumerate(layers) for part in parts}
 
 
 def identity_plan(model: Any) -> dict[Site, Codec]:

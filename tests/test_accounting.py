@@ -58,7 +58,7 @@ def test_a_compressed_cache_holds_the_bytes_computed(
     codecs = plan(geometry, specs, range(4))
     expected = footprint(geometry, codecs, sinks, window).compressed_bytes(tokens)
     for at_a_time in (tokens, 7, 1):
-        cache = LeanCache(model.config, codecs, sinks, window)
+        cache = LeanCache(model.config, codecs, sinks=sinks, window=window)
         feed(model, cache, tokens, at_a_time)
         assert cache.nbytes() == expected, f"{at_a_time} tokens at a time"
 
@@ -68,7 +68,7 @@ def test_layers_left_alone_count_in_full(model: Any, tokens: int) -> None:
     """What they hold is counted; transformers' sliding layers keep views, and so the memory behind them, for longer."""
     geometry = find_geometry(model)
     codecs = plan(geometry, {"k": "ae:4x8", "v": "ae:4x8"}, range(1, 3))
-    cache = LeanCache(model.config, codecs, 2, 3)
+    cache = LeanCache(model.config, codecs, sinks=2, window=3)
     constants = cache.nbytes()  # stock sliding layers hold their window as a tensor
     feed(model, cache, tokens, tokens)
     for stock in (cache.layers[0], cache.layers[3]):

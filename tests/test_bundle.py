@@ -259,7 +259,7 @@ def test_a_choice_of_no_layers_leaves_no_bundle_of_an_earlier_one(finished: Path
 def test_the_bundle_loads_and_generates(bundle: Path, loaded: LoadedModel) -> None:
     summary = json.loads((bundle / "leankv_config.json").read_text())["results"]
     inputs = loaded.tokenizer("once there was", return_tensors="pt")
-    caches = [load_bundle(bundle, loaded.model).new_cache(), LeanCache(loaded.model.config, {})]
+    caches = [load_bundle(bundle, loaded.model).new_cache(), LeanCache(loaded.model.config, {}, sinks=0, window=0)]
     outputs = [
         loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False) for cache in caches
     ]

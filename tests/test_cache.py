@@ -30,7 +30,7 @@ LONG = 30  # tokens: more than the sliding window
 def identical(request: pytest.FixtureRequest, model: Any) -> Any:
     """Makes a cache with identity codecs in every layer."""
     sinks, window = request.param
-    return lambda: LeanCache(model.config, identity_plan(model), sinks, window)
+    return lambda: LeanCache(model.config, identity_plan(model), sinks=sinks, window=window)
 
 
 def generate(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> Any:
@@ -118,7 +118,7 @@ def test_two_turns_with_one_cache_are_bit_equal(model: Any, identical: Any) -> N
 def test_fitted_codecs_return_reconstructions_outside_sinks_and_window(model: Any) -> None:
     plan = fitted_plan(model)
     sinks, window = 2, 5
-    lean, slow = LeanCache(model.config, plan, sinks, window), SlowCache(model.config, plan, sinks, window)
+    lean, slow = LeanCache(model.config, plan, sinks=sinks, window=window), SlowCache(model.config, plan, sinks, window)
     generator = torch.Generator().manual_seed(0)
     for layer, geometry in enumerate(find_geometry(model).layers):
         for length in (9, 1, 4):
@@ -137,7 +137,10 @@ def test_a_lossy_pass_equals_one_over_reconstructions(model: Any) -> None:
     """The model's logits are those of a cache that keeps everything and hands out decode(encode(x)), chunk by chunk."""
     plan = plan_of(model, Rounding)
     for sinks, window in ((0, 0), (3, 0), (0, 4), (2, 7)):
-        lean, slow = LeanCache(model.config, plan, sinks, window), SlowCache(model.config, plan, sinks, window)
+        lean, slow = (
+            LeanCache(model.config, plan, sinks=sinks, window=window),
+            SlowCache(model.config, plan, sinks, window),
+        )
         exact = DynamicCache(config=model.config)
         with torch.no_grad():
             for chunk in tiny.tokens(2, LONG).split([13, 1, 9, 7], dim=1):
@@ -149,7 +152,7 @@ def test_a_lossy_pass_equals_one_over_reconstructions(model: Any) -> None:
 
 def test_values_only_plans_keep_keys_exact(model: Any) -> None:
     plan = plan_of(model, Rounding, parts=["v"])
-    cache = LeanCache(model.config, plan)
+    cache = LeanCache(model.config, plan, sinks=0, window=0)
     for layer, geometry in enumerate(find_geometry(model).layers):
         shape = (1, geometry.kv_heads, 8, geometry.head_dim)
         k, v = torch.randn(shape), torch.randn(shape)
@@ -161,7 +164,7 @@ def test_values_only_plans_keep_keys_exact(model: Any) -> None:
 
 def test_layers_outside_the_plan_are_the_stock_ones(model: Any) -> None:
     plan = {site: codec for site, codec in plan_of(model, Rounding).items() if site.layer == 1}
-    cache = LeanCache(model.config, plan, sinks=1)
+    cache = LeanCache(model.config, plan, sinks=1, window=0)
     stock = DynamicCache(config=model.config)
     for layer in (0, 2, 3):
         assert type(cache.layers[layer]) is type(stock.layers[layer])
@@ -212,7 +215,7 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
     heads, head_dim = 2, 16
     codecs: dict[str, Codec] = {part: Rounding(heads * head_dim) for part in parts}
     plan = {Site(layer, part): codec for part, codec in codecs.items()}
-    cache, stock = LeanCache(config, plan, sinks, window), DynamicCache(config=config)
+    cache, stock = LeanCache(config, plan, sinks=sinks, window=window), DynamicCache(config=config)
     lean, plain = cache.layers[layer], stock.layers[layer]
     assert isinstance(lean, LeanLayer)
     sliding = SLIDING_WINDOW if layer == 0 else None
@@ -272,7 +275,7 @@ def test_no_original_rows_stay_beyond_sinks_and_window(chunks: list[int], sinks:
     """Every float tensor that the cache can reach is as short as sinks or window; the rest is one byte a number."""
     config = tiny.ARCHITECTURES["gemma3"]()
     plan = {Site(layer, part): Rounding(32) for layer in range(4) for part in ("k", "v")}
-    cache = LeanCache(config, plan, sinks, window)
+    cache = LeanCache(config, plan, sinks=sinks, window=window)
     for length in chunks:
         for layer in range(4):
             cache.update(torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16), layer)
@@ -287,7 +290,10 @@ def test_no_original_rows_stay_beyond_sinks_and_window(chunks: list[int], sinks:
 
 def test_memory_is_saved(model: Any) -> None:
     """One byte a number in place of four, for all the tokens that each layer still sees."""
-    lean, stock = LeanCache(model.config, plan_of(model, Rounding)), LeanCache(model.config, {})
+    lean, stock = (
+        LeanCache(model.config, plan_of(model, Rounding), sinks=0, window=0),
+        LeanCache(model.config, {}, sinks=0, window=0),
+    )
     for cache in (lean, stock):
         model.generate(tiny.tokens(2, LONG), past_key_values=cache, max_new_tokens=8, do_sample=False)
     tokens = stock.get_seq_length()
@@ -300,7 +306,7 @@ def test_memory_is_saved(model: Any) -> None:
 
 def test_cropping_more_than_was_recorded_is_refused_as_by_the_stock_cache() -> None:
     config = tiny.ARCHITECTURES["mistral"]()
-    cache = LeanCache(config, {Site(0, "k"): Rounding(32), Site(0, "v"): Rounding(32)})
+    cache = LeanCache(config, {Site(0, "k"): Rounding(32), Site(0, "v"): Rounding(32)}, sinks=0, window=0)
     cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), 0)
     with pytest.raises(RuntimeError):
         cache.layers[0].crop(-1)
@@ -364,7 +370,7 @@ def test_prompt_lookup_says_what_greedy_decoding_says(
 ) -> None:
     """With lossy codecs too, where a rollback leaves no trace: with no exact window, or nothing outside of it."""
     tokens, plan = tiny.tokens(1, 9).repeat(1, 4), plan_of(model, Rounding)
-    plain, looked_up = (LeanCache(model.config, plan, sinks, window) for _ in range(2))
+    plain, looked_up = (LeanCache(model.config, plan, sinks=sinks, window=window) for _ in range(2))
     expected = generate(model, plain, tokens, do_sample=False)
     crops: list[int] = []
     crop = looked_up.crop
@@ -379,12 +385,12 @@ def test_a_copy_branches_off_and_shares_the_codecs(model: Any, sinks: int, windo
     plan = fitted_plan(model)
     prompt, others = tiny.tokens(2, LONG), tiny.tokens(4, 3, seed=1).split(2)
     with torch.no_grad():
-        trunk = LeanCache(model.config, plan, sinks, window)
+        trunk = LeanCache(model.config, plan, sinks=sinks, window=window)
         model(prompt, past_key_values=trunk)
         branches = [trunk, copy.deepcopy(trunk)]
         assert branches[1].nbytes() == trunk.nbytes() == held_bytes(branches) / 2
         for branch, tokens in zip(branches, others, strict=True):
-            alone = LeanCache(model.config, plan, sinks, window)
+            alone = LeanCache(model.config, plan, sinks=sinks, window=window)
             model(prompt, past_key_values=alone)
             expected = model(tokens, past_key_values=alone).logits
             assert torch.equal(model(tokens, past_key_values=branch).logits, expected)

@@ -31,7 +31,7 @@ def llama() -> Any:
 
 def measured(model: Any, plan: Plan, context: int, sinks: int = 0, window: int = 0) -> CacheBytes:
     def make_cache() -> LeanCache:
-        return LeanCache(model.config, plan, sinks, window)
+        return LeanCache(model.config, plan, sinks=sinks, window=window)
 
     return measure_bytes(model, find_geometry(model), tiny.tokens(1, context), make_cache, plan, settled=sinks + window)
 

@@ -108,7 +108,7 @@ def test_costs_are_those_of_all_layers_on_report_text(finished: PlanEvaluator) -
     model, blocks, protocol = workspace.loaded.model, workspace.blocks("report"), finished.protocol
     assert len(plan) == 8
     base = measure_nats(model, blocks, protocol, lambda: DynamicCache(config=model.config)).perplexity
-    ppl = measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    ppl = measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, sinks=2, window=8)).perplexity
     row = row_of(finished, "int:4g8")
     assert row.base_ppl == pytest.approx(base, rel=1e-9)
     assert row.ppl == pytest.approx(ppl, rel=1e-9)
@@ -148,7 +148,9 @@ def test_a_plan_of_several_recipes_is_a_row(compare_settings: dict[str, Any], tm
         **{(layer, "v"): "pca:8" for layer in range(3)},
     }
     blocks = evaluator.workspace.blocks("report")
-    ppl = measure_nats(model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    ppl = measure_nats(
+        model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, sinks=2, window=8)
+    ).perplexity
     assert row.ppl == pytest.approx(ppl, rel=1e-9)
     assert row.codec_bytes == sum(codec.nbytes for codec in plan.values())
     bits = sum(codec.bits_per_token for codec in plan.values())
@@ -223,7 +225,9 @@ def test_a_comparison_to_choose_with(compare_settings: dict[str, Any], tmp_path:
     table = compare_caches(evaluator, {"int:4": spec}, split="selection")
     model, blocks = evaluator.workspace.loaded.model, evaluator.workspace.blocks("selection")
     plan = evaluator.codecs.plan(spec)
-    ppl = measure_nats(model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, 2, 8)).perplexity
+    ppl = measure_nats(
+        model, blocks, evaluator.protocol, lambda: LeanCache(model.config, plan, sinks=2, window=8)
+    ).perplexity
     assert table["ppl"].tolist() == pytest.approx([ppl], rel=1e-9)
     assert table["tokens"].tolist() == [2 * 63]
     assert "2 blocks of 64 tokens of the selection split" in compare_title(table)

@@ -48,8 +48,8 @@ def test_identity_codecs_say_the_same(model: Any, prompts: torch.Tensor) -> None
         prompts,
         NEW_TOKENS,
         1,
-        lambda: LeanCache(model.config, {}),
-        lambda: LeanCache(model.config, identity_plan(model), 2, 5),
+        lambda: LeanCache(model.config, {}, sinks=0, window=0),
+        lambda: LeanCache(model.config, identity_plan(model), sinks=2, window=5),
     )
     assert ran.equal_percent == 100
     assert ran.equal_interval == (100, 100)
@@ -73,8 +73,8 @@ def test_lossy_codecs_say_what_a_loop_over_forward_passes_says(
         prompts,
         NEW_TOKENS,
         batch_size,
-        lambda: LeanCache(model.config, {}),
-        lambda: LeanCache(model.config, plan, 2, 5),
+        lambda: LeanCache(model.config, {}, sinks=0, window=0),
+        lambda: LeanCache(model.config, plan, sinks=2, window=5),
         lambda: steps.append(1),
     )
     assert ran == agreement(equal, prompts.shape[1])
@@ -89,8 +89,8 @@ def test_a_token_that_ends_texts_ends_nothing(prompts: torch.Tensor) -> None:
         prompts[:1],
         NEW_TOKENS,
         1,
-        lambda: LeanCache(model.config, {}),
-        lambda: LeanCache(model.config, identity_plan(model)),
+        lambda: LeanCache(model.config, {}, sinks=0, window=0),
+        lambda: LeanCache(model.config, identity_plan(model), sinks=0, window=0),
     )
     assert ran.new_tokens == NEW_TOKENS
 

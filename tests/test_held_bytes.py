@@ -74,7 +74,7 @@ def test_a_cache_counts_every_byte_that_it_holds(
     """After growth, in one piece and token by token, crop, a change of beams, and as a copy."""
     rotation = KeyRotation(narrow) if key_space == "pre-rope" else None
     plan = {Site(layer, part): codecs[spec] for layer in range(LAYERS) for part in "kv"}
-    cache = LeanCache(narrow.config, plan, SINKS, WINDOW, rotation=rotation)
+    cache = LeanCache(narrow.config, plan, sinks=SINKS, window=WINDOW, rotation=rotation)
     assert cache.nbytes() == seen_by_the_collector(cache) == 0
 
     def check() -> None:
@@ -98,7 +98,9 @@ def test_a_cache_counts_every_byte_that_it_holds(
 def test_nothing_but_codes_grows_with_the_text(narrow: Any, codecs: dict[str, Codec], spec: str) -> None:
     """A rotation that kept tables, or a store that kept what it decoded, would."""
     rotation = KeyRotation(narrow)
-    cache = LeanCache(narrow.config, {Site(layer, "k"): codecs[spec] for layer in range(LAYERS)}, rotation=rotation)
+    cache = LeanCache(
+        narrow.config, {Site(layer, "k"): codecs[spec] for layer in range(LAYERS)}, sinks=0, window=0, rotation=rotation
+    )
     for chunk in tiny.tokens(1, 300).split(100, dim=1):
         narrow(chunk, past_key_values=cache)
         rows = sum(layer.parts["v"].window_rows.nbytes for layer in cache.layers)

@@ -93,7 +93,9 @@ def test_lossless_codecs_generate_as_the_stock_cache(name: str, options: dict[st
     tokens, mask = tiny.tokens(2, 11), torch.ones(2, 11, dtype=torch.int64)
     if padded:
         tokens[0, :4], mask[0, :4] = 0, 0
-    lean = LeanCache(model.config, identity_plan(model), 1, 2, mask, rotation=KeyRotation(model))
+    lean = LeanCache(
+        model.config, identity_plan(model), sinks=1, window=2, attention_mask=mask, rotation=KeyRotation(model)
+    )
     settings = {"attention_mask": mask, "max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, **options}
     expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
@@ -106,7 +108,7 @@ def test_identity_costs_nothing_in_any_dtype(name: str, dtype: torch.dtype) -> N
     """Not one bit, though keys round when they are un-rotated and back; and it holds what the stock cache does."""
     model = tiny.build(name).to(dtype)
     stock = DynamicCache(config=model.config)
-    lean = LeanCache(model.config, identity_plan(model), 1, 2, rotation=KeyRotation(model))
+    lean = LeanCache(model.config, identity_plan(model), sinks=1, window=2, rotation=KeyRotation(model))
     for chunk in tiny.tokens(2, 20).split([11, 1, 8], dim=1):
         expected = model(chunk, past_key_values=stock).logits
         assert torch.equal(model(chunk, past_key_values=lean).logits, expected)
@@ -122,7 +124,7 @@ def test_a_padded_beam_search_through_values_only(name: str) -> None:
     plan = plan_of(model, lambda width: Identity(width, model.dtype), parts=["v"])
     settings = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
     expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
-    lean = LeanCache(model.config, plan, 1, 2, mask, rotation=KeyRotation(model))
+    lean = LeanCache(model.config, plan, sinks=1, window=2, attention_mask=mask, rotation=KeyRotation(model))
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
 
 
@@ -132,7 +134,9 @@ def test_a_pass_outside_no_grad_gives_the_same_numbers(name: str, window: int) -
     model = tiny.build(name)
     rotation = None if name == "gpt2" else KeyRotation(model)
     chunks = tiny.tokens(2, 12).split([9, 3], dim=1)
-    plain, graded = (LeanCache(model.config, plan_of(model, Rounding), 1, window, rotation=rotation) for _ in range(2))
+    plain, graded = (
+        LeanCache(model.config, plan_of(model, Rounding), sinks=1, window=window, rotation=rotation) for _ in range(2)
+    )
     for chunk in chunks:
         with torch.no_grad():
             expected = model(chunk, past_key_values=plain).logits
@@ -164,9 +168,11 @@ def test_a_padded_row_is_read_as_it_is_alone() -> None:
     mask = (torch.arange(padding + 12) >= padding).long()[None]
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     with torch.no_grad():
-        cache = LeanCache(model.config, plan, 2, attention_mask=mask, rotation=rotation)
+        cache = LeanCache(model.config, plan, sinks=2, window=0, attention_mask=mask, rotation=rotation)
         got = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, padding:]
-        expected = model(tokens, past_key_values=LeanCache(model.config, plan, 2, rotation=rotation)).logits
+        expected = model(
+            tokens, past_key_values=LeanCache(model.config, plan, sinks=2, window=0, rotation=rotation)
+        ).logits
     assert (got - expected).abs().median() < 1e-4
 
 

@@ -78,7 +78,9 @@ def full_pass(evaluator: PlanEvaluator, plan: Plan) -> float:
     """The slow twin: perplexity of one pass through all layers."""
     model, protocol = evaluator.workspace.loaded.model, evaluator.protocol
     blocks = evaluator.workspace.blocks("selection")
-    return measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, protocol.sinks, 0)).perplexity
+    return measure_nats(
+        model, blocks, protocol, lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=0)
+    ).perplexity
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -102,11 +102,15 @@ def test_latent_attention_is_named_as_the_reason() -> None:
         find_geometry(model)
 
 
-def test_keys_wider_than_values_are_refused_without_latents_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(REFUSED["deepseek_v3"]()).eval()
-    monkeypatch.setattr("leankv.models.geometry.has_latent_attention", lambda config: False)
-    with pytest.raises(UserError, match=r"keys of 1 x 16 and values of 1 x 8 numbers.* of one width"):
+def test_more_heads_of_keys_than_of_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+
+    def forward(input_ids: torch.Tensor, past_key_values: Any) -> None:
+        for layer in range(4):
+            past_key_values.update(torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 2, 16), layer)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(UserError, match=r"keys of 4 x 8 and values of 2 x 16 numbers.* as many heads"):
         find_geometry(model)
 
 
@@ -133,7 +137,7 @@ def test_a_device_map_is_followed(llama_folder: Path) -> None:
     tokens = tiny.tokens(1, 20)
     with torch.no_grad():
         assert torch.equal(
-            loaded.model(tokens, past_key_values=LeanCache(loaded.model.config, {})).logits,
+            loaded.model(tokens, past_key_values=LeanCache(loaded.model.config, {}, sinks=0, window=0)).logits,
             tiny.build("llama")(tokens).logits,
         )
 

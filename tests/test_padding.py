@@ -23,9 +23,9 @@ def test_left_padded_rows_keep_their_own_sinks_exact() -> None:
     for row, padding in enumerate(paddings):
         mask[row, :padding] = 0
     k, v = torch.randn(3, 2, 20, 16), torch.randn(3, 2, 20, 16)
-    together = LeanCache(config, plan, sinks, attention_mask=mask).update(k, v, 0)
+    together = LeanCache(config, plan, sinks=sinks, window=0, attention_mask=mask).update(k, v, 0)
     for row, padding in enumerate(paddings):
-        alone = LeanCache(config, plan, sinks).update(k[[row], :, padding:], v[[row], :, padding:], 0)
+        alone = LeanCache(config, plan, sinks=sinks, window=0).update(k[[row], :, padding:], v[[row], :, padding:], 0)
         for batched, single, original in zip(together, alone, (k, v), strict=True):
             own = slice(padding, padding + sinks)
             assert torch.equal(batched[row, :, own], original[row, :, own])
@@ -43,9 +43,9 @@ def test_equally_padded_rows_generate_as_they_do_alone(architecture: str) -> Non
     mask = (torch.arange(padding + LONG) >= padding).long().expand(2, -1)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     with torch.no_grad():
-        cache = LeanCache(model.config, plan, sinks, attention_mask=mask)
+        cache = LeanCache(model.config, plan, sinks=sinks, window=0, attention_mask=mask)
         got = model(padded, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, padding:]
-        expected = model(tokens, past_key_values=LeanCache(model.config, plan, sinks)).logits
+        expected = model(tokens, past_key_values=LeanCache(model.config, plan, sinks=sinks, window=0)).logits
     # Rounding codes may flip in the last bit of a key, hence a few wider differences.
     assert (got - expected).abs().median() < 1e-4
 
@@ -57,7 +57,7 @@ def test_a_cache_for_another_run_of_a_padded_batch_reads_the_same(architecture: 
     tokens, mask = tiny.tokens(2, LONG), torch.ones(2, LONG, dtype=torch.int64)
     tokens[1, :4], mask[1, :4] = 0, 0
     rotation = None if architecture == "gpt2" else KeyRotation(model)
-    cache = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
+    cache = LeanCache(model.config, plan_of(model, Rounding), sinks=3, window=2, attention_mask=mask, rotation=rotation)
     with torch.no_grad():
         expected = model(tokens, attention_mask=mask, past_key_values=again(cache)).logits
         cache = again(cache)
@@ -66,5 +66,7 @@ def test_a_cache_for_another_run_of_a_padded_batch_reads_the_same(architecture: 
         assert (cache.sinks, cache.get_seq_length()) == (3, 0)
         assert torch.equal(model(tokens, attention_mask=mask, past_key_values=cache).logits, expected)
         # The same numbers of tokens exact in each row as in a cache that is made for this batch.
-        made = LeanCache(model.config, plan_of(model, Rounding), 3, 2, mask, rotation=rotation)
+        made = LeanCache(
+            model.config, plan_of(model, Rounding), sinks=3, window=2, attention_mask=mask, rotation=rotation
+        )
         assert torch.equal(model(tokens, attention_mask=mask, past_key_values=made).logits, expected)

@@ -57,8 +57,8 @@ def capped() -> Any:
 
 def caches(model: Any, plan: Any, protocol: ProtocolConfig) -> tuple[Any, Any]:
     return (
-        lambda: LeanCache(model.config, {}),
-        lambda: LeanCache(model.config, plan, protocol.sinks, protocol.window),
+        lambda: LeanCache(model.config, {}, sinks=0, window=0),
+        lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=protocol.window),
     )
 
 
@@ -167,7 +167,7 @@ def test_no_more_logits_than_a_piece_are_held(model: Any, blocks: Blocks) -> Non
     protocol = ProtocolConfig("strict", batch_size=2)
     # A batch of two blocks of 28 predicted tokens in five pieces, and a single block in three.
     pieces = [12, 12, 12, 12, 8, 12, 12, 4]
-    measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, {}))
+    measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, {}, sinks=0, window=0))
     assert rows == pieces
     pair(model, blocks, protocol, {})
     assert sorted(rows) == sorted(3 * pieces)

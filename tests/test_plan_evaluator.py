@@ -47,7 +47,9 @@ def full_pass(evaluator: PlanEvaluator, plan: Plan, split: str = "selection") ->
     """The slow twin: nats of one pass through all layers."""
     model, protocol = evaluator.workspace.loaded.model, evaluator.protocol
     blocks = evaluator.workspace.blocks(split)
-    cache = LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=evaluator.workspace.rotation)
+    cache = LeanCache(
+        model.config, plan, sinks=protocol.sinks, window=protocol.window, rotation=evaluator.workspace.rotation
+    )
     return measure_nats(model, blocks, protocol, cache.fresh).nats
 
 

@@ -99,7 +99,7 @@ def test_codecs_that_look_back_are_predicted_from_the_error_that_their_layer_alo
     logits = model(tokens, past_key_values=gradients).logits
     cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").backward()
     for layer in range(4):
-        cache = LeanCache(model.config, run.codecs.plan(workspace.plan.only([layer])), sinks=3)
+        cache = LeanCache(model.config, run.codecs.plan(workspace.plan.only([layer])), sinks=3, window=0)
         read = watched(cache.layers[layer], monkeypatch)
         with torch.no_grad():
             model(tokens, past_key_values=cache)  # up to this layer the states are the exact ones

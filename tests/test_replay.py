@@ -42,7 +42,7 @@ def lossy_plan(model: Any, layers: tuple[int, ...]) -> Plan:
 def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, ...]:
     """The obvious twin: every layer run, nothing remembered."""
     return measure_nats(
-        model, BLOCKS, protocol, lambda: LeanCache(model.config, plan, protocol.sinks, protocol.window)
+        model, BLOCKS, protocol, lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=protocol.window)
     ).nats
 
 

@@ -109,7 +109,7 @@ def test_a_chain_of_codecs_reads_as_its_oracle_does(
     spec = PlanSpec.uniform(SPEC).only(layers)
     plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     tokens = tiny.tokens(2, 11, seed=7)
-    cache = LeanCache(model.config, plan, sinks, window, rotation=rotation)
+    cache = LeanCache(model.config, plan, sinks=sinks, window=window, rotation=rotation)
     slow = SlowChain(model.config, plan, sinks, window, rotation)
     expected = logits(model, slow, tokens, chunks)
     first = logits(model, cache, tokens, chunks)
@@ -134,7 +134,7 @@ def test_what_readers_need_takes_16_bits_and_is_gone_after_the_step(
     rotation = KeyRotation(model)
     activations = capture(loaded(model), BLOCKS, tmp_path / "a", range(6), 2, {}, Silent(), rotation)
     plan = plan_of(fitted(model, activations, PlanSpec.uniform(SPEC).only(range(6), parts), layers=6))
-    cache = LeanCache(model.config, plan, rotation=rotation)
+    cache = LeanCache(model.config, plan, sinks=0, window=0, rotation=rotation)
     held: list[tuple[int, int]] = []
     read = PartStore.read
 
@@ -160,7 +160,7 @@ def test_a_padded_beam_search_through_a_chain_of_values_only(tmp_path: Path) -> 
     tokens[0, :4], mask[0, :4] = 0, 0
     settings = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
     expected = model.generate(tokens, past_key_values=DynamicCache(config=model.config), **settings)
-    lean = LeanCache(model.config, plan, 1, 2, mask, rotation=rotation)
+    lean = LeanCache(model.config, plan, sinks=1, window=2, attention_mask=mask, rotation=rotation)
     assert torch.equal(model.generate(tokens, past_key_values=lean, **settings), expected)
 
 
@@ -228,11 +228,11 @@ def test_a_chain_decoded_in_pieces_reads_as_decoded_at_once(tmp_path: Path, monk
     rotation = KeyRotation(model)
     plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), PlanSpec.uniform(SPEC)))
     tokens = tiny.tokens(2, 30, seed=7)
-    expected = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
+    expected = logits(model, LeanCache(model.config, plan, sinks=2, window=3, rotation=rotation), tokens, [25, 5])
     monkeypatch.setattr(
         "leankv.cache.part_store.PIECE", 24
     )  # from 24 tokens at a time in the first layer to 4 in the last ones
-    got = logits(model, LeanCache(model.config, plan, 2, 3, rotation=rotation), tokens, [25, 5])
+    got = logits(model, LeanCache(model.config, plan, sinks=2, window=3, rotation=rotation), tokens, [25, 5])
     assert (got - expected).abs().median() < 2e-3  # as above
 
 
@@ -247,7 +247,7 @@ def test_replay_runs_the_layers_that_are_looked_at(tmp_path: Path, layers: tuple
     spec = PlanSpec.uniform(SPEC).only(layers)
     plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     protocol = ProtocolConfig("stream", 2, 4, 16)
-    cache = LeanCache(model.config, plan, 2, 4, rotation=rotation)
+    cache = LeanCache(model.config, plan, sinks=2, window=4, rotation=rotation)
     replay = Replay(model, BLOCKS, protocol, 1 << 30, tmp_path, rotation)
     expected = measure_nats(model, BLOCKS, protocol, cache.fresh).nats
     assert replay.measure(plan).nats == expected

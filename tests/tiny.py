@@ -49,10 +49,26 @@ ARCHITECTURES: dict[str, Any] = {
 }
 """The architectures that every test of the cache and of perplexity goes through."""
 
+OTHERS: dict[str, Any] = {
+    # Keys of 16 numbers a head, values of 12; twice as many heads of both in sliding layers.
+    "mimo": lambda: transformers.MiMoV2FlashConfig(
+        **COMMON,
+        v_head_dim=12,
+        sliding_window=12,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        mlp_layer_types=["dense"] * 4,
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    ),
+}
+"""Architectures that some tests build by name."""
+
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A tiny float32 model of an architecture in `ARCHITECTURES`, in eval mode, always the same for one seed."""
-    config = ARCHITECTURES[name]()
+    """A tiny float32 model of an architecture named above, in eval mode, always the same for one seed."""
+    config = (ARCHITECTURES | OTHERS)[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(seed)

@@ -73,8 +73,14 @@ class Bundle:
             sinks: in place of the bundle's.
             window: in place of the bundle's.
         """
-        kept = self.sinks if sinks is None else sinks, self.window if window is None else window
-        return LeanCache(self.config, self.plan, *kept, attention_mask, rotation=self.rotation)
+        return LeanCache(
+            self.config,
+            self.plan,
+            sinks=self.sinks if sinks is None else sinks,
+            window=self.window if window is None else window,
+            attention_mask=attention_mask,
+            rotation=self.rotation,
+        )
 
     def save(self, folder: str | Path, card: str | None = None) -> None:
         """Write the bundle; `leankv_config.json` comes last, so a folder that has it is complete.

@@ -13,6 +13,7 @@ from leankv.cache.plan import Site
 from leankv.codecs.registry import known_recipe, unfitted
 from leankv.config.plan_table import PARTS
 from leankv.errors import UserError
+from leankv.models.geometry import LayerGeometry, Width, part_of_width
 from leankv.storage.files import hash_of
 
 MOST_BYTES = 16 * 1024**2  # assumption: of a configuration; those of 80 layers take 0.1 MB
@@ -98,7 +99,7 @@ class Configuration:
             where = f"model.layers[{number}]"
             if not isinstance(layer, dict):
                 raise self._refusal(where, layer, "a table")
-            for key in ("kv_heads", "head_dim"):
+            for key in ("kv_heads", "head_dim", *({"v_head_dim"} & layer.keys())):
                 self._whole(layer, key, f"{where}.", least=1)
         for key in ("sinks", "window"):
             self._whole(self.config, key)
@@ -108,9 +109,12 @@ class Configuration:
         self._check_plan()
 
     @property
-    def widths(self) -> list[int]:
+    def widths(self) -> list[Width]:
         """Of the layers of the model that it was made for."""
-        return [layer["kv_heads"] * layer["head_dim"] for layer in self.config["model"]["layers"]]
+        return [
+            LayerGeometry(layer["kv_heads"], layer["head_dim"], None, layer.get("v_head_dim")).width
+            for layer in self.config["model"]["layers"]
+        ]
 
     def codecs(self) -> dict[Site, Mapping[str, Any]]:
         """Each codec's `spec` and `width`, by layer and part."""
@@ -133,8 +137,9 @@ class Configuration:
                 self._entry(codec, "spec", str, "a line of text", f"{where} {part}: ")
                 self._whole(codec, "width", f"{where} {part}: ")
                 self._entry(codec, "revisions", dict, "a table of families and revisions", f"{where} {part}: ")
-                if codec["width"] != widths[int(layer)]:
-                    raise self._refusal(f"{where} {part}: width", codec["width"], f"the model's {widths[int(layer)]}")
+                width = part_of_width(widths[int(layer)], part)
+                if codec["width"] != width:
+                    raise self._refusal(f"{where} {part}: width", codec["width"], f"the model's {width}")
 
     def _entry(self, table: Mapping[str, Any], key: str, kind: type, words: str, where: str = "") -> Any:
         if key not in table:

@@ -44,8 +44,9 @@ class LeanCache(Cache):
         self,
         config: Any,
         plan: Plan,
-        sinks: int = 0,
-        window: int = 0,
+        *,
+        sinks: int,
+        window: int,
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
@@ -90,7 +91,14 @@ class LeanCache(Cache):
             longest = int(self.padding.max())
             mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
         return LeanCache(
-            self.config, self.plan, self.sinks, self.window, mask, self.first_layer, self.rotation, self.decode_once
+            self.config,
+            self.plan,
+            sinks=self.sinks,
+            window=self.window,
+            attention_mask=mask,
+            first_layer=self.first_layer,
+            rotation=self.rotation,
+            decode_once=self.decode_once,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from leankv.cache.plan import Site
 from leankv.config.plan_table import PARTS
+from leankv.models.geometry import part_of_width
 from leankv.storage.files import read_json
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -30,11 +31,19 @@ class Activations(ABC):
     @property
     @abstractmethod
     def manifest(self) -> Mapping[str, Any]:
-        """`layers`, `widths`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it all depends on."""
+        """`layers`, `widths`, `parts`, `blocks`, `block_length`, `dtype`, `seconds`, and what it all depends on.
+
+        `widths` has a `leankv.models.geometry.Width` for each of `layers`.
+        """
 
     @abstractmethod
     def read(self, layer: int, part: str) -> Float[torch.Tensor, "tokens W"]:
         """One layer's keys or values, block after block, in the model's dtype."""
+
+    def widths(self) -> dict[Site, int]:
+        """Site -> W."""
+        widths = zip(self.manifest["layers"], self.manifest["widths"], strict=True)
+        return {Site(layer, part): part_of_width(width, part) for layer, width in widths for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -99,22 +108,23 @@ class LayerWriter:
 
     file: BinaryIO
 
-    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype):
-        part_bytes = tokens * width * dtype.itemsize
-        header: dict[str, Any] = {
-            part: {
+    def __init__(self, path: Path, tokens: int, widths: Mapping[str, int], dtype: torch.dtype):
+        header: dict[str, Any] = {}
+        begin = 0
+        for part in PARTS:
+            end = begin + tokens * widths[part] * dtype.itemsize
+            header[part] = {
                 "dtype": SAFETENSORS_DTYPES[dtype],
-                "shape": [tokens, width],
-                "data_offsets": [index * part_bytes, (index + 1) * part_bytes],
+                "shape": [tokens, widths[part]],
+                "data_offsets": [begin, end],
             }
-            for index, part in enumerate(PARTS)
-        }
+            begin = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         path.write_bytes(struct.pack("<Q", len(text)) + text)
         first = path.stat().st_size
         self.file = path.open("r+b", buffering=0)
-        self.at: dict[str, int] = {part: first + index * part_bytes for index, part in enumerate(PARTS)}
+        self.at: dict[str, int] = {part: first + header[part]["data_offsets"][0] for part in PARTS}
 
     def write(self, part: str, rows: Float[torch.Tensor, "tokens W"]) -> None:
         """Append some tokens' vectors (CPU)."""

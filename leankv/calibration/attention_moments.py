@@ -64,7 +64,8 @@ def attention_moments(
         site = Site(layer, "k")
         moments[site] = moments[site] + own if site in moments else own
         if layer not in projections:
-            projections[layer] = _output_gram(module, queries.shape[1], geometry.kv_heads, geometry.head_dim)
+            v_head_dim = geometry.width_of("v") // geometry.kv_heads
+            projections[layer] = _output_gram(module, queries.shape[1], geometry.kv_heads, v_head_dim)
 
     with _watched(model, watch), torch.no_grad(), progress.stage("queries", len(blocks)) as step:
         for tokens in blocks.tokens:
@@ -78,8 +79,8 @@ def attention_moments(
     return moments | {Site(layer, "v"): gram for layer, gram in projections.items()}
 
 
-def _output_gram(module: torch.nn.Module, heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
-    """`sum_h O_h O_h^T` over the query heads of each key head, `[W, W]`; `O_h` `[head_dim, hidden]`."""
+def _output_gram(module: torch.nn.Module, heads: int, kv_heads: int, v_head_dim: int) -> torch.Tensor:
+    """`sum_h O_h O_h^T` over the query heads of each value head, `[W, W]`; `O_h` `[v_head_dim, hidden]`."""
     projection = output_projection(module)
     if projection is None:
         raise UserError(
@@ -88,20 +89,30 @@ def _output_gram(module: torch.nn.Module, heads: int, kv_heads: int, head_dim: i
         )
     parameter = next(model_parameter for model_parameter in projection.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit = torch.eye(heads * head_dim, device=parameter.device, dtype=dtype)
+    unit = torch.eye(heads * v_head_dim, device=parameter.device, dtype=dtype)
     # Through the module itself, so that it does not matter how its weights are laid out or quantized.
-    rows = (projection(unit) - projection(torch.zeros_like(unit[:1]))).float().unflatten(0, (kv_heads, -1, head_dim))
+    rows = (projection(unit) - projection(torch.zeros_like(unit[:1]))).float().unflatten(0, (kv_heads, -1, v_head_dim))
     return torch.block_diag(*torch.einsum("kgih,kgjh->kij", rows, rows).cpu())
 
 
 @contextmanager
 def _watched(model: Any, watch: Watch) -> Iterator[None]:
-    """While this lasts, `watch` is shown the module and the queries `[B, heads, T, head_dim]` of every attention."""
+    """While this lasts, `watch` is shown the module and the queries `[B, heads, T, head_dim]` of every attention.
+
+    Raises:
+        UserError: the model has no attention that can be exchanged (those that learn sinks have none).
+    """
     AttentionInterface.register(WATCHED, _watched_attention)
     AttentionMaskInterface.register(WATCHED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(WATCHED)
+    except ValueError as error:
+        raise UserError(
+            f"the queries of {model.config.model_type} models cannot be watched, as they have no attention of the "
+            "kind sdpa; use --error-metric gradient"
+        ) from error
     _watch.append(watch)
-    model.set_attn_implementation(WATCHED)
     try:
         yield
     finally:

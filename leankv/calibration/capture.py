@@ -73,8 +73,8 @@ def capture(
             shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
         folder.mkdir(parents=True)
         for layer in layers:
-            width = loaded.geometry.layers[layer].width
-            writers[layer] = LayerWriter(layer_file(folder, layer), n_blocks * block_length, width, dtype)
+            widths: dict[str, int] = {part: loaded.geometry.layers[layer].width_of(part) for part in PARTS}
+            writers[layer] = LayerWriter(layer_file(folder, layer), n_blocks * block_length, widths, dtype)
 
         def write(layer: int, part: str, rows: torch.Tensor) -> None:
             writers[layer].write(part, rows)

@@ -109,10 +109,10 @@ def fit_codecs(
         UserError: the memory does not hold one.
     """
     manifest = activations.manifest
-    widths = dict(zip(manifest["layers"], manifest["widths"], strict=True))
+    widths = activations.widths()
 
     def kind(site: Site) -> tuple[str, int]:
-        return sites[site].text, widths[site[0]]
+        return sites[site].text, widths[site]
 
     for (text, width), alike in groupby(sorted(sites, key=lambda p: (kind(p), p)), key=kind):
         ordered = list(alike)

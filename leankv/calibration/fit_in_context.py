@@ -107,7 +107,7 @@ def reconstructed(codec: Codec, x: torch.Tensor, context: torch.Tensor) -> torch
 def check_memory(activations: Activations, sites: Mapping[Site, SiteInContext], fitting: Fitting) -> None:
     """Refuse a memory that does not hold what `fit_in_context` does at its fullest."""
     manifest = activations.manifest
-    width = max(manifest["widths"])
+    width = max(activations.widths().values())
     tokens = manifest["blocks"] * fitting.tokens_a_block(manifest)
     itemsize = getattr(torch, manifest["dtype"]).itemsize
     recipes = [own.recipe for own in sites.values() if own.recipe is not None]

@@ -56,7 +56,7 @@ def site_contributions(
 
 
 def _of_block(model: Any, tokens: Int[torch.Tensor, "1 T"], chunk: int, lean: LeanCache) -> Mapping[Site, float]:
-    exact, through = LeanCache(lean.config, {}, 0, 0), StraightThroughCache(lean)
+    exact, through = LeanCache(lean.config, {}, sinks=0, window=0), StraightThroughCache(lean)
     divergence = torch.zeros((), dtype=torch.float64, device=tokens.device)
     leaf = torch.zeros((), device=tokens.device, requires_grad=True)
 

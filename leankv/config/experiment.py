@@ -137,11 +137,11 @@ class SelectionConfig:
     layers: str = "all"
     """Layers that may be chosen, e.g. `40-63`."""
     strategy: str = "waterfill,refine"
-    """How plans are searched, one strategy after another: `waterfill`, `refine`, `evolve`; or `greedy` alone, LeanLlama's:
-    layers in order of cost, from a finished sweep."""
+    """How plans are searched, one strategy after another: `waterfill`, `refine`, `evolve`; or `greedy` alone, as
+    LeanLlama does it: layers in order of cost, from a finished sweep."""
     minimize: str = "live"
-    """Which bytes are to be few: `live`, held between steps; `stored`, serialized; `all-in`, with the codecs and the peak
-    of a step."""
+    """Which bytes are to be few: `live`, held between steps; `stored`, serialized; `all-in`, live with the codecs and
+    the peak of a step."""
     recipes: str = "transform,resid(share,transform)"
     """What a site may get: families, each with its usual rates, and recipes with rates of their own."""
     sites: str = "all"

@@ -40,8 +40,8 @@ LADDERS = {
     "pca": ("pca:64", "pca:32", "pca:16", "pca:8"),
     "ae": ("ae:16", "ae:8", "ae:4"),
 }
-"""What a family's name alone stands for in a search. Steps of `transform` are half an octave apart, so that the energy of
-errors doubles from one to the next; they end where `share` breaks down (log of 2026-11-24)."""
+"""What a family's name alone stands for in a search. Steps of `transform` are half an octave apart, so that the energy
+of errors doubles from one to the next; they end where `share` breaks down (log of 2026-11-24)."""
 
 RATE_LADDERS = {
     "transform": tuple(f"transform:{rate}" for rate in _RATES),

@@ -1,5 +1,6 @@
 """The geometry of a model's cache: layers, heads and widths, as a forward pass shows them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from leankv.models.observers import RecordingCache, attention_windows
 from leankv.models.structure import has_latent_attention
 
 BYTES_16_BIT = 2
+
+Width = int | tuple[int, int]
+"""W of a layer: one number where its keys and values agree, else that of keys and that of values."""
+
+
+def part_of_width(width: int | Sequence[int], part: str) -> int:
+    """W of a part, from a layer's `Width`, which JSON holds as a number or a list of two."""
+    return width if isinstance(width, int) else width[PARTS.index(part)]
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,10 @@ class LayerGeometry:
         return self.kv_heads * head_dim
 
     @property
-    def width(self) -> int:
-        """W of both parts, in a layer whose keys and values are of one width."""
-        assert self.v_head_dim is None, "ask for the width of a part"
-        return self.kv_heads * self.head_dim
+    def width(self) -> Width:
+        """W of both parts where they agree, else of K and of V."""
+        k, v = self.width_of("k"), self.width_of("v")
+        return k if k == v else (k, v)
 
     def tokens_held(self, tokens: int) -> int:
         """How many of `tokens` tokens the stock cache still holds in this layer."""
@@ -52,10 +61,11 @@ class Geometry:
     layers: tuple[LayerGeometry, ...]
 
     @property
-    def width(self) -> int | list[int]:
-        """W if all layers agree, else one a layer."""
+    def width(self) -> int | list[Width]:
+        """W if all layers and both parts agree, else one a layer, in which those of K and of V may be two."""
         widths = [layer.width for layer in self.layers]
-        return widths[0] if len(set(widths)) == 1 else widths
+        first = widths[0]
+        return first if isinstance(first, int) and len(set(widths)) == 1 else widths
 
     @property
     def bytes_per_token(self) -> int:
@@ -68,7 +78,8 @@ def find_geometry(model: Any) -> Geometry:
     """Read the geometry off a forward pass of two tokens.
 
     Raises:
-        UserError: the model has no attention cache, caches latents, or shares or mixes its cache layers with others.
+        UserError: the model has no attention cache, caches latents, has other numbers of heads for K than for V, or
+            shares or mixes its cache layers with others.
     """
     kind = model.config.model_type
     refused = f"{model.config.name_or_path or 'this model'} ({kind})"
@@ -89,13 +100,13 @@ def find_geometry(model: Any) -> Geometry:
     layers = []
     for layer, window in enumerate(windows):
         k, v = shapes[layer]
-        if k != v:
-            differ = f"{refused} caches keys of {k[1]} x {k[3]} and values of {v[1]} x {v[3]} numbers"
-            if has_latent_attention(model.config):
-                raise UserError(
-                    f"{differ}, as models with latent attention do; its cache is compressed already, and LeanKV does "
-                    "not compress it again"
-                )
-            raise UserError(f"{differ}, and LeanKV compresses caches whose keys and values are of one width")
-        layers.append(LayerGeometry(k[1], k[3], window))
+        differ = f"{refused} caches keys of {k[1]} x {k[3]} and values of {v[1]} x {v[3]} numbers"
+        if k != v and has_latent_attention(model.config):
+            raise UserError(
+                f"{differ}, as models with latent attention do; its cache is compressed already, and LeanKV does not "
+                "compress it again"
+            )
+        if k[1] != v[1]:
+            raise UserError(f"{differ}, and LeanKV compresses caches with as many heads of keys as of values")
+        layers.append(LayerGeometry(k[1], k[3], window, None if k == v else v[3]))
     return Geometry(tuple(layers))

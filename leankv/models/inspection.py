@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leankv.errors import UserError
+from leankv.models.geometry import Width
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import KeyRotation, find_conventions
 from leankv.models.structure import attention_heads
@@ -23,8 +24,9 @@ class CacheInspection:
         n_layers: layers with a cache.
         kv_heads: heads of K and V; one number where all layers agree, else one a layer.
         attention_heads: query heads; None where the configuration does not say.
-        head_dim: numbers a head; likewise.
-        width: W; likewise.
+        head_dim: numbers a head of K; likewise.
+        v_head_dim: numbers a head of V; likewise.
+        width: W; likewise, and `(K's, V's)` in a layer where they differ.
         sliding_windows: tokens that a layer sees, None where it sees all; likewise.
         bytes_per_token: of the 16-bit cache, all layers.
         key_convention: rotary convention (`half`, `interleaved`, `none`, or `None` where it is not known) -> layers.
@@ -41,7 +43,8 @@ class CacheInspection:
     kv_heads: int | list[int]
     attention_heads: int | None
     head_dim: int | list[int]
-    width: int | list[int]
+    v_head_dim: int | list[int]
+    width: int | list[Width]
     sliding_windows: int | list[int | None] | None
     bytes_per_token: int
     key_convention: dict[str, int]
@@ -76,6 +79,7 @@ def inspect_cache(loaded: LoadedModel) -> CacheInspection:
         kv_heads=_one_or_all([layer.kv_heads for layer in layers]),
         attention_heads=attention_heads(loaded.model.config),
         head_dim=_one_or_all([layer.head_dim for layer in layers]),
+        v_head_dim=_one_or_all([layer.v_head_dim or layer.head_dim for layer in layers]),
         width=loaded.geometry.width,
         sliding_windows=_one_or_all([layer.window for layer in layers]),
         bytes_per_token=loaded.geometry.bytes_per_token,
@@ -94,11 +98,14 @@ def info_rows(info: CacheInspection) -> list[tuple[str, str]]:
         "none": "keys do not depend on the position",
         "None": "not rotary, or not recognised",
     }
+    heads = f"{info.attention_heads}, {info.kv_heads} x {info.head_dim}"
+    if info.v_head_dim != info.head_dim:
+        heads += f" (K), {info.v_head_dim} (V)"
     conventions = "; ".join(f"{words[name]}: {count} layers" for name, count in info.key_convention.items())
     return [
         ("model", f"{info.model} ({info.model_type}), {info.dtype} on {info.device}"),
         ("layers", str(info.n_layers)),
-        ("attention heads, KV heads x head dim", f"{info.attention_heads}, {info.kv_heads} x {info.head_dim}"),
+        ("attention heads, KV heads x head dim", heads),
         ("width W", str(info.width)),
         ("sliding window", str(info.sliding_windows or "none")),
         ("16-bit cache, bytes per token", f"{info.bytes_per_token:,}"),

@@ -20,7 +20,8 @@ class Summary:
     Attributes:
         model: its name or folder.
         n_layers: how many the model has.
-        width: numbers in one token's K or V vector of one layer; one a layer where they differ.
+        width: numbers in one token's K or V vector of one layer; one a layer where they differ, and K's and V's where
+            those do.
         codec: `ae:4`, or `k=none v=ae:4` where keys and values differ.
         key_space: `post-rope` or `pre-rope`.
         error_metric: what errors counted by when codecs were fitted: `none`, `gradient` or `attention`.
@@ -61,7 +62,7 @@ class Summary:
 
     model: str
     n_layers: int
-    width: int | list[int]
+    width: int | list[int | tuple[int, int]]
     codec: str
     key_space: str
     error_metric: str

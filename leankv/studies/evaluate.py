@@ -72,7 +72,7 @@ def evaluate(
     prompts = None if new_tokens is None else prompts_of(model, blocks, new_tokens)
 
     def make_base() -> LeanCache:
-        return LeanCache(model.config, {})
+        return LeanCache(model.config, {}, sinks=0, window=0)
 
     pair = None
     if first_cache is None:

@@ -80,7 +80,7 @@ class PlanEvaluator:
     def _base_pass(self) -> BasePass:
         """Many plans are set beside the base model on the same blocks, so its layers run once for each block."""
         model = self.workspace.loaded.model
-        return BasePass(model, lambda: LeanCache(model.config, {}), self.workspace.memory_bytes)
+        return BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), self.workspace.memory_bytes)
 
     def new_cache(self, spec: PlanSpec, decode_once: bool = False) -> LeanCache:
         """An empty cache under a plan, with the protocol's sinks and window.

@@ -125,7 +125,7 @@ class PlanSearch:
         return {Site(int(name.split(".")[0]), name.split(".")[1]): value for name, value in found.items()}
 
     def start(self, wanted: float) -> Choice:
-        """A uniform choice whose cost is of the size that is wanted: the rates are tried on few blocks, from the middle.
+        """A uniform choice whose cost is about what is wanted: rates are tried on few blocks, from the middle one on.
 
         Args:
             wanted: nats a token.
@@ -188,7 +188,8 @@ def search(own: PlanSearch, strategies: Sequence[str], wanted: float) -> Found:
                 choice = prediction.smallest_within(wanted * part)
                 path.record(choice, "waterfill", f"{part:.0%} of the budget", prediction.of(choice))
         elif strategy == "refine":
-            assert best is not None and prediction is not None
+            assert best is not None
+            assert prediction is not None
             best, prediction = refine(path, best, prediction, own.groups(), most - len(FRONTIER) - 2)
             # At the bytes of the plan that was refined it costs less now; what is left of the budget buys bytes.
             for part in (1.0, *reversed(FRONTIER)):

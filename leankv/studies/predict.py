@@ -48,7 +48,9 @@ def _predicted_rise(evaluator: PlanEvaluator, layer: int, exact: GradientCache) 
 
     workspace = evaluator.workspace
     plan = evaluator.codecs.plan(workspace.plan.only([layer]))
-    alone = LeanCache(workspace.loaded.model.config, plan, evaluator.protocol.sinks, rotation=workspace.rotation)
+    alone = LeanCache(
+        workspace.loaded.model.config, plan, sinks=evaluator.protocol.sinks, window=0, rotation=workspace.rotation
+    )
     for source in range(layer):
         if isinstance(alone.layers[source], LeanLayer):  # one that this layer's codecs predict from
             alone.update(*states_of(source), source)

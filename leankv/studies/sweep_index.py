@@ -10,6 +10,7 @@ from pathlib import Path
 
 from leankv.config.experiment import Experiment
 from leankv.config.notation import parse_layers
+from leankv.models.geometry import Width
 from leankv.storage.files import read_json
 from leankv.studies.plan_evaluator import EVERYTHING_EXACT, PlanEvaluator
 from leankv.studies.run_folder import write_if_changed
@@ -26,7 +27,7 @@ class Index:
         base: the base perplexity's cell.
         cells: each of the model's layers' cell, whether asked for or not.
         codecs: each layer's codec files, by part.
-        widths: each layer's width.
+        widths: each layer's width; `[K's, V's]` where they differ.
         key_space: `pre-rope` or `post-rope`.
     """
 
@@ -34,7 +35,7 @@ class Index:
     base: str
     cells: tuple[str, ...]
     codecs: tuple[Mapping[str, str], ...]
-    widths: tuple[int, ...]
+    widths: tuple[Width, ...]
     key_space: str
 
     @classmethod

@@ -9,9 +9,10 @@ import pandas as pd
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import Experiment
 from leankv.config.notation import format_layers
-from leankv.config.plan_table import EXACT
+from leankv.config.plan_table import EXACT, PARTS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import Comparison, compare
+from leankv.models.geometry import Width, part_of_width
 from leankv.report.columns import SWEEP_COLUMNS
 from leankv.report.sweep import write_sweep_report
 from leankv.storage.files import read_json, write_text
@@ -62,7 +63,7 @@ def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame
 def row_of(
     experiment: Experiment,
     layer: int,
-    width: int,
+    width: Width,
     key_space: str,
     cost: Comparison,
     seconds: float,
@@ -87,7 +88,9 @@ def row_of(
         "delta_ppl_high": high,
         "fvu_k": codecs["k"].fvu if "k" in codecs else 0.0,
         "fvu_v": codecs["v"].fvu if "v" in codecs else 0.0,
-        "bits_per_token": sum(codecs[p].codec.bits_per_token if p in codecs else width * 16 for p in ("k", "v")),
+        "bits_per_token": sum(
+            codecs[part].codec.bits_per_token if part in codecs else part_of_width(width, part) * 16 for part in PARTS
+        ),
         "seconds": seconds,
         "predicted_delta_ppl": predicted,
     }

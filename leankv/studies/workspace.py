@@ -118,15 +118,17 @@ class Workspace:
         """
         plan = plan.resolved(self.n_layers)
         for site, recipe in plan.sites(self.n_layers).items():
-            recipe.require_width(self.loaded.geometry.layers[site.layer].width)
+            recipe.require_width(self.loaded.geometry.layers[site.layer].width_of(site.part))
             self._check_context(recipe)
         return plan
 
     def _check_context(self, recipe: Recipe) -> None:
         if not recipe.n_context_layers:
             return
-        if len({layer.width for layer in self.loaded.geometry.layers}) > 1:
-            raise UserError("share predicts between layers of one width, and this model's differ; use other codecs")
+        if not isinstance(self.loaded.geometry.width, int):
+            raise UserError(
+                "share predicts between keys and values of one width, and this model's differ; use other codecs"
+            )
         if recipe.n_context_layers >= self.n_layers:
             raise UserError(f"{recipe.text} looks outside of a model of {self.n_layers} layers")
 
