@@ -1,5 +1,6 @@
 """Plans: which recipe each layer's keys and values get (`PlanSpec`), and which fitted codec (`Plan`)."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,8 @@ from leankv.config.notation import format_layers, parse_layers
 from leankv.config.plan_table import EXACT, PARTS, PlanTable, plan_table, read_plan_table
 from leankv.errors import UserError
 from leankv.storage.files import hash_of
+
+SHORT = 60  # characters of a plan that a table shows whole
 
 
 class Site(NamedTuple):
@@ -170,6 +173,17 @@ class PlanSpec:
         for recipe in self.recipes():
             revisions |= recipe.revisions()
         return hash_of({"plan": self.table(), "revisions": revisions})
+
+    def in_short(self, n_layers: int) -> str:
+        """A few words where it is uniform or nearly so; else how many sites get recipes of which families."""
+        text = str(self)
+        if len(text) <= SHORT:
+            return text
+        counts: dict[str, int] = {}
+        for recipe in self.sites(n_layers).values():
+            name = re.sub(r":[^(),]+", "", recipe.text)
+            counts[name] = counts.get(name, 0) + 1
+        return ", ".join(f"{name} at {count} of {2 * n_layers} sites" for name, count in counts.items())
 
     def __str__(self) -> str:
         """In one line: `ae:4`, `k=int:4 v=ae:4`, `ae:4, but layers 0-1: k=int:4`."""

@@ -35,6 +35,10 @@ class Budget:
         """The budget in perplexity points over `base_ppl`."""
         return base_ppl * self.amount / 100 if self.percent else self.amount
 
+    def percent_of(self, base_ppl: float) -> float:
+        """The budget as a rise of perplexity in percent; points are those over `base_ppl`."""
+        return self.amount if self.percent else 100 * self.amount / base_ppl
+
     def __str__(self) -> str:
         return f"{self.amount:g}%" if self.percent else f"{self.amount:g}"
 

@@ -1,7 +1,7 @@
 """The summary of a selection: the figures that a person or a program wants first. Written to `summary.json`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,13 @@ class Summary:
         peak_rss_bytes: most memory that the process held.
         device: that the model ran on.
         dtype: that the model, and exact vectors, are in.
+        budget_percent: the budget in percent of the base perplexity of the text that the plan was chosen on; None in
+            files of earlier versions.
+        strategy: `greedy`, or what searched, one after another.
+        minimize: which bytes were to be few: `live`, `stored` or `all-in`; None under `greedy`.
+        refit: `none`, or `sequential`: fitted anew to what the plan itself leaves.
+        evaluations: passes over all selection blocks that the search took; None where they were not counted.
+        certificate: a `leankv.search.certificate.Certificate` as JSON; None where none was asked for.
     """
 
     model: str
@@ -99,6 +106,12 @@ class Summary:
     peak_rss_bytes: int
     device: str
     dtype: str
+    budget_percent: float | None = None
+    strategy: str = "greedy"
+    minimize: str | None = None
+    refit: str = "none"
+    evaluations: float | None = None
+    certificate: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `summary.json`: one key a field, and one a figure of divergence."""
@@ -125,7 +138,8 @@ class Summary:
         """
         named = {NAMES_BEFORE.get(name, name): each for name, each in value.items()}
         named["divergence"] = {name: named[name] for name in DIVERGENCE_COLUMNS}
-        known = {field.name: named[field.name] for field in fields(cls)}
+        since = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        known = {field.name: (since | named)[field.name] for field in fields(cls)}
         interval = known["delta_ppl_interval"]
         changed = {
             "selected_layers": tuple(known["selected_layers"]),

@@ -1,20 +1,17 @@
 """From a finished sweep to a plan under the budget, its report and its bundle."""
 
-import resource
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from leankv.cache.bundle import Bundle
-from leankv.cache.footprint import CONTEXT_LENGTHS, Footprint
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import Experiment
 from leankv.config.loading import load_experiment
 from leankv.config.notation import Budget, format_layers, parse_layers
 from leankv.config.plan_table import EXACT, PARTS
 from leankv.errors import UserError
-from leankv.evaluation.divergence import divergence_columns
 from leankv.evaluation.perplexity import compare
 from leankv.models.loading import describe
 from leankv.report.columns import read_sweep
@@ -24,7 +21,7 @@ from leankv.search.greedy import Step, select_layers
 from leankv.storage.files import read_json, write_json
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.stored_bytes import bytes_of_plan
+from leankv.studies.summarize import Choosing, summarize
 from leankv.studies.sweep_origin import difference
 from leankv.studies.workspace import Workspace
 from leankv.version import __version__
@@ -39,8 +36,8 @@ def select(evaluator: PlanEvaluator) -> Summary:
     Raises:
         UserError: there is no finished sweep of the layers that may be chosen.
     """
-    workspace, protocol = evaluator.workspace, evaluator.protocol
-    experiment, folder = workspace.experiment, _folder(workspace)
+    workspace = evaluator.workspace
+    experiment, folder = workspace.experiment, run_folder(workspace)
     costs = _costs(evaluator)
     workspace.begin()
     budget = Budget.parse(experiment.selection.budget)
@@ -74,26 +71,33 @@ def select(evaluator: PlanEvaluator) -> Summary:
     )
     summary = _summary(evaluator, budget, chosen, steps)
     write_json(folder / SUMMARY_FILE, summary.to_json())
-    if chosen:
-        bundle = Bundle(
-            evaluator.codecs.plan(workspace.plan.only(chosen)),
-            protocol.sinks,
-            protocol.window,
-            workspace.rotation,
-            workspace.loaded.model.config,
-            describe(workspace.loaded),
-            asdict(experiment),
-            summary.to_json(),
-        )
-        bundle.save(folder / "bundle", model_card(summary, asdict(experiment)))
-    else:
-        shutil.rmtree(folder / "bundle", ignore_errors=True)  # an earlier choice's
+    save_bundle(evaluator, workspace.plan.only(chosen), summary, folder / "bundle")
     remove_captures(folder)
     write_manifest(workspace)
     return summary
 
 
-def _folder(workspace: Workspace) -> Path:
+def save_bundle(evaluator: PlanEvaluator, spec: PlanSpec, summary: Summary, folder: Path) -> None:
+    """Write a plan's bundle with its model card; where nothing is compressed, remove an earlier choice's."""
+    workspace, protocol = evaluator.workspace, evaluator.protocol
+    if not spec.sites(workspace.n_layers):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    bundle = Bundle(
+        evaluator.codecs.plan(spec),
+        protocol.sinks,
+        protocol.window,
+        workspace.rotation,
+        workspace.loaded.model.config,
+        describe(workspace.loaded),
+        asdict(workspace.experiment),
+        summary.to_json(),
+    )
+    bundle.save(folder, model_card(summary, asdict(workspace.experiment)))
+
+
+def run_folder(workspace: Workspace) -> Path:
+    """The folder that a selection reads from and writes to."""
     assert workspace.folder is not None, "a selection reads a sweep's files and writes a bundle"
     return workspace.folder
 
@@ -101,7 +105,7 @@ def _folder(workspace: Workspace) -> Path:
 def _costs(evaluator: PlanEvaluator) -> dict[int, float]:
     """layer -> cost, of the finished sweep's layers that may be chosen."""
     workspace = evaluator.workspace
-    folder = _folder(workspace)
+    folder = run_folder(workspace)
     table = read_sweep(folder)
     allowed = set(parse_layers(workspace.experiment.selection.layers, workspace.n_layers))
     for _, row in table[table["layer"] < workspace.n_layers].iterrows():
@@ -130,63 +134,14 @@ def _costs(evaluator: PlanEvaluator) -> dict[int, float]:
 
 def _summary(evaluator: PlanEvaluator, budget: Budget, chosen: tuple[int, ...], steps: list[Step]) -> Summary:
     """The figures a person or program wants first; perplexities are those of the report split."""
-    workspace = evaluator.workspace
-    experiment, loaded, folder = workspace.experiment, workspace.loaded, _folder(workspace)
-    spec = workspace.plan.only(chosen)
-    pair = evaluator.pair(spec, "report", "joint cost and divergence, report split")
-    joint = compare(pair.base, pair.compressed)
-    plan = evaluator.codecs.plan(spec)
-    measured_bytes = bytes_of_plan(evaluator, "report", spec)
-    bits = {site: codec.bits_per_token for site, codec in plan.items()}
-    footprint = Footprint(loaded.geometry, bits, experiment.protocol.sinks, experiment.protocol.window)
-    sweep_seconds = float(read_sweep(folder)["seconds"].sum())
-    return Summary(
-        model=loaded.name,
-        n_layers=len(loaded.geometry.layers),
-        width=loaded.geometry.width,
-        codec=str(PlanSpec.parse(experiment.plan)),
-        key_space=workspace.key_space,
-        error_metric=experiment.fit.error_metric,
-        protocol=experiment.protocol.kind,
-        sinks=experiment.protocol.sinks,
-        window=experiment.protocol.window,
-        dataset=experiment.data.dataset,
-        split="report",
-        tokens=joint.tokens,
-        budget=str(budget),
-        budget_points=budget.points(joint.base_ppl),
-        base_ppl=joint.base_ppl,
-        selected_layers=chosen,
-        ppl=joint.ppl,
-        delta_ppl=joint.delta_ppl,
-        delta_ppl_interval=joint.interval,
-        delta_percent=joint.delta_percent,
-        within_budget=joint.delta_ppl <= budget.points(joint.base_ppl),
-        divergence=divergence_columns(pair.divergence),
-        context=measured_bytes.context,
-        code_ratio=measured_bytes.code_ratio_live,
-        code_ratio_stored=measured_bytes.code_ratio_stored,
-        cache_ratio=measured_bytes.cache_ratio,
-        all_in_ratio=measured_bytes.all_in_ratio,
-        base_bytes=measured_bytes.base,
-        held_bytes=measured_bytes.held,
-        stored_bytes=measured_bytes.stored,
-        peak_step_bytes=measured_bytes.peak_step,
-        claimed_cache_ratio={tokens: footprint.cache_ratio(tokens) for tokens in CONTEXT_LENGTHS},
-        codec_parameters=sum(codec.n_parameters for codec in plan.values()),
-        codec_bytes=sum(codec.nbytes for codec in plan.values()),
-        codec_bytes_memory=measured_bytes.codecs,
-        seconds={
-            "capture": _capture_seconds(folder),
-            "fit": _fit_seconds(evaluator),
-            "sweep": sweep_seconds + evaluator.base().seconds,
-            "select": sum(evaluator.nats(workspace.plan.only(step.layers)).seconds for step in steps if _joint(step)),
-            "report": pair.seconds,
-        },
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        device=loaded.numerics["device"],
-        dtype=loaded.numerics["dtype"],
-    )
+    plan, folder = evaluator.workspace.plan, run_folder(evaluator.workspace)
+    seconds = {
+        "capture": _capture_seconds(folder),
+        "fit": _fit_seconds(evaluator),
+        "sweep": float(read_sweep(folder)["seconds"].sum()) + evaluator.base().seconds,
+        "select": sum(evaluator.nats(plan.only(step.layers)).seconds for step in steps if _joint(step)),
+    }
+    return summarize(evaluator, plan.only(chosen), budget, evaluator.base().perplexity, Choosing(seconds=seconds))
 
 
 def _joint(step: Step) -> bool:
@@ -209,7 +164,7 @@ def write_manifest(workspace: Workspace) -> None:
     """`manifest.json`: what made the results. Written last, so its presence means that the run is complete."""
     experiment = workspace.experiment
     write_json(
-        _folder(workspace) / "manifest.json",
+        run_folder(workspace) / "manifest.json",
         {
             "leankv": __version__,
             "model": describe(workspace.loaded),
