@@ -37,6 +37,8 @@ STANDARD_ERRORS = 2.0  # how much better than what was seen the rest may be befo
 
 CLIP_OVER_DEVIATION = 3.0
 
+ENOUGH_FOR_A_CLIP = 16  # selection blocks; of fewer, the farthest is less far out
+
 
 class BettingTest:
     """The test of "the mean is not below zero", value by value.
@@ -149,13 +151,24 @@ def documents_needed(values: Sequence[float], clip: float, alpha: float, seed: i
 def choose_clip(differences: Sequence[float], allowed: float) -> float:
     """The bound for a plan's documents, from what selection text shows: stated before certification text is read.
 
-    Three times the farthest that any difference on selection text is from their mean, and no less than what the budget
-    allows, so that a document at twice the budget still counts whole.
+    Three times the farthest that any difference on selection text is from their mean; with `n` blocks fewer than 16,
+    `sqrt(16 / n)` times as much; and no less than what the budget allows, so that a document at twice the budget still
+    counts whole.
+
+    What it was chosen by: plans that cost exactly 3 %, a budget of 3 %, deviations of 0.01 and 0.03 nats a document,
+    16 selection blocks, up to 100 documents, 2,000 simulations each; the share falsely certified, at most 0.05 wanted,
+    at 2, 3, 4 and 6 times. Gamma 0.023, 0.008, 0.004, 0; Student's t with 3 degrees of freedom 0.016, 0.005, 0.002,
+    0.001; lognormal (sigma 1) 0.050, 0.021, 0.011, 0.004; Pareto (2.5) 0.081, 0.041, 0.021, 0.009. With 4 blocks six
+    times are needed: 0.011, 0.008, 0.067, 0.097. A plan of +1.8 % (deviation 0.01) then takes 15, 21, 26, 38 documents.
+    No bound from 16 blocks helps where one document in fifty has all the cost: 0.44, 0.31, 0.21, 0.08, for most often
+    none of these is seen. `results/budget-coverage` has the same of real plans.
 
     Args:
         differences: what the plan adds on each selection block, in nats a token; at least two.
         allowed: `ln(1 + budget)`, in nats a token.
     """
-    assert len(differences) > 1, "one difference shows no deviation"
-    mean = math.fsum(differences) / len(differences)
-    return max(CLIP_OVER_DEVIATION * max(abs(difference - mean) for difference in differences), allowed)
+    count = len(differences)
+    assert count > 1, "one difference shows no deviation"
+    mean = math.fsum(differences) / count
+    times = CLIP_OVER_DEVIATION * math.sqrt(max(1.0, ENOUGH_FOR_A_CLIP / count))
+    return max(times * max(abs(difference - mean) for difference in differences), allowed)
