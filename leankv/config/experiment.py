@@ -157,6 +157,21 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
+class CertificationConfig:
+    """How a budget is proved on certification text; see `leankv.search.certificate`. Nothing measured depends on it."""
+
+    confidence: float = 0.95
+    """How often at least no plan over its budget is certified."""
+    max_documents: int = 200
+    """Documents that a plan is measured on at most; fewer where fewer certify it."""
+    least_tokens: int = 256
+    """Documents with fewer tokens are left out, and the claim does not cover them. With blocks shorter than this, those
+    shorter than a block are."""
+    clip: float | str = "auto"
+    """What one document may count for at most, in nats a token; `auto`: chosen on selection text, for each plan."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A whole experiment."""
 
@@ -169,6 +184,7 @@ class Experiment:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    certification: CertificationConfig = field(default_factory=CertificationConfig)
     layers: str = "all"
     """Layers to sweep: `all`, or numbers and ranges such as `0,4,40-63`."""
     seed: int = 0
@@ -195,6 +211,8 @@ class Experiment:
             "protocol.window": 0,
             "protocol.chunk": 1,
             "protocol.batch_size": 1,
+            "certification.max_documents": 1,
+            "certification.least_tokens": 2,
             "seed": 0,
         }.items():
             value = self.value(key)
@@ -213,6 +231,14 @@ class Experiment:
             raise UserError(f"memory_budget must not be negative, not {self.memory_budget}")
         if not 0 < self.fit.heldout_fraction < 1:
             raise UserError(f"fit.heldout_fraction must lie between 0 and 1, not {self.fit.heldout_fraction}")
+        if not 0.5 <= self.certification.confidence < 1:
+            raise UserError(
+                "certification.confidence must be at least 0.5 and below 1, such as 0.95, not "
+                f"{self.certification.confidence}"
+            )
+        clip = self.certification.clip
+        if clip != "auto" and (isinstance(clip, str) or clip <= 0):
+            raise UserError(f"certification.clip must be auto, or nats a token above 0 such as 0.1, not {clip!r}")
         if self.protocol.kind == "strict" and self.protocol.window > 0:
             raise UserError("a strict pass has no exact window: set protocol.window to 0, or use --protocol stream")
         if compresses_nothing(self.plan):

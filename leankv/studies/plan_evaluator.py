@@ -137,6 +137,21 @@ class PlanEvaluator:
         """Nats of the base model."""
         return self.nats(EVERYTHING_EXACT, split, f"base perplexity, {split} split")
 
+    def document_nats(self, spec: PlanSpec, document: Blocks) -> BlockNats:
+        """Nats of one document under a plan; with everything exact, of the base model. Each has a cell of its own.
+
+        Args:
+            spec: the plan.
+            document: one block, of any length; see `leankv.data.documents`.
+        """
+
+        def compute() -> dict[str, Any]:
+            make_cache = self.new_cache(spec, decode_once=True).fresh
+            return asdict(measure_nats(self.workspace.loaded.model, document, self.protocol, make_cache))
+
+        depends_on = self.depends_on(spec, document)
+        return nats_of(self.workspace.cells.get_or_compute(f"nats-{document.split}", depends_on, compute))
+
     def pair(self, spec: PlanSpec, split: str, title: str, block_ids: Sequence[int] | None = None) -> PairedRun:
         """Base model and model under a plan, side by side: nats of both, and divergence.
 

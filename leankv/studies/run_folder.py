@@ -13,8 +13,10 @@ from leankv.storage.locks import locked
 EXPERIMENT_FILE = "experiment.yaml"
 
 MAY_DIFFER = ("layers", "memory_budget", "output_dir", "model.device", "model.device_map", "data.data_dir")
-"""Settings beside `selection.*` and `sweep.*` that may change between runs in one folder: they choose among results, or
-where things lie. Results that depend on the device or the text carry that in their keys."""
+"""Settings beside those of `SECTIONS_MAY_DIFFER` that may change between runs in one folder: they choose among results,
+or where things lie. Results that depend on the device or the text carry that in their keys."""
+
+SECTIONS_MAY_DIFFER = ("selection.", "sweep.", "certification.")
 
 
 def check_folder(experiment: Experiment) -> Path:
@@ -29,7 +31,7 @@ def check_folder(experiment: Experiment) -> Path:
     if path.is_file():
         begun = flatten(asdict(load_experiment(path, {})))
         for key, value in flatten(asdict(experiment)).items():
-            if begun[key] != value and key not in MAY_DIFFER and not key.startswith(("selection.", "sweep.")):
+            if begun[key] != value and key not in MAY_DIFFER and not key.startswith(SECTIONS_MAY_DIFFER):
                 raise UserError(
                     f"{folder} was begun with {key} {_words(begun[key])}, not {_words(value)}; "
                     "choose another --output-dir"

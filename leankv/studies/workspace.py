@@ -10,6 +10,7 @@ from leankv.codecs import Recipe
 from leankv.config.experiment import Experiment
 from leankv.config.notation import Shard, parse_layers
 from leankv.data.blocks import Blocks
+from leankv.data.documents import Documents, DocumentSource, documents_of
 from leankv.data.splits import TextSource
 from leankv.errors import UserError
 from leankv.models.loading import LoadedModel, load_model
@@ -165,6 +166,24 @@ class Workspace:
             "selection": self._source.blocks("selection", self.loaded.tokenizer, count, long),
         }
         return other
+
+    def documents(self, split: str, least_tokens: int) -> Documents:
+        """The documents of a split, the first tokens of each as one block; see `leankv.data.documents`.
+
+        Args:
+            split: whose.
+            least_tokens: documents with fewer are left out.
+
+        Raises:
+            UserError: the text did not come in documents.
+        """
+        if not isinstance(self._source, DocumentSource):
+            raise UserError(
+                "certification takes documents one by one, and text given in blocks has none; use a data set"
+            )
+        tokenizer, length = self.loaded.tokenizer, self.experiment.data.block_length
+        texts = self._source.documents(split, tokenizer)
+        return documents_of(texts, tokenizer, length, least_tokens, split, self._source.name)
 
     @cached_property
     def rotation(self) -> KeyRotation | None:

@@ -1,0 +1,137 @@
+"""Do certified budgets hold? Plans measured once on 200 documents and more, then thousands of selections from them.
+
+    python benchmarks/budget_coverage.py measure FOLDER [SECONDS]    writes results/budget-coverage/nats.json
+    python benchmarks/budget_coverage.py                             draws from it: coverage.json and coverage.md
+
+FOLDER holds WikiText-2. Measuring takes hours on 2 cores; every document's nats are kept in `results/budget-coverage/
+work`, so it may be killed, or told to stop after SECONDS, and goes on where it was. Drawing takes a minute.
+
+The documents are the first 1,024 tokens of each article of WikiText-2 that no codec was fitted on, and of each article
+of the Wikipedia sample. All of them together are the source: a plan's true cost is what they give. A draw parts them
+at random: `SELECTION` documents order the plans and choose their bounds, the others certify. A second kind of draw
+takes certification documents with replacement, so that they are independent draws, as the test supposes.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+from budget_draws import draw_all, table
+from side_by_side import machine, say
+
+RESULTS = Path(__file__).parent.parent / "results" / "budget-coverage"
+
+PLANS: dict[str, Any] = {
+    "transform:s0.01": "transform:s0.01",
+    "transform:s0.014": "transform:s0.014",
+    "resid(share:-2,transform:s0.02)": "resid(share:-2,transform:s0.02)",
+    "transform:s0.02": "transform:s0.02",
+    "nuq:4+1": "nuq:4+1",
+    "resid(share:-2,transform:s0.045)": "resid(share:-2,transform:s0.045)",
+    "k=transform:s0.028 v=transform:s0.014": {"k": "transform:s0.028", "v": "transform:s0.014"},
+    "int:4": "int:4",
+    "transform:s0.028": "transform:s0.028",
+}
+"""Families and rates whose costs lie around the budgets."""
+
+SETTINGS: dict[str, Any] = {
+    "data.block_length": 1024,
+    "data.calibration_blocks": 8,
+    "codec.key_space": "pre-rope",
+    "fit.error_metric": "gradient",
+    "protocol.kind": "stream",
+    "protocol.sinks": 4,
+    "protocol.window": 128,
+}
+
+LEAST_TOKENS = 256
+
+
+def measure(wikitext: str, seconds: float) -> None:
+    """Measure what is not measured yet, plan by plan, and write the plans that are complete."""
+    from leankv.cache.plan import PlanSpec
+    from leankv.config.experiment import DataConfig
+    from leankv.config.loading import load_experiment
+    from leankv.data.documents import documents_of
+    from leankv.data.splits import TextSource
+    from leankv.progress import Progress
+    from leankv.studies.plan_evaluator import EVERYTHING_EXACT, PlanEvaluator
+    from leankv.studies.workspace import Workspace
+
+    started = time.monotonic()
+    data = {"data.dataset": "wikitext-2", "data.data_dir": wikitext, "output_dir": str(RESULTS / "work")}
+    experiment = load_experiment(None, {**data, **SETTINGS})
+    evaluator = PlanEvaluator(Workspace.open(experiment, Progress()))
+    workspace = evaluator.workspace
+    tokenizer, length = workspace.loaded.tokenizer, experiment.data.block_length
+
+    source = TextSource(experiment.data)
+    fitted_on = len(source.documents("calibration", tokenizer))
+    texts = {"wikitext-2": source.documents("all", tokenizer)[fitted_on:]}
+    texts["wikipedia-sample"] = TextSource(DataConfig(dataset="wikipedia-sample")).documents("all", tokenizer)
+    documents = [documents_of(own, tokenizer, length, LEAST_TOKENS, name, name) for name, own in texts.items()]
+    blocks = [block for own in documents for block in own.blocks]
+    say(f"{len(blocks)} documents, {sum(own.left_out for own in documents)} shorter than {LEAST_TOKENS} left out")
+
+    rows: dict[str, list[float]] = {}
+    plans: list[dict[str, Any]] = []
+    for name, written in {"base": None, **PLANS}.items():
+        spec = EVERYTHING_EXACT if written is None else PlanSpec.parse(written)
+        nats: list[float] = []
+        with workspace.progress.stage(name, len(blocks)) as step:
+            for block in blocks:
+                if time.monotonic() - started > seconds:
+                    break
+                nats.append(evaluator.document_nats(spec, block).nats[0])
+                step()
+        if len(nats) < len(blocks):
+            break
+        rows[name] = nats
+        if written is not None:
+            codecs = evaluator.codecs.plan(spec)
+            exact = sum(16 * workspace.loaded.geometry.layers[site.layer].width for site in codecs)
+            stored = sum(codec.stored_bits_per_token for codec in codecs.values())
+            plans.append({"name": name, "stored_code_ratio": round(exact / stored, 3)})
+        evaluator.codecs.forget()
+    result = {
+        "what": "nats of documents, of the base model and under plans",
+        "model": experiment.model.name,
+        "model_fingerprint": workspace.loaded.fingerprint,
+        "numerics": workspace.loaded.numerics,
+        "settings": SETTINGS,
+        "least_tokens": LEAST_TOKENS,
+        "plans": plans,
+        "columns": ["source", "predicted tokens", *rows],
+        "documents": [
+            [block.source, block.tokens.shape[1] - 1, *(round(own[place], 4) for own in rows.values())]
+            for place, block in enumerate(blocks)
+        ],
+        "machine": machine(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    head, _, body = json.dumps(result).partition('"documents": ')
+    (RESULTS / "nats.json").write_text(f'{head}"documents": {body}'.replace("], [", "],\n[") + "\n")
+    say(f"{len(plans)} of {len(PLANS)} plans measured")
+
+
+def draw() -> None:
+    """Draw from the measured documents, and write what came of it."""
+    stored = json.loads((RESULTS / "nats.json").read_text())
+    ratios = [plan["stored_code_ratio"] for plan in stored["plans"]]
+    tokens = numpy.array([row[1] for row in stored["documents"]], dtype=float)
+    nats = numpy.array([row[2:] for row in stored["documents"]], dtype=float)
+    names = [plan["name"] for plan in stored["plans"]]
+    result = draw_all(nats[:, 1:] - nats[:, :1], tokens, ratios, names)
+    (RESULTS / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "coverage.md").write_text(table(result))
+    say(table(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else float("inf"))
+    else:
+        draw()
