@@ -16,6 +16,7 @@ MODEL = "Model"
 DATA = "Data"
 CODEC = "Codecs"
 MEASURE = "Measuring"
+PLANS = "Searching plans"
 WORKERS = "Several workers"
 
 SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
@@ -79,7 +80,46 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
     "protocol": ("protocol.kind", "--protocol", str, MEASURE, "strict, stream or decode."),
     "sinks": ("protocol.sinks", "--sinks", int, MEASURE, "First tokens kept exact."),
     "window": ("protocol.window", "--window", int, MEASURE, "Latest tokens kept exact (stream, decode)."),
-    "budget": ("selection.budget", "--budget", str, MEASURE, "Joint cost allowed: points (2.5) or percent (7%)."),
+    "budget": (
+        "selection.budget",
+        "--budget",
+        str,
+        MEASURE,
+        "Joint cost allowed: points (2.5) or percent (7%); several for a search: 1%,7%.",
+    ),
+    "strategy": (
+        "selection.strategy",
+        "--strategy",
+        str,
+        PLANS,
+        "waterfill,refine (one after another), evolve behind them, or greedy: whole layers from a sweep.",
+    ),
+    "minimize": ("selection.minimize", "--minimize", str, PLANS, "Which bytes are to be few: live, stored or all-in."),
+    "recipes": (
+        "selection.recipes",
+        "--recipes",
+        str,
+        PLANS,
+        "What a site may get, e.g. 'transform,nuq,resid(share,transform),int:4'.",
+    ),
+    "sites": ("selection.sites", "--sites", str, PLANS, "Keys and values that may be compressed: k:0-29,v:10-29."),
+    "windows": ("selection.windows", "--windows", str, PLANS, "Exact windows to choose among, e.g. 32,128."),
+    "max_codec_memory": (
+        "selection.max_codec_memory",
+        "--max-codec-memory",
+        str,
+        PLANS,
+        "Memory that the codecs may take, e.g. 16MB.",
+    ),
+    "target_ratio": (
+        "selection.target_ratio",
+        "--target-ratio",
+        float,
+        PLANS,
+        "Make the cost least at this ratio of bytes; the budget is then what is certified.",
+    ),
+    "refit": ("selection.refit", "--refit", str, PLANS, "sequential: fit the found plan to what it leaves itself."),
+    "confidence": ("certification.confidence", "--confidence", float, PLANS, "Of the certificate, e.g. 0.95."),
 }
 COMMON = (
     "model",
@@ -91,6 +131,17 @@ COMMON = (
     "load_in_4bit",
     "revision",
     "trust_remote_code",
+)
+SEARCH = (
+    "strategy",
+    "minimize",
+    "recipes",
+    "sites",
+    "windows",
+    "max_codec_memory",
+    "target_ratio",
+    "refit",
+    "confidence",
 )
 FITTING = ("codec", "plan", "part", "key_space", "error_metric", "epochs", "block_length")
 PROTOCOL = ("protocol", "sinks", "window")

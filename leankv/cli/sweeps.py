@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_json, print_piece, print_table_json
-from leankv.cli.options import FITTING, PROTOCOL, WORKERS, Asked
+from leankv.cli.options import FITTING, PROTOCOL, SEARCH, WORKERS, Asked
+from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
 
 
@@ -125,19 +126,41 @@ def sweep_command(
         OUT.print(f"written to {swept.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
 
 
-@command("select", "layers", "budget")
+@command("select", "layers", "budget", *SEARCH, "memory_budget", *FITTING, *PROTOCOL)
 def select_command(asked: Asked, json_: Json = False) -> None:
-    """From a finished sweep: assemble the layers under the budget, measure them jointly, write the bundle."""
+    """Search the best plan under a budget, certify it on text nobody looked at, and write its bundle.
+
+    With --strategy greedy: LeanLlama's way, whole layers in order of cost, from the finished sweep in --output-dir.
+
+    Example: leankv select --budget 7% --minimize stored -o results/plan
+    """
     from leankv.report.columns import read_sweep
-    from leankv.report.selection import write_reports
+    from leankv.report.plans import plans_table
+    from leankv.report.selection import summary_table, write_reports
+    from leankv.storage.files import read_json
     from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.run_folder import EXPERIMENT_FILE
     from leankv.studies.select import experiment_of, select
+    from leankv.studies.select_plan import PLANS_FILE, select_plans
     from leankv.studies.workspace import Workspace
 
     overrides = asked.overrides()
+    folder = Path(overrides.get("output_dir", _default_output_dir()))
+    begun = asked.config is not None or (folder / EXPERIMENT_FILE).is_file()
+    as_used = overrides if begun else asked.without_window_if_strict({**SEARCH_SETTINGS, **overrides})
+    experiment = experiment_of(folder, asked.config, as_used)
+    if experiment.selection.strategy != "greedy":
+        summaries = select_plans(PlanEvaluator(Workspace.open(experiment, Progress())))
+        if json_:
+            print_json([summary.to_json() for summary in summaries])
+            return
+        for summary in summaries:
+            OUT.print(summary_table(summary))
+        OUT.print(plans_table(read_json(folder / PLANS_FILE)))
+        OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+        return
     if "layers" in overrides:  # of the swept layers, those that may be chosen
         overrides["selection.layers"] = overrides.pop("layers")
-    folder = Path(overrides.get("output_dir", _default_output_dir()))
     read_sweep(folder)
     experiment = experiment_of(folder, asked.config, overrides)
     summary = select(PlanEvaluator(Workspace.open(experiment, Progress())))

@@ -28,6 +28,9 @@ COMPARE_SETTINGS = {
 }
 """What `leankv compare` starts from where no experiment is named: a cache as one would really use it."""
 
+SEARCH_SETTINGS = {**COMPARE_SETTINGS, "data.selection_blocks": 16}
+"""What `leankv select` searches with where no experiment is named and none was begun in the folder."""
+
 _STEPS = tuple(f"s{0.005 * 2 ** (half / 2):.3g}" for half in range(9))
 _RATES = tuple(f"{0.25 * 2 ** (half / 2):.3g}" for half in range(9))
 

@@ -183,6 +183,35 @@ def waterfill(
     return best, prediction
 
 
+def fill_to_size(
+    path: Path, start: Choice, contributions: Contributions, size: float, rounds: int = 3
+) -> tuple[Measured, Prediction]:
+    """The choice of no more than `size` bytes that costs the least, as far as predictions lead to it.
+
+    Args:
+        path: measures.
+        start: a choice to begin at, of about that size.
+        contributions: of a choice's sites.
+        size: bytes.
+        rounds: how often contributions are taken, each time at the last choice.
+
+    Returns:
+        The cheapest measured step of no more bytes (the smallest one where none is), and the last prediction.
+    """
+    here = path.record(start, "waterfill", "start")
+    for round_ in range(rounds):
+        prediction = Prediction(path.space, here.choice, contributions(here.choice), here.cost)
+        choice = prediction.cheapest_within(size)
+        here = path.record(choice, "waterfill", f"round {round_ + 1}", prediction.of(choice))
+    return cheapest_within(path.steps, size), prediction
+
+
+def cheapest_within(steps: Sequence[Measured], size: float) -> Measured:
+    """The step that costs the least of those no larger than `size`; where none is, the smallest."""
+    within = [step for step in steps if step.size <= size]
+    return min(within, key=lambda step: step.cost) if within else min(steps, key=lambda step: step.size)
+
+
 def best_within(steps: Sequence[Measured], cost: float) -> Measured:
     """The smallest step within a cost; where none is, the one that costs the least."""
     within = [step for step in steps if step.cost <= cost]

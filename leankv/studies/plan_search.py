@@ -1,5 +1,6 @@
 """Searching plans: the strategies of `leankv.search` at work on a workspace's codecs, text and model."""
 
+import math
 import random
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,12 +12,12 @@ from leankv.calibration.sensitivity import site_contributions
 from leankv.codecs import Recipe
 from leankv.config.experiment import SelectionConfig
 from leankv.config.plan_table import EXACT
-from leankv.evaluation.perplexity import chunk_length
+from leankv.evaluation.perplexity import chunk_length, compare
 from leankv.search.evolution import evolve
 from leankv.search.local_search import refine
 from leankv.search.path import Measured, Path, frontier, grouped
 from leankv.search.plan_space import Choice, PlanSpace
-from leankv.search.water_filling import Prediction, best_within, waterfill
+from leankv.search.water_filling import Prediction, best_within, cheapest_within, fill_to_size, waterfill
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.plan_options import fit_ladders, plan_of, plan_space, search_recipes, search_sites
 
@@ -27,6 +28,8 @@ CONTRIBUTION_BLOCKS = 8  # assumption: contributions of 60 sites are then known 
 
 CONTRIBUTION_REVISION = 1
 """Raised when the contributions of a plan's sites change."""
+
+LARGEST_FACTOR = 4.0  # assumption: a factor beyond this between two lengths of text is noise of a cost near nothing
 
 BANDS = 5  # assumption: keys and values of a fifth of the layers move together in `refine`
 
@@ -63,7 +66,9 @@ class PlanSearch:
 
     Attributes:
         evaluator: fits to a reference plan (`CodecStore.with_reference`), and measures.
+        unreferenced: the same, fitting each plan's codecs to what the plan itself leaves.
         space: the choices.
+        path: what was measured.
     """
 
     def __init__(self, evaluator: PlanEvaluator, selection: SelectionConfig, peak: int = 0):
@@ -82,6 +87,7 @@ class PlanSearch:
             workspace.checked(PlanSpec.uniform(recipe))
         sites = search_sites(workspace, selection)
         self.reference = PlanSpec().with_sites(dict.fromkeys(sites, self._reference_recipe()))
+        self.unreferenced = evaluator
         self.evaluator = evaluator.with_reference(self.reference)
         fit_ladders(self.evaluator.codecs, sites, self.recipes)
         self.space: PlanSpace = plan_space(self.evaluator, selection, sites, self.recipes, peak)
@@ -130,14 +136,38 @@ class PlanSearch:
         Args:
             wanted: nats a token.
         """
-        family = [recipe for recipe in self.recipes if bool(recipe.n_context_layers) == self._predicts]
-        rungs = [self._nearest(recipe.text) for recipe in family]
+        rungs = self._rungs()
         place, few = len(rungs) // 2, max(1, self.path.n_blocks // 4)
         tried: dict[int, float] = {}
         while 0 <= place < len(rungs) and place not in tried:
             tried[place] = self.path.cost(rungs[place], few)
             place += 1 if tried[place] < wanted else -1
         return rungs[min(tried, key=lambda each: abs(tried[each] - wanted))]
+
+    def start_at_size(self, size: float) -> Choice:
+        """The uniform choice whose size is the nearest."""
+        return min(self._rungs(), key=lambda choice: abs(math.log(self.space.size(choice) / size)))
+
+    def _rungs(self) -> list[Choice]:
+        """The uniform choices, from fine to coarse."""
+        family = [recipe for recipe in self.recipes if bool(recipe.n_context_layers) == self._predicts]
+        return [self._nearest(recipe.text) for recipe in family]
+
+    def length_factor(self, wanted: float) -> float:
+        """How many times as much a plan costs in blocks as long as those of reports, as in the search's own.
+
+        Longer texts have a smaller share of exact tokens. Seen at one uniform plan, that of `start(wanted)`.
+        """
+        if self.evaluator.workspace.experiment.data.selection_block_length is None:
+            return 1.0
+        choice, long = self.start(wanted), self.evaluator.with_long_blocks()
+        cost = compare(long.base(), long.nats(self.plan(choice), title="selection text in long blocks"))
+        factor = math.log1p(cost.delta_percent / 100) / max(self.path.cost(choice), 1e-9)
+        return min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+
+    def refitted(self, refit: str) -> PlanEvaluator:
+        """Who measures the plans that are found: with the codecs of the search, or with ones fitted to each plan."""
+        return self.unreferenced if refit == "sequential" else self.evaluator
 
     @property
     def _predicts(self) -> bool:
@@ -167,40 +197,46 @@ class PlanSearch:
         return list(grouped(self.space.sites, keys).values())
 
 
-def search(own: PlanSearch, strategies: Sequence[str], wanted: float) -> Found:
+def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_ratio: float | None = None) -> Found:
     """Run strategies one after another, each from what the one before found.
 
     Args:
         own: what to search.
         strategies: `waterfill` first.
         wanted: nats a token that the plan may cost.
+        target_ratio: given, the cost is made least at this ratio of bytes instead.
     """
     path, progress = own.path, own.evaluator.workspace.progress
-    before, spent, seconds = len(path.steps), {}, {}
+    size = None if target_ratio is None else own.space.base / target_ratio
+    before = len(path.steps)
+    spent: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     best: Measured | None = None
     prediction: Prediction | None = None
     for strategy in strategies:
         started, evaluations = time.monotonic(), path.evaluations
         most = MOST_EVALUATIONS[strategy]
-        if strategy == "waterfill":
-            best, prediction = waterfill(path, own.start(wanted), own.contributions, wanted, most - len(FRONTIER))
-            for part in FRONTIER:
-                choice = prediction.smallest_within(wanted * part)
-                path.record(choice, "waterfill", f"{part:.0%} of the budget", prediction.of(choice))
+        if strategy == "waterfill" and size is not None:
+            best, prediction = fill_to_size(path, own.start_at_size(size), own.contributions, size)
+        elif strategy == "waterfill":
+            best, prediction = waterfill(path, own.start(wanted), own.contributions, wanted, most - len(FRONTIER) - 1)
         elif strategy == "refine":
             assert best is not None
             assert prediction is not None
-            best, prediction = refine(path, best, prediction, own.groups(), most - len(FRONTIER) - 2)
-            # At the bytes of the plan that was refined it costs less now; what is left of the budget buys bytes.
-            for part in (1.0, *reversed(FRONTIER)):
-                choice = prediction.smallest_within(wanted * part)
-                path.record(choice, "refine", f"{part:.0%} of the budget", prediction.of(choice))
+            best, prediction = refine(path, best, prediction, own.groups(), most - len(FRONTIER) - 1)
         else:
             assert best is not None
             best = evolve(path, best, most, own.evaluator.workspace.experiment.seed)
-        best = best_within(path.steps[before:], wanted)
+        if size is None and strategy != "evolve":
+            assert prediction is not None
+            # Refined, the plan costs less at its bytes: what is left of the budget buys bytes. And others for less.
+            for part in (1.0, *reversed(FRONTIER)):
+                choice = prediction.smallest_within(wanted * part)
+                path.record(choice, strategy, f"{part:.0%} of the budget", prediction.of(choice))
+        steps = path.steps[before:]
+        best = best_within(steps, wanted) if size is None else cheapest_within(steps, size)
         spent[strategy], seconds[strategy] = path.evaluations - evaluations, time.monotonic() - started
         progress.say(f"{strategy}: {best.percent:+.2f} % at a ratio of {best.ratio:.1f}")
     assert best is not None
-    steps = tuple(path.steps[before:])
-    return Found(steps, tuple(own.plan(step.choice) for step in steps), best, spent, seconds)
+    steps = path.steps[before:]
+    return Found(tuple(steps), tuple(own.plan(step.choice) for step in steps), best, spent, seconds)

@@ -1,0 +1,211 @@
+"""From a model to the best certified plan under a budget: search, certify, measure on report text, write the bundle."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from leankv.cache.plan import PlanSpec
+from leankv.config.experiment import SelectionConfig
+from leankv.config.notation import Budget, parse_budgets, parse_windows
+from leankv.errors import UserError
+from leankv.evaluation.perplexity import compare
+from leankv.report.plans import write_plans_report
+from leankv.report.summary import SUMMARY_FILE, Summary
+from leankv.search.certificate import Certificate
+from leankv.search.path import Measured
+from leankv.storage.files import read_json, write_json
+from leankv.studies.activation_store import remove_captures
+from leankv.studies.certify import certify_candidates
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.plan_search import Found, PlanSearch, search
+from leankv.studies.select import run_folder, save_bundle, write_manifest
+from leankv.studies.stored_bytes import bytes_of_plan
+from leankv.studies.summarize import Choosing, summarize
+
+PLANS_FILE = "plans.json"
+
+CANDIDATES = 5  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
+
+SAFEST = 0.4  # of the budget: what costs less is not asked to be certified
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan of a search's frontier, as it goes to certification.
+
+    Attributes:
+        evaluator: measures it, at the length of report blocks and with its own window.
+        spec: the plan.
+        step: as the search measured it.
+        cost: nats a token that it adds on selection text, in blocks as long as those of reports.
+    """
+
+    evaluator: PlanEvaluator
+    spec: PlanSpec
+    step: Measured
+    cost: float
+
+
+def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
+    """Search, certify and write a plan for each budget that the experiment names.
+
+    Returns:
+        A summary a budget; `summary.json` holds the last one, `plans.json` and `plans.csv` all.
+
+    Raises:
+        UserError: no plan meets a budget or a ratio (the sentence names the nearest), or recipes, sites and limits do
+            not suit the model or each other.
+    """
+    workspace = evaluator.workspace
+    selection, folder = workspace.experiment.selection, run_folder(workspace)
+    workspace.begin()
+    budgets = parse_budgets(selection.budget)
+    windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
+    searches = [_search_of(evaluator, selection, window) for window in windows]
+    summaries = []
+    for budget in budgets:
+        summaries.append(_select(evaluator, searches, budget, folder, len(budgets) == 1))
+    remove_captures(folder)
+    write_manifest(workspace)
+    return summaries
+
+
+def _search_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> PlanSearch:
+    own = evaluator if window == evaluator.protocol.window else evaluator.with_window(window)
+    if selection.minimize != "all-in":
+        return PlanSearch(own, selection)
+    plain = PlanSearch(own, replace(selection, minimize="live"))
+    # What one decoding step takes depends on a plan little: that of the reference stands for all.
+    peak = bytes_of_plan(plain.evaluator.with_long_blocks(), "selection", plain.reference).peak_step
+    return PlanSearch(own, selection, peak)
+
+
+def _select(
+    evaluator: PlanEvaluator, searches: Sequence[PlanSearch], budget: Budget, folder: Path, is_only: bool
+) -> Summary:
+    workspace = evaluator.workspace
+    selection, started = workspace.experiment.selection, time.monotonic()
+    base_ppl = evaluator.base().perplexity
+    percent = budget.percent_of(base_ppl)
+    wanted = math.log1p(percent / 100)
+    strategies = [name.strip() for name in selection.strategy.split(",")]
+    found = [_found(own, strategies, wanted, selection.target_ratio) for own in searches]
+    candidates = _candidates(searches, found, wanted, selection)
+    seconds = {f"search, {name}": sum(each.seconds[name] for each in found) for name in strategies}
+    place, certificates = certify_candidates([(each.evaluator, each.spec) for each in candidates], percent)
+    seconds["certify"] = time.monotonic() - started - sum(seconds.values())
+    # What is not certified is shipped all the same where it fits the budget on selection text, and says so.
+    fitting = [number for number, each in enumerate(candidates) if each.cost <= wanted]
+    chosen = candidates[place if place is not None else fitting[-1] if fitting else 0]
+    certificate = certificates[place if place is not None else min(len(certificates) - 1, candidates.index(chosen))]
+    how = Choosing(
+        strategy=",".join(strategies),
+        minimize=selection.minimize,
+        refit=selection.refit,
+        evaluations=sum(sum(each.evaluations.values()) for each in found),
+        certificate=certificate,
+        seconds=seconds,
+    )
+    summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
+    bundle = folder / ("bundle" if is_only else f"bundle-{str(budget).replace('%', 'pct')}")
+    save_bundle(chosen.evaluator, chosen.spec, summary, bundle)
+    _keep(folder, budget, summary, chosen, candidates, certificates, found)
+    write_json(folder / SUMMARY_FILE, summary.to_json())
+    write_plans_report(folder)
+    return summary
+
+
+def _found(own: PlanSearch, strategies: Sequence[str], wanted: float, target_ratio: float | None) -> Found:
+    """Search one window, for what blocks as long as those of reports shall cost."""
+    found = search(own, strategies, wanted / own.length_factor(wanted), target_ratio)
+    coarsest = own.space.ratio(tuple(len(options) - 1 for options in own.space.options))
+    if target_ratio is not None and found.best.ratio < 0.98 * target_ratio:
+        raise UserError(
+            f"no plan reaches a ratio of {target_ratio:g}: the best has {coarsest:.1f}; allow coarser recipes, a "
+            "shorter window, or a lower selection.target_ratio"
+        )
+    return found
+
+
+def _candidates(
+    searches: Sequence[PlanSearch], found: Sequence[Found], wanted: float, selection: SelectionConfig
+) -> list[Candidate]:
+    """The plans to certify, from safe to bold, by their cost on selection text at the length of report blocks.
+
+    Raises:
+        UserError: none is within the budget; names the nearest.
+    """
+    frontier: list[tuple[PlanSearch, Measured, PlanSpec]] = []
+    for own, each in zip(searches, found, strict=True):
+        limit = each.best.cost if selection.target_ratio is None else math.inf
+        inside = [(own, step, spec) for step, spec in each.frontier() if SAFEST * limit <= step.cost <= limit * 1.02]
+        frontier += inside[-CANDIDATES:]
+    candidates = []
+    for own, step, spec in frontier:
+        evaluator = own.refitted(selection.refit).with_long_blocks()
+        cost = compare(
+            evaluator.base(), evaluator.nats(spec, title=f"selection text in long blocks, {step.ratio:.1f}x")
+        )
+        candidates.append(Candidate(evaluator, spec, step, math.log1p(cost.delta_percent / 100)))
+    candidates.sort(key=lambda each: each.cost)
+    smaller: list[Candidate] = []
+    for candidate in candidates:  # what costs more and saves no more than another is none
+        if not smaller or candidate.step.size < smaller[-1].step.size:
+            smaller.append(candidate)
+    within = [candidate for candidate in smaller if candidate.cost <= wanted]
+    if not within:
+        nearest = min(candidates, key=lambda each: each.cost)
+        raise UserError(
+            f"no plan keeps within +{100 * math.expm1(wanted):.3g} %: the nearest costs "
+            f"{100 * math.expm1(nearest.cost):+.2f} % at a ratio of {nearest.step.ratio:.1f}; raise the budget, or "
+            "allow finer recipes"
+        )
+    return within[-CANDIDATES:]
+
+
+def _keep(
+    folder: Path,
+    budget: Budget,
+    summary: Summary,
+    chosen: Candidate,
+    candidates: Sequence[Candidate],
+    certificates: Sequence[Certificate],
+    found: Sequence[Found],
+) -> None:
+    """Put what one selection came to into `plans.json`, in place of an earlier one that was asked the same."""
+    path = folder / PLANS_FILE
+    kept: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    asked: dict[str, Any] = {
+        "budget": str(budget),
+        "strategy": summary.strategy,
+        "minimize": summary.minimize,
+        "refit": summary.refit,
+    }
+    asked |= {"protocol": summary.protocol, "sinks": summary.sinks}
+    entry = {
+        **asked,
+        "summary": summary.to_json(),
+        "plan": chosen.spec.table(),
+        "candidates": [
+            {
+                "ratio": each.step.ratio,
+                "cost_percent": 100 * math.expm1(each.cost),
+                "window": each.evaluator.protocol.window,
+                "certificate": certificate.to_json() if certificate else None,
+            }
+            for each, certificate in zip(
+                candidates, [*certificates, *[None] * (len(candidates) - len(certificates))], strict=True
+            )
+        ],
+        "steps": [
+            {**asdict(step), "choice": list(step.choice), "plan": plan.table(), "percent": step.percent}
+            for each in found
+            for step, plan in zip(each.steps, each.plans, strict=True)
+        ],
+        "evaluations": {name: sum(each.evaluations[name] for each in found) for name in found[0].evaluations},
+    }
+    others = [own for own in kept if any(own[name] != value for name, value in asked.items())]
+    write_json(path, [*others, entry])
