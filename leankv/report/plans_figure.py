@@ -21,8 +21,9 @@ def draw_plans(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
         for entry in own:
             colour = colormaps["viridis"](0.1 + 0.75 * budgets.index(entry["budget"]) / max(1, len(budgets) - 1))
             _draw_search(axes, entry, colour)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if any(step["percent"] > 0 for entry in own for step in entry["steps"]):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -31,7 +32,8 @@ def draw_plans(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(linewidth=0.3, which="both")
         axes.set_xlabel(f"16-bit cache over {kind} bytes, as codecs claim, sinks and window counted")
         axes.set_ylabel("rise of perplexity on selection text, %")
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[0]:  # there are none where every plan costs less than nothing
+            axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, format="png")
 
 

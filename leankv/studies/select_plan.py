@@ -29,8 +29,6 @@ PLANS_FILE = "plans.json"
 
 CANDIDATES = 5  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
 
-SAFEST = 0.4  # of the budget: what costs less is not asked to be certified
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -140,9 +138,8 @@ def _candidates(
     """
     frontier: list[tuple[PlanSearch, Measured, PlanSpec]] = []
     for own, each in zip(searches, found, strict=True):
-        limit = each.best.cost if selection.target_ratio is None else math.inf
-        inside = [(own, step, spec) for step, spec in each.frontier() if SAFEST * limit <= step.cost <= limit * 1.02]
-        frontier += inside[-CANDIDATES:]
+        inside = [(own, step, spec) for step, spec in each.frontier() if step.cost <= each.best.cost]
+        frontier += inside[-CANDIDATES:] if selection.target_ratio is None else inside[-1:]
     candidates = []
     for own, step, spec in frontier:
         evaluator = own.refitted(selection.refit).with_long_blocks()

@@ -1,0 +1,209 @@
+"""Searching a plan, from the command to the bundle, on a tiny model."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from leankv.cache.bundle import load_bundle
+from leankv.cache.plan import PlanSpec
+from leankv.config.loading import load_experiment
+from leankv.models.loading import load_model
+from leankv.progress import Silent
+from leankv.report.plans import PLANS_COLUMNS
+from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.plan_options import search_recipes, search_sites
+from leankv.studies.plan_search import PlanSearch
+from leankv.studies.workspace import Workspace
+from tests import tiny
+from tests.run_folders import refuse, succeed, succeed_json
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+    texts = [tiny.text(rng.randrange(60, 160), seed=number) for number in range(160)]
+    path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that has read the documents for two seconds: in an untrained one, errors cost nothing."""
+    model, texts = tiny.build("llama"), [json.loads(line)["text"] for line in documents.read_text().split("\n")]
+    ids = torch.tensor(tiny.tokenizer()("\n".join(texts))["input_ids"])
+    blocks = ids[: len(ids) // 48 * 48].reshape(-1, 48)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(120):
+        batch = blocks[step * 8 % (len(blocks) - 8) :][:8]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tiny.save(tmp_path_factory.mktemp("trained"), model.eval())
+
+
+@pytest.fixture(scope="module")
+def config(trained: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    values = {
+        "model": {"name": str(trained), "device": "cpu"},
+        "data": {
+            "dataset": str(documents),
+            "block_length": 48,
+            "selection_block_length": 24,
+            "calibration_blocks": 16,
+            "selection_blocks": 8,
+            "report_blocks": 4,
+        },
+        "codec": {"key_space": "pre-rope"},
+        "fit": {"error_metric": "gradient"},
+        "protocol": {"kind": "stream", "sinks": 2, "window": 4, "chunk": 8},
+        "selection": {"recipes": "int,resid(share:-1,int:4),resid(share:-1,int:2)"},
+        "certification": {"least_tokens": 24, "clip": 0.3},
+    }
+    path = tmp_path_factory.mktemp("config") / "plan.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a finished search, and what it printed as JSON."""
+    folder = tmp_path_factory.mktemp("plans") / "run"
+    return folder, succeed_json("select", "--config", config, "--budget", "20%", "-o", folder)
+
+
+def test_a_search_ends_with_a_certified_plan_and_its_bundle(run):
+    folder, (summary,) = run
+    assert summary["certificate"]["certified"]
+    assert summary["certificate"]["budget_percent"] == 20
+    assert summary["cache_ratio"] > 1
+    (row,) = pd.read_csv(folder / "plans.csv").to_dict("records")
+    assert list(row) == list(PLANS_COLUMNS)
+    assert row["certified"]
+    assert row["evaluations"] <= 72
+    assert (folder / "manifest.json").is_file()
+    assert (folder / "figures" / "plans.png").stat().st_size > 10_000
+    (entry,) = json.loads((folder / "plans.json").read_text())
+    model = load_model(load_experiment(folder / "experiment.yaml", {}).model).model
+    bundle = load_bundle(folder / "bundle", model)
+    sites = PlanSpec.parse(entry["plan"]).sites(4)
+    assert {site: codec.recipe for site, codec in bundle.plan.items()} == sites
+    assert "certified: at most +20 %" in (folder / "bundle" / "README.md").read_text()
+    assert "certified: at most +20 %" in (folder / "selection.md").read_text()
+
+
+def test_candidates_go_from_safe_to_bold_and_save_more_each(run):
+    folder, _ = run
+    (entry,) = json.loads((folder / "plans.json").read_text())
+    costs = [each["cost_percent"] for each in entry["candidates"]]
+    assert costs == sorted(costs)
+    assert costs[-1] <= 20
+    ratios = [each["ratio"] for each in entry["candidates"]]
+    assert ratios == sorted(ratios)
+
+
+def test_asked_again_nothing_is_measured_anew(run, config):
+    folder, (first,) = run
+    cells = {path.name: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    codecs = {path.name: path.stat().st_mtime_ns for path in (folder / "codecs").iterdir()}
+    (again,) = succeed_json("select", "--config", config, "--budget", "20%", "-o", folder)
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")} == cells
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "codecs").iterdir()} == codecs
+    for name in ("ppl", "cache_ratio", "certificate", "codec"):
+        assert again[name] == first[name]
+
+
+def test_a_smaller_memory_for_codecs_is_kept(run, config, tmp_path):
+    folder, (free,) = run
+    limit = free["codec_bytes_memory"] // 2
+    (limited,) = succeed_json(
+        *("select", "--config", config, "--budget", "20%", "-o", folder, "--strategy", "waterfill"),
+        *("--max-codec-memory", str(limit)),
+    )
+    assert limited["codec_bytes_memory"] <= limit
+    assert limited["cache_ratio"] <= free["cache_ratio"] * 1.02
+
+
+def test_a_ratio_may_be_the_target(config, tmp_path):
+    (summary,) = succeed_json(
+        *("select", "--config", config, "--budget", "80%", "-o", tmp_path / "run", "--strategy", "waterfill"),
+        *("--recipes", "int", "--target-ratio", "2.2"),
+    )
+    assert summary["cache_ratio"] == pytest.approx(2.2, rel=0.1)
+
+
+def test_windows_are_part_of_the_plan(config, tmp_path):
+    folder = tmp_path / "run"
+    (summary,) = succeed_json(
+        *("select", "--config", config, "--budget", "50%", "-o", folder, "--strategy", "waterfill"),
+        *("--recipes", "int", "--windows", "2,16"),
+    )
+    assert summary["window"] in (2, 16)
+    (entry,) = json.loads((folder / "plans.json").read_text())
+    assert {each["window"] for each in entry["candidates"]} <= {2, 16}
+
+
+def test_several_budgets_are_rows_of_one_table(config, tmp_path):
+    folder = tmp_path / "run"
+    succeed(
+        *("select", "--config", config, "--budget", "15%,60%", "-o", folder, "--strategy", "waterfill"),
+        *("--recipes", "int", "--minimize", "stored", "--refit", "sequential"),
+    )
+    table = pd.read_csv(folder / "plans.csv")
+    assert list(table["budget"]) == ["15%", "60%"]
+    assert table["cache_ratio"].is_monotonic_increasing
+    assert (folder / "bundle-15pct").is_dir()
+    assert (folder / "bundle-60pct").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--budget", "0.01%", "--recipes", "int:3", "--set", "certification.clip=10"), "takes at least"),
+        (
+            ("--budget", "1%", "--recipes", "int:2", "--sites", "k:0-3,v:0-3", "--target-ratio", "6"),
+            "keeps within +1 %",
+        ),
+        (("--target-ratio", "90", "--recipes", "int"), "no plan reaches a ratio of 90: the best has"),
+        (("--strategy", "refine"), "write waterfill before it"),
+        (("--strategy", "luck"), "must be one of greedy, waterfill, refine, evolve"),
+        (("--sites", "q:1"), "sites 'q:1' are not understood"),
+        (("--sites", "k:9"), "goes past the model's last layer"),
+        (("--max-codec-memory", "lots"), "no amount of memory"),
+        (("--minimize", "time"), "selection.minimize must be one of"),
+        (("--recipes", "wishes"), "is not understood"),
+        (("--windows", "many"), "windows 'many' are not understood"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(config, tmp_path, options, says):
+    assert says in refuse("select", "--config", config, "-o", tmp_path / "run", "--strategy", "waterfill", *options)
+
+
+def test_families_stand_for_their_rates():
+    recipes = [recipe.text for recipe in search_recipes("nuq, resid(share,transform), int:5", "gradient")]
+    assert recipes[:3] == ["nuq:4+1", "nuq:3+1", "nuq:2+1"]
+    assert "resid(share:-2,transform:s0.02)" in recipes
+    assert recipes[-1] == "int:5"
+    by_rate = [recipe.text for recipe in search_recipes("transform", "none")]
+    assert all(":s" not in text for text in by_rate)
+
+
+def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(config, tmp_path):
+    experiment = load_experiment(config, {"output_dir": str(tmp_path / "run")})
+    evaluator = PlanEvaluator(Workspace.open(experiment, Silent()))
+    search = PlanSearch(evaluator, evaluator.workspace.experiment.selection)
+    sites = search_sites(evaluator.workspace, evaluator.workspace.experiment.selection)
+    last = sites[-1]
+    share = next(recipe for recipe in search.recipes if recipe.n_context_layers)
+    alone, with_others = PlanSpec().with_sites({last: share}), PlanSpec.uniform("int:2").with_sites({last: share})
+    codecs = search.evaluator.codecs
+    assert codecs.key(alone, last) == codecs.key(with_others, last)
+    fitted_to_itself = search.unreferenced.codecs
+    assert fitted_to_itself.key(alone, last) != fitted_to_itself.key(with_others, last)
+    assert codecs.key(search.reference, last) == fitted_to_itself.key(search.reference, last)
