@@ -171,7 +171,7 @@ def perplexity(
     with _progress(progress).stage("perplexity", len(blocks)) as step:
         if bundle is None:
             nats = measure_nats(model, blocks, asked, make_base, step)
-            return PerplexityReport(nats.perplexity, nats.tokens * len(nats.nats), asked)
+            return PerplexityReport(nats.perplexity, nats.tokens_per_block * len(nats.nats), asked)
         base_pass = BasePass(model, make_base, 0)
         pair = measure_pair(model, blocks, asked, base_pass, lambda: bundle.new_cache(window=window), step)
     return _report(pair, asked)

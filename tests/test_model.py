@@ -13,7 +13,7 @@ import transformers
 from leankv import LeanCache, ModelConfig, UserError, load_model
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import LayerGeometry, find_geometry
-from leankv.models.loading import EMBEDDED_PACKAGE
+from leankv.models.loading import EMBEDDED_PACKAGE, describe, look_at
 from leankv.models.observers import RecordingCache
 from leankv.models.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
@@ -76,6 +76,13 @@ def test_geometry(architecture: str, model: Any) -> None:
     assert geometry.layers == GEOMETRIES[architecture]
     assert geometry.width == 32
     assert geometry.bytes_per_token == 4 * 2 * 32 * 2  # layers, K and V, width, 16 bits
+
+
+def test_bundles_know_layers_by_names_that_stay() -> None:
+    layer = {"kv_heads": 2, "head_dim": 16, "window": 12}
+    assert describe(look_at(tiny.build("mistral"), None))["layers"] == [layer] * 4
+    sliding = {"kv_heads": 4, "head_dim": 16, "window": 12, "v_head_dim": 12}
+    assert describe(look_at(tiny.build("mimo"), None))["layers"][1] == sliding
 
 
 def test_geometry_says_what_the_stock_cache_holds(model: Any) -> None:
