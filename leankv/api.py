@@ -274,7 +274,7 @@ def capture(
         tokenizer: its tokenizer; not needed for token blocks.
         text: a string, documents, or token ids `[blocks, block_length]`.
         layers: numbers, or as text `all` or `0,4,40-63`.
-        key_space: `post-rope`, keys as the cache holds them; `pre-rope`, un-rotated; or `auto`.
+        key_space: `post-rope`, keys as the cache holds them; `pre-rope`, before rotary embedding; or `auto`.
         block_length: tokens in a block, where `text` is no token ids.
         progress: show how far it is, on stderr.
 

@@ -357,22 +357,22 @@ def by_pair(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("convention", "rotated"), [("half", by_half), ("interleaved", by_pair)])
-def test_unrotating_undoes_rotation(convention: str, rotated: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_unrotate_undoes_rotate(convention: str, rotated: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Also of scaled tables, and of keys that are rotated in their first dimensions only."""
     pairing, generator = CONVENTIONS[convention], torch.Generator().manual_seed(0)
     k = torch.randn(2, 3, 5, 16, generator=generator)
     angles = torch.rand(2, 5, 4, generator=generator) * 2 * math.pi
     doubled = torch.cat([angles, angles], dim=-1) if convention == "half" else angles.repeat_interleave(2, dim=-1)
     cos, sin = 1.3 * doubled.cos(), 1.3 * doubled.sin()
-    turned = k.clone()
-    turned[..., :8] = k[..., :8] * cos[:, None] + rotated(k[..., :8]) * sin[:, None]
-    assert not torch.allclose(turned, k, atol=0.1)
-    torch.testing.assert_close(rotate(k, cos, sin, pairing), turned)
-    torch.testing.assert_close(unrotate(turned, cos, sin, pairing), k, atol=1e-5, rtol=1e-5)
+    expected_keys = k.clone()
+    expected_keys[..., :8] = k[..., :8] * cos[:, None] + rotated(k[..., :8]) * sin[:, None]
+    assert not torch.allclose(expected_keys, k, atol=0.1)
+    torch.testing.assert_close(rotate(k, cos, sin, pairing), expected_keys)
+    torch.testing.assert_close(unrotate(expected_keys, cos, sin, pairing), k, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_unrotated_keys_do_not_depend_on_the_position() -> None:
+def test_keys_pre_rope_do_not_depend_on_the_position() -> None:
     """The same token anywhere in a sequence of its own kind has the same first-layer key before rotation."""
     model = tiny.build("llama")
     keys: dict[int, torch.Tensor] = {}

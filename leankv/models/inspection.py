@@ -62,9 +62,9 @@ def inspect_cache(loaded: LoadedModel) -> CacheInspection:
     cannot = []
     try:
         KeyRotation(loaded.model)
-        can.append("compress keys un-rotated (--key-space pre-rope)")
+        can.append("compress keys pre-RoPE (--key-space pre-rope)")
     except UserError as error:
-        cannot.append(f"compress keys un-rotated (--key-space pre-rope): {error}")
+        cannot.append(f"compress keys pre-RoPE (--key-space pre-rope): {error}")
     if unknown:
         cannot.append(f"say how positions enter the keys of layers {_ranges(unknown)}: no rotary convention matches")
     if sliding:

@@ -130,7 +130,7 @@ class PlanEvaluator:
     def baseline_pair(
         self, make_cache: Callable[[], Any], made_by: Mapping[str, str], split: str, title: str
     ) -> PairedRun:
-        """As `pair`, with caches that others wrote.
+        """As `pair`, with a baseline's caches.
 
         Args:
             make_cache: a fresh cache for a batch of blocks.
