@@ -140,7 +140,7 @@ def measure_bytes(
         held=held[context],
         stored=stored[context],
         peak_step=peak,
-        codecs=codec_memory((plan or {}).values()),
+        codecs=codec_memory(cache.codecs.values()) if isinstance(cache, LeanCache) else 0,
         base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter) - left_alone,
         held_growth=held[longer] - held[shorter] - exact if is_settled else None,
         stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,
