@@ -171,7 +171,7 @@ def perplexity(
     with _progress(progress).stage("perplexity", len(blocks)) as step:
         if bundle is None:
             nats = measure_nats(model, blocks, asked, make_base, step)
-            return PerplexityReport(nats.perplexity, nats.tokens * len(nats.nats), asked)
+            return PerplexityReport(nats.perplexity, nats.tokens_per_block * len(nats.nats), asked)
         base_pass = BasePass(model, make_base, 0)
         pair = measure_pair(model, blocks, asked, base_pass, lambda: bundle.new_cache(window=window), step)
     return _report(pair, asked)
@@ -274,7 +274,7 @@ def capture(
         tokenizer: its tokenizer; not needed for token blocks.
         text: a string, documents, or token ids `[blocks, block_length]`.
         layers: numbers, or as text `all` or `0,4,40-63`.
-        key_space: `post-rope`, keys as the cache holds them; `pre-rope`, un-rotated; or `auto`.
+        key_space: `post-rope`, keys as the cache holds them; `pre-rope`, before rotary embedding; or `auto`.
         block_length: tokens in a block, where `text` is no token ids.
         progress: show how far it is, on stderr.
 

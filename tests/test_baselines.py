@@ -1,4 +1,4 @@
-"""Baselines: caches of others, found by name or by `module:factory`, and known by what makes them."""
+"""Baselines: caches that someone else wrote, found by name or by `module:factory`, and known by what makes them."""
 
 from pathlib import Path
 from typing import Any

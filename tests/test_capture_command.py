@@ -48,16 +48,16 @@ def test_a_capture_claims_no_folder(experiment: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_captured_keys_are_in_the_key_space_asked_for(experiment: Path, llama_folder: Path, tmp_path: Path) -> None:
     common = ("--config", experiment, "-o", tmp_path, "--layers", "1")
-    turned, plain = (
+    pre_rope, plain = (
         load_file(Path(succeed_json("capture", *common, "--key-space", space)["folder"]) / "layer-001.safetensors")
         for space in ("pre-rope", "post-rope")
     )
     rotation = KeyRotation(load_model(ModelConfig(str(llama_folder), device="cpu")).model)
     heads = plain["k"].reshape(-1, 48, 2, 16).transpose(1, 2)  # blocks, heads, tokens
     expected = rotation.remove(1, heads, torch.arange(48)[None]).transpose(1, 2).reshape(-1, 32)
-    assert not torch.allclose(turned["k"].float(), plain["k"].float(), atol=1e-2)
-    torch.testing.assert_close(turned["k"].float(), expected, atol=2e-2, rtol=2e-2)
-    assert torch.equal(turned["v"], plain["v"])
+    assert not torch.allclose(pre_rope["k"].float(), plain["k"].float(), atol=1e-2)
+    torch.testing.assert_close(pre_rope["k"].float(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.equal(pre_rope["v"], plain["v"])
 
 
 def test_layers_that_were_not_captured_are_added(experiment: Path, tmp_path: Path) -> None:

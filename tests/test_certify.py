@@ -114,7 +114,7 @@ def test_unless_told_the_bound_is_what_selection_text_suggests_for_each_plan(eva
     base = evaluator.base("selection")
     for spec, certificate in zip([SAFE, BOLD], certificates, strict=True):
         after = evaluator.nats(spec, "selection").nats
-        differences = [(own - before) / base.tokens for own, before in zip(after, base.nats, strict=True)]
+        differences = [(own - before) / base.tokens_per_block for own, before in zip(after, base.nats, strict=True)]
         assert certificate.clip == choose_clip(differences, math.log1p(BUDGET / 100))
         assert certificate.clip == clip_for(evaluator, spec, BUDGET)
     assert certify(evaluator, [SAFE], BUDGET, settings, clip=0.3)[1][0].clip == 0.3

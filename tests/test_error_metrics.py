@@ -36,7 +36,7 @@ def second_moment(g: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_gradients_are_those_of_the_projections_before_the_rotary_embedding(sinks: int) -> None:
-    """In a Llama, un-rotated keys are what `k_proj` gives."""
+    """In a Llama, keys pre-RoPE are what `k_proj` gives."""
     model = tiny.build("llama")
     seen: dict[tuple[int, str], list[torch.Tensor]] = {}
     outputs: dict[tuple[int, str], torch.Tensor] = {}

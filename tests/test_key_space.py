@@ -61,8 +61,8 @@ def test_what_is_taken_off_keys_is_put_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ROTARY, *SCALED])
-def test_unrotated_keys_of_the_first_layer_know_nothing_of_their_place(name: str) -> None:
-    """The same token everywhere has one un-rotated key, and as many cached ones as places."""
+def test_keys_of_the_first_layer_pre_rope_know_nothing_of_their_place(name: str) -> None:
+    """The same token everywhere has one key pre-RoPE, and as many cached ones as places."""
     model = built(name)
     keys = as_cached(recorded(model, torch.full((1, 30), 7))[0, "k"])
     plain = KeyRotation(model).remove(0, keys, torch.arange(30)[None])
@@ -105,7 +105,7 @@ def test_lossless_codecs_generate_as_the_stock_cache(name: str, options: dict[st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @torch.no_grad()
 def test_identity_costs_nothing_in_any_dtype(name: str, dtype: torch.dtype) -> None:
-    """Not one bit, though keys round when they are un-rotated and back; and it holds what the stock cache does."""
+    """Not one bit, though keys round when they are rotated back and forth; and it holds what the stock cache does."""
     model = tiny.build(name).to(dtype)
     stock = DynamicCache(config=model.config)
     lean = LeanCache(model.config, identity_plan(model), sinks=1, window=2, rotation=KeyRotation(model))
@@ -160,7 +160,7 @@ def test_keys_rotate_alike_in_pieces_and_in_rows_of_their_own() -> None:
 
 
 def test_a_padded_row_is_read_as_it_is_alone() -> None:
-    """A lossy codec meets the same un-rotated keys whatever padding stands before them."""
+    """A lossy codec meets the same keys pre-RoPE whatever padding stands before them."""
     model = tiny.build("llama")
     plan, rotation = plan_of(model, Rounding), KeyRotation(model)
     tokens, padding = tiny.tokens(1, 12), 5

@@ -13,7 +13,7 @@ import transformers
 from leankv import LeanCache, ModelConfig, UserError, load_model
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import LayerGeometry, find_geometry
-from leankv.models.loading import EMBEDDED_PACKAGE
+from leankv.models.loading import EMBEDDED_PACKAGE, describe, look_at
 from leankv.models.observers import RecordingCache
 from leankv.models.rope import CONVENTIONS, find_conventions, rotate, unrotate
 from tests import tiny
@@ -76,6 +76,13 @@ def test_geometry(architecture: str, model: Any) -> None:
     assert geometry.layers == GEOMETRIES[architecture]
     assert geometry.width == 32
     assert geometry.bytes_per_token == 4 * 2 * 32 * 2  # layers, K and V, width, 16 bits
+
+
+def test_bundles_know_layers_by_names_that_stay() -> None:
+    layer = {"kv_heads": 2, "head_dim": 16, "window": 12}
+    assert describe(look_at(tiny.build("mistral"), None))["layers"] == [layer] * 4
+    sliding = {"kv_heads": 4, "head_dim": 16, "window": 12, "v_head_dim": 12}
+    assert describe(look_at(tiny.build("mimo"), None))["layers"][1] == sliding
 
 
 def test_geometry_says_what_the_stock_cache_holds(model: Any) -> None:
@@ -350,22 +357,22 @@ def by_pair(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("convention", "rotated"), [("half", by_half), ("interleaved", by_pair)])
-def test_unrotating_undoes_rotation(convention: str, rotated: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_unrotate_undoes_rotate(convention: str, rotated: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Also of scaled tables, and of keys that are rotated in their first dimensions only."""
     pairing, generator = CONVENTIONS[convention], torch.Generator().manual_seed(0)
     k = torch.randn(2, 3, 5, 16, generator=generator)
     angles = torch.rand(2, 5, 4, generator=generator) * 2 * math.pi
     doubled = torch.cat([angles, angles], dim=-1) if convention == "half" else angles.repeat_interleave(2, dim=-1)
     cos, sin = 1.3 * doubled.cos(), 1.3 * doubled.sin()
-    turned = k.clone()
-    turned[..., :8] = k[..., :8] * cos[:, None] + rotated(k[..., :8]) * sin[:, None]
-    assert not torch.allclose(turned, k, atol=0.1)
-    torch.testing.assert_close(rotate(k, cos, sin, pairing), turned)
-    torch.testing.assert_close(unrotate(turned, cos, sin, pairing), k, atol=1e-5, rtol=1e-5)
+    expected_keys = k.clone()
+    expected_keys[..., :8] = k[..., :8] * cos[:, None] + rotated(k[..., :8]) * sin[:, None]
+    assert not torch.allclose(expected_keys, k, atol=0.1)
+    torch.testing.assert_close(rotate(k, cos, sin, pairing), expected_keys)
+    torch.testing.assert_close(unrotate(expected_keys, cos, sin, pairing), k, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_unrotated_keys_do_not_depend_on_the_position() -> None:
+def test_keys_pre_rope_do_not_depend_on_the_position() -> None:
     """The same token anywhere in a sequence of its own kind has the same first-layer key before rotation."""
     model = tiny.build("llama")
     keys: dict[int, torch.Tensor] = {}

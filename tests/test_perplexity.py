@@ -38,12 +38,12 @@ def protocol(request: pytest.FixtureRequest) -> ProtocolConfig:
 
 def nats(model: Any, blocks: Blocks, protocol: ProtocolConfig, plan: Any = None, cache: Any = LeanCache) -> BlockNats:
     return measure_nats(
-        model, blocks, protocol, lambda: cache(model.config, plan or {}, protocol.sinks, protocol.window)
+        model, blocks, protocol, lambda: cache(model.config, plan or {}, sinks=protocol.sinks, window=protocol.window)
     )
 
 
 def per_token(measured: BlockNats) -> list[float]:
-    return [own / measured.tokens for own in measured.nats]
+    return [own / measured.tokens_per_block for own in measured.nats]
 
 
 def test_base_perplexity_is_that_of_a_plain_loop(model: Any, blocks: Blocks, protocol: ProtocolConfig) -> None:
@@ -110,8 +110,8 @@ def test_batches_of_blocks_agree_with_single_blocks(model: Any, blocks: Blocks, 
 
 
 def test_the_interval_is_that_of_a_paired_t_test() -> None:
-    base = BlockNats((310.0, 290.5, 355.25, 301.0), tokens=100, seconds=0)
-    compressed = BlockNats((322.0, 294.0, 371.5, 309.75), tokens=100, seconds=0)
+    base = BlockNats((310.0, 290.5, 355.25, 301.0), tokens_per_block=100, seconds=0)
+    compressed = BlockNats((322.0, 294.0, 371.5, 309.75), tokens_per_block=100, seconds=0)
     cost = compare(base, compressed)
     test = stats.ttest_rel([n / 100 for n in compressed.nats], [n / 100 for n in base.nats])
     low, high = test.confidence_interval(0.95)

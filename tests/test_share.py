@@ -49,7 +49,7 @@ def captured(model: Any, folder: Path, rotation: KeyRotation | None) -> Activati
 
 def context_of(model: Any, spec: PlanSpec, site: Site) -> list[Site]:
     """The sites that a plan's recipe for `site` predicts from."""
-    recipe, windows = spec[site], [layer.window for layer in find_geometry(model).layers]
+    recipe, windows = spec[site], [layer.sliding_window for layer in find_geometry(model).layers]
     if recipe is None or not recipe.n_context_layers:
         return []
     layers = earlier_layers(windows, site.layer, recipe.n_context_layers)

@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from leankv.cache.key_space import KeySpace
+from leankv.cache.on_device import codec_on
 from leankv.cache.part_store import PartStore
 from leankv.codecs import Codec
 
@@ -60,10 +61,10 @@ class LeanLayer(DynamicLayer):
         self.parts = {"k": keys, "v": store("v", None, [keys])}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note dtype and device, and bring the codecs to the device where this layer's keys are."""
+        """Note dtype and device, and take the codecs on the device where this layer's keys are."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        for codec in self.codecs.values():
-            codec.to(self.device)
+        for part, codec in self.codecs.items():
+            self.parts[part].codec = codec_on(codec, self.device)
         self.is_initialized = True
 
     @torch.no_grad()

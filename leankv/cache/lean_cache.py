@@ -12,7 +12,7 @@ from leankv.cache.key_space import KeySpace
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
 from leankv.cache.memory import held_bytes
 from leankv.cache.part_store import PartStore
-from leankv.cache.plan import Plan, codecs_by_layer
+from leankv.cache.plan import Plan, Site, codecs_by_layer
 from leankv.models.rope import KeyRotation
 from leankv.models.structure import earlier_layers
 
@@ -103,12 +103,23 @@ class LeanCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":
         """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""
-        shared_by_all = (self.config, self.plan, self.rotation, *self.plan.values())
+        shared_by_all = (self.config, self.plan, self.rotation, *self.plan.values(), *self.codecs.values())
         memo.update({id(shared): shared for shared in shared_by_all})
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    @property
+    def codecs(self) -> Plan:
+        """The plan as it is in use: its codecs, or their copies on the device of each layer that holds tokens."""
+        return {
+            Site(number, part): store.codec
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer, LeanLayer)
+            for part, store in layer.parts.items()
+            if store.codec is not None
+        }
 
     def nbytes(self) -> int:
         """Bytes of memory that the cache really holds, counted as any cache's are (`leankv.cache.memory`).

@@ -36,7 +36,7 @@ def attention_moments(
     """Site -> `E[q q^T]` for keys, the Gram matrix of the output projection for values.
 
     Both are block diagonal, a block for each key head, summed over the query heads that read it. Where keys are
-    un-rotated, queries are rotated to the position of a key that they see, drawn at random from those behind the sinks.
+    pre-RoPE, queries are rotated to the position of a key that they see, drawn at random from those behind the sinks.
 
     Raises:
         UserError: the model's attention has another form than queries, keys, values and a linear output.

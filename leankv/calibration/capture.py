@@ -59,7 +59,7 @@ def capture(
         batch_size: blocks in a forward pass.
         depends_on: goes to the manifest.
         progress: shows the pass.
-        rotation: given, keys are written un-rotated.
+        rotation: given, keys are written pre-RoPE.
 
     Raises:
         UserError: a key or value is not finite (names layer and part), or the folder cannot be written.

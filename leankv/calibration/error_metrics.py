@@ -6,7 +6,7 @@ respect to one token's keys or values. One backward pass gives all layers'. In n
 parts compare.
 
 `attention`: what the layer's own attention does with the vectors, and nothing behind it. Keys meet queries, so
-`M = E[q q^T]`, each key head with the queries that read it, rotated to the key's position where keys are un-rotated.
+`M = E[q q^T]`, each key head with the queries that read it, rotated to the key's position where keys are pre-RoPE.
 Values leave through the output projection, so `M` is the Gram matrix of its rows, head by head. Their units differ from
 part to part.
 

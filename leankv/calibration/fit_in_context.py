@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from leankv.cache.on_device import codec_on
 from leankv.cache.plan import Site
 from leankv.calibration.activations import Activations
 from leankv.calibration.error_metrics import ErrorMetrics
@@ -71,8 +72,10 @@ def fit_in_context(
         else:
             known = [decoded[source] for source in own.context]
             context = torch.cat(known, dim=1) if known else x[:, :0].float()
-            codec = own.codec or _fitted(own.recipe, x, context, site, first_heldout, fitting, error_metrics)
-            codec = codec.to(fitting.device)
+            if own.codec is None:
+                codec = _fitted(own.recipe, x, context, site, first_heldout, fitting, error_metrics).to(fitting.device)
+            else:
+                codec = codec_on(own.codec, fitting.device)
             shown = reconstructed(codec, x, context)
             decoded[site] = as_context(shown)
             if own.codec is None:

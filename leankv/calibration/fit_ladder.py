@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from leankv.cache.on_device import codec_on
 from leankv.cache.plan import Site
 from leankv.calibration.activations import Activations
 from leankv.calibration.error_metrics import ErrorMetrics
@@ -96,4 +97,4 @@ def _shown(recipe: Recipe | None, codec: Codec | None, x: torch.Tensor, context:
     if recipe is None:
         return as_context(x)
     assert codec is not None, "the reference's recipe is fitted, or one of the ladder"
-    return as_context(reconstructed(codec.to(x.device), x, context))
+    return as_context(reconstructed(codec_on(codec, x.device), x, context))

@@ -14,7 +14,7 @@ class MetricSample:
     Attributes:
         blocks: calibration text.
         layers: of which layers.
-        rotation: given, keys are un-rotated.
+        rotation: given, keys are pre-RoPE.
         sinks: first tokens of each block, which are held exact and not counted.
         seed: of what is drawn.
     """

@@ -74,7 +74,7 @@ def compare_command(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="A cache of others (again for more): all, hqq:4, quanto:2, turboquant:safe, module:factory.",
+            help="Whose cache to measure too (again for more): all, hqq:4, quanto:2, turboquant:safe, module:factory.",
             rich_help_panel=MEASURE,
             show_default=False,
         ),

@@ -83,10 +83,10 @@ class ProductQuantizer(Codec):
 
         q_m = argmin_c |root_m^T ((x - mean)_m - codebook[m, c])|,        (x_hat)_m = mean_m + codebook[m, q_m]
 
-    After Jegou et al., 2011, as MILLION (2025) does for caches. Under an error metric, errors within a subvector count
-    by its block on the metric's diagonal, `root_m root_m^T`, in fitting and in encoding; what the metric says of two
-    subvectors together is left out. Seeded: k-means starts at vectors of the calibration text; a centroid that is
-    nearest to nothing moves to the vector that is farthest from its own.
+    After Jegou et al., 2011, as MILLION (arXiv 2504.03661) does for caches. Under an error metric, errors within a
+    subvector count by its block on the metric's diagonal, `root_m root_m^T`, in fitting and in encoding; what the
+    metric says of two subvectors together is left out. Seeded: k-means starts at vectors of the calibration text; a
+    centroid that is nearest to nothing moves to the vector that is farthest from its own.
 
     Storage: B bits for each subvector, a row padded to whole bytes. What it does not do: choose which channels lie in a
     subvector together, correct outliers (a vector far from all centroids becomes a centroid), or spend more bits on

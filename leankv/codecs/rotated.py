@@ -70,7 +70,7 @@ class Rotated(Codec):
         y = R (x - mean),   n = |y|,   q = nearest of levels / sqrt(W) to y / n,
         x_hat = mean + R^T y_hat,      y_hat = n levels[q] / sqrt(W)
 
-    After Zandieh et al., 2025 (arXiv 2504.19874; and RotateKV: Su et al., 2025): each coordinate of a randomly rotated
+    After Zandieh et al., 2025 (arXiv 2504.19874; and RotateKV: arXiv 2501.16383): each coordinate of a randomly rotated
     unit vector is nearly normally distributed with variance 1 / W, whatever the vector was, so the levels are those of
     the normal distribution (Max, 1960), and nothing but the mean is fitted. TurboQuant takes the levels of the exact
     distribution, a Beta, which differs little at the widths of caches. R is two rounds of random signs and a Hartley

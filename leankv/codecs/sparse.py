@@ -51,7 +51,7 @@ class SparseRecipe(Recipe):
 class Sparse(Codec):
     """Keeps the `round(P / 100 W)` numbers of each token (at least one) that deviate most; the others become the mean.
 
-    After Mustafar (Joo et al., 2025): unstructured pruning of each token by magnitude, stored as a bitmap and the
+    After Mustafar (arXiv 2505.22913): unstructured pruning of each token by magnitude, stored as a bitmap and the
     values kept, in channel order. Mustafar prunes the numbers themselves; here it is their deviation from the channel's
     mean on calibration text, which costs nothing a token, and loses less wherever channels have means (keys' do). Under
     an error metric, a deviation's magnitude counts times the square root of its channel's entry on its diagonal: what

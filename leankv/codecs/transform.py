@@ -131,7 +131,7 @@ class Transform(Codec):
     water-filling (Cover and Thomas, 10.3.3): what varies less than the step costs nothing. `transform:sX` states the
     step, in the root of the metric's units: with the same step everywhere, layers and parts share bits among
     themselves by the same law. `transform:R` finds the step at which the entropy of `q` is R bits a value. As KVTC
-    (NVIDIA, 2025), without its dynamic programming of bit widths.
+    (arXiv 2511.01815), without its dynamic programming of bit widths.
 
     There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
 

@@ -82,8 +82,8 @@ class CodecConfig:
     dtype: str = "float32"
     """Precision the codecs' parameters are kept in: float32, bfloat16 or float16."""
     key_space: str = "post-rope"
-    """Where key codecs take their vectors: `post-rope` as the cache holds them, `pre-rope` un-rotated; `auto`: pre-rope
-    where the model's rotary embedding can be taken off, else post-rope."""
+    """Where key codecs take their vectors: `post-rope` as the cache holds them, `pre-rope` before rotary embedding;
+    `auto`: pre-rope where the model's rotary embedding can be taken off, else post-rope."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Baselines: the caches of others, which `leankv compare` measures beside ours."""
+"""Baselines: caches that someone else wrote, which `leankv compare` measures beside ours."""
 
 import functools
 import importlib
@@ -20,7 +20,7 @@ from leankv.storage.files import hash_of, hash_of_file
 
 @dataclass(frozen=True)
 class Baseline:
-    """A cache of others.
+    """A cache that someone else wrote.
 
     Attributes:
         spec: as `--baseline` names it.

@@ -26,7 +26,7 @@ PIECE = 128
 when they are met within one."""
 
 SETTLED = 2 * PIECE
-"""Tokens after which a cache of others is taken to grow by its codes alone: 128 that are held exact, and one group."""
+"""Tokens after which a baseline is taken to grow by its codes alone: 128 that are held exact, and one group."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CacheBytes:
         context: tokens in it.
         base: of the 16-bit cache of so many tokens.
         held: of the cache in memory between two steps.
-        stored: of the cache serialized: codes entropy-coded where their codec can. As held, for caches of others.
+        stored: of the cache serialized: codes entropy-coded where their codec can. As held, for baselines.
         peak_step: the most that one decoding step takes over `held`: what it decodes, and the model's own activations
             of one token, which are the same for all caches.
         codecs: of the codecs in memory, with what decoding builds and keeps.
@@ -100,7 +100,7 @@ def measure_bytes(
         geometry: of its cache.
         tokens: what to fill the cache with.
         make_cache: a fresh cache for one sequence.
-        plan: what it holds as codes; None, for caches of others: everything.
+        plan: what it holds as codes; None, for baselines: everything.
         settled: tokens after which what it compresses grows by codes alone.
         on_piece: called after each piece that is fed.
     """
@@ -140,7 +140,7 @@ def measure_bytes(
         held=held[context],
         stored=stored[context],
         peak_step=peak,
-        codecs=codec_memory((plan or {}).values()),
+        codecs=codec_memory(cache.codecs.values()) if isinstance(cache, LeanCache) else 0,
         base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter) - left_alone,
         held_growth=held[longer] - held[shorter] - exact if is_settled else None,
         stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,

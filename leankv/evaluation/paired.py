@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ class PairedRun:
     def seconds(self) -> float:
         """Time that both runs took, side by side."""
         return self.base.seconds
+
+    def cell(self) -> dict[str, Any]:
+        """As a cell holds it."""
+        parts = {"base": self.base.cell(), "compressed": self.compressed.cell()}
+        return {**parts, "divergence": asdict(self.divergence)}
+
+    @classmethod
+    def from_cell(cls, cell: Mapping[str, Any]) -> "PairedRun":
+        """Read back what `cell` gives."""
+        base, compressed = (BlockNats.from_cell(cell[run]) for run in ("base", "compressed"))
+        return cls(base, compressed, divergence_from(cell["divergence"]))
 
 
 @torch.no_grad()
@@ -123,11 +134,3 @@ def _compared(
         apart.append(torch.stack([kl, same.double(), probability[1] - probability[0]]))
     sums = [sum_by_block(each, labels.shape) for each in torch.cat(nats, dim=1)]
     return torch.stack(sums), torch.cat(apart, dim=1).unflatten(1, labels.shape).cpu()
-
-
-def pair_from(result: Mapping[str, Any]) -> PairedRun:
-    """A paired run as a cell holds it: `dataclasses.asdict` of it, read back."""
-    base, compressed = (
-        BlockNats(tuple(own["nats"]), own["tokens"], own["seconds"]) for own in (result["base"], result["compressed"])
-    )
-    return PairedRun(base, compressed, divergence_from(result["divergence"]))

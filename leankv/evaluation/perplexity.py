@@ -13,7 +13,7 @@ Natural logarithms of probabilities ("nats") are summed in float64 for each bloc
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +42,27 @@ class BlockNats:
 
     Attributes:
         nats: one sum a block.
-        tokens: predicted tokens in each block (its length less one).
+        tokens_per_block: predicted tokens in each block (its length less one).
         seconds: time it took.
     """
 
     nats: tuple[float, ...]
-    tokens: int
+    tokens_per_block: int
     seconds: float
 
     @property
     def perplexity(self) -> float:
         """exp of the mean nats a token."""
-        return math.exp(math.fsum(self.nats) / (self.tokens * len(self.nats)))
+        return math.exp(math.fsum(self.nats) / (self.tokens_per_block * len(self.nats)))
+
+    def cell(self) -> dict[str, Any]:
+        """As a cell holds it; what is told of each block is called `tokens` there, as in cells of version 0.1."""
+        return {"nats": self.nats, "tokens": self.tokens_per_block, "seconds": self.seconds}
+
+    @classmethod
+    def from_cell(cls, cell: Mapping[str, Any]) -> "BlockNats":
+        """Read back what `cell` gives."""
+        return cls(tuple(cell["nats"]), cell["tokens"], cell["seconds"])
 
 
 @dataclass(frozen=True)
@@ -213,8 +222,8 @@ def compare(base: BlockNats, compressed: BlockNats) -> Comparison:
     `base_ppl * (exp(d) - 1)`. Blocks are the sampling unit, since the tokens of one are not independent; the base
     perplexity is taken as given.
     """
-    assert base.tokens == compressed.tokens, "paired runs see the same blocks"
-    differences = [(c - b) / base.tokens for b, c in zip(base.nats, compressed.nats, strict=True)]
+    assert base.tokens_per_block == compressed.tokens_per_block, "paired runs see the same blocks"
+    differences = [(c - b) / base.tokens_per_block for b, c in zip(base.nats, compressed.nats, strict=True)]
     return comparison_of(base, math.fsum(differences) / len(differences), t_interval(differences), len(differences))
 
 
@@ -228,5 +237,5 @@ def comparison_of(base: BlockNats, difference: float, interval: tuple[float, flo
         delta_ppl=base_ppl * rise,
         delta_percent=100 * rise,
         interval=None if interval is None else (base_ppl * math.expm1(interval[0]), base_ppl * math.expm1(interval[1])),
-        tokens=base.tokens * blocks,
+        tokens=base.tokens_per_block * blocks,
     )

@@ -36,7 +36,7 @@ class Replay:
         protocol: how.
         memory_bytes: hidden states beyond this go to files in `folder`, memory-mapped.
         folder: for those.
-        rotation: given, keys are encoded un-rotated.
+        rotation: given, keys are encoded pre-RoPE.
     """
 
     def __init__(

@@ -29,13 +29,13 @@ class LayerGeometry:
     Attributes:
         kv_heads: heads of K and V.
         head_dim: numbers a head of K; of V too, unless `v_head_dim` says otherwise.
-        window: tokens that a sliding-window layer can see, itself included; None where it sees all.
+        sliding_window: tokens that a token of a sliding-window layer sees, itself included; None where it sees all.
         v_head_dim: numbers a head of V where they are not as many as of K.
     """
 
     kv_heads: int
     head_dim: int
-    window: int | None
+    sliding_window: int | None
     v_head_dim: int | None = None
 
     def width_of(self, part: str) -> int:
@@ -51,7 +51,7 @@ class LayerGeometry:
 
     def tokens_held(self, tokens: int) -> int:
         """How many of `tokens` tokens the stock cache still holds in this layer."""
-        return tokens if self.window is None else min(tokens, self.window - 1)
+        return tokens if self.sliding_window is None else min(tokens, self.sliding_window - 1)
 
 
 @dataclass(frozen=True)

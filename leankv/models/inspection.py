@@ -56,15 +56,15 @@ def inspect_cache(loaded: LoadedModel) -> CacheInspection:
     """The cache's geometry, the keys' rotary convention, and what can be done with them."""
     layers = loaded.geometry.layers
     conventions = find_conventions(loaded.model)
-    sliding = sum(layer.window is not None for layer in layers)
+    sliding = sum(layer.sliding_window is not None for layer in layers)
     unknown = [number for number, convention in enumerate(conventions) if convention is None]
     can = ["capture, fit, sweep, map, compare, select and generate with K, V or both compressed"]
     cannot = []
     try:
         KeyRotation(loaded.model)
-        can.append("compress keys un-rotated (--key-space pre-rope)")
+        can.append("compress keys pre-RoPE (--key-space pre-rope)")
     except UserError as error:
-        cannot.append(f"compress keys un-rotated (--key-space pre-rope): {error}")
+        cannot.append(f"compress keys pre-RoPE (--key-space pre-rope): {error}")
     if unknown:
         cannot.append(f"say how positions enter the keys of layers {_ranges(unknown)}: no rotary convention matches")
     if sliding:
@@ -81,7 +81,7 @@ def inspect_cache(loaded: LoadedModel) -> CacheInspection:
         head_dim=_one_or_all([layer.head_dim for layer in layers]),
         v_head_dim=_one_or_all([layer.v_head_dim or layer.head_dim for layer in layers]),
         width=loaded.geometry.width,
-        sliding_windows=_one_or_all([layer.window for layer in layers]),
+        sliding_windows=_one_or_all([layer.sliding_window for layer in layers]),
         bytes_per_token=loaded.geometry.bytes_per_token,
         key_convention={str(name): count for name, count in Counter(conventions).items()},
         can=can,

@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -223,8 +223,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _described(layer: LayerGeometry) -> dict[str, int | None]:
-    """One layer's geometry; `v_head_dim` only where the values have one of their own."""
-    described = asdict(layer)
-    if layer.v_head_dim is None:
-        del described["v_head_dim"]
-    return described
+    """One layer's geometry as bundles have it: the sliding window is `window` there, and `v_head_dim` stands only where
+    the values have one of their own."""
+    described = {"kv_heads": layer.kv_heads, "head_dim": layer.head_dim, "window": layer.sliding_window}
+    return described if layer.v_head_dim is None else {**described, "v_head_dim": layer.v_head_dim}

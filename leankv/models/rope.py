@@ -2,7 +2,7 @@
 
 With a single token, attention weighs one value by 1 wherever it stands, so the hidden states do not depend on the
 token's position; only a rotation of the cached keys does. So keys cached at position 0 and at position p must agree in
-every layer once they are un-rotated, and only the right convention makes them.
+every layer once the rotation is undone, and only the right convention makes them.
 """
 
 from collections.abc import Callable
@@ -136,8 +136,8 @@ class KeyRotation:
     def __init__(self, model: Any):
         if changing := rope_types(model.config) & CHANGING:
             raise UserError(
-                f"this model's rotary embedding ({min(changing)}) changes with the length of the text, so keys cannot "
-                "be un-rotated for good; use --key-space post-rope"
+                f"this model's rotary embedding ({min(changing)}) changes with the length of the text, so it "
+                "cannot be taken off keys for good; use --key-space post-rope"
             )
         found = _find_rotations(model)
         unknown = [str(layer) for layer, own in enumerate(found) if own is None]
@@ -149,17 +149,17 @@ class KeyRotation:
         self._found = [own for own in found if own is not None]
 
     def remove(self, layer: int, keys: Keys, positions: Positions) -> Float32[torch.Tensor, "B heads T head_dim"]:
-        """Cached keys at their positions -> un-rotated keys, float32."""
+        """Cached keys at their positions -> keys pre-RoPE, float32."""
         return self._rotated(unrotate, layer, keys, positions)
 
     def restore(self, layer: int, keys: Keys, positions: Positions) -> Float32[torch.Tensor, "B heads T head_dim"]:
-        """The way back: un-rotated keys -> keys as the model caches them, float32."""
+        """The way back: keys pre-RoPE -> keys as the model caches them, float32."""
         return self._rotated(rotate, layer, keys, positions)
 
     def remove_from_gradient(
         self, layer: int, gradients: Keys, positions: Positions
     ) -> Float32[torch.Tensor, "B heads T head_dim"]:
-        """A gradient with respect to cached keys -> the one with respect to un-rotated keys, float32."""
+        """A gradient with respect to cached keys -> the one with respect to keys pre-RoPE, float32."""
         return self._rotated(lambda k, cos, sin, how: rotate(k, cos, -sin, how), layer, gradients, positions)
 
     def _rotated(
@@ -227,7 +227,7 @@ def _find_rotations(model: Any) -> list[_Found | None]:
 def _rotation_of(
     zero: torch.Tensor, moved: torch.Tensor, made: list[tuple[_Call, tuple[Table, Table]]]
 ) -> _Found | None:
-    """Under which convention keys at position 0 and moved keys are the same once both are un-rotated."""
+    """Under which convention keys at position 0 and moved keys are the same once both rotations are undone."""
     if _agree(moved.float(), zero.float()):
         return _Found("none", None)
     for name, pairing in CONVENTIONS.items():

@@ -83,7 +83,9 @@ def clip_for(evaluator: PlanEvaluator, spec: PlanSpec, budget_percent: float) ->
     """
     base = evaluator.base("selection")
     compressed = evaluator.nats(spec, "selection", "the plan on selection text")
-    differences = [(after - before) / base.tokens for before, after in zip(base.nats, compressed.nats, strict=True)]
+    differences = [
+        (after - before) / base.tokens_per_block for before, after in zip(base.nats, compressed.nats, strict=True)
+    ]
     if len(differences) < 2:
         raise UserError(
             "one selection block shows no deviation to choose certification.clip by; set data.selection_blocks to 2 or "
@@ -123,7 +125,7 @@ def _test(
 ) -> Certificate:
     """Measure documents in `order` until the plan is certified, none are left, or it is hopeless."""
     allowed, alpha = math.log1p(budget_percent / 100), 1 - settings.confidence
-    typical = evaluator.base("selection").tokens  # of a whole block under this protocol
+    typical = evaluator.base("selection").tokens_per_block  # of a whole block under this protocol
     betting = BettingTest(clip, alpha)
     limit = min(settings.max_documents, len(documents))
     pairs: list[tuple[BlockNats, BlockNats]] = []
@@ -133,13 +135,13 @@ def _test(
             block = documents.blocks[number]
             base, compressed = (evaluator.document_nats(each, block) for each in (EVERYTHING_EXACT, spec))
             pairs.append((base, compressed))
-            values.append((compressed.nats[0] - base.nats[0] - base.tokens * allowed) / typical)
+            values.append((compressed.nats[0] - base.nats[0] - base.tokens_per_block * allowed) / typical)
             betting.add(values[-1])
             step(f"{betting.wealth:.3g} of {1 / alpha:.3g}")
             if betting.rejected or betting.is_hopeless(limit - betting.count):
                 break
     differences = [compressed.nats[0] - base.nats[0] for base, compressed in pairs]
-    tokens = sum(base.tokens for base, _ in pairs)
+    tokens = sum(base.tokens_per_block for base, _ in pairs)
     cost = math.expm1(math.fsum(differences) / tokens)
     # A cut document lets the mean of what was seen be over the budget; that is not certified, whatever the test says.
     certified = betting.rejected and cost <= budget_percent / 100

@@ -29,7 +29,7 @@ class StoredCodec:
     """A fitted codec as the store holds it.
 
     Attributes:
-        codec: on the CPU until a cache uses it.
+        codec: on the CPU; caches elsewhere read copies (`leankv.cache.on_device`).
         key: hash of all that it depends on.
         fvu: fraction of variance unexplained on held-out calibration text.
         seconds: what fitting it took.

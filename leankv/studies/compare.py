@@ -39,7 +39,7 @@ def compare_caches(
     Args:
         evaluator: the workspace's own plan plays no part.
         plans: by the name of their rows; `plans_of` makes uniform ones.
-        baselines: caches of others.
+        baselines: caches that someone else wrote.
         split: whose blocks are measured: `selection` to choose with, else `report` or `certification`.
         windows: latest tokens kept exact, a row for each plan and window; the protocol's own unless given.
 
@@ -52,7 +52,7 @@ def compare_caches(
     workspace, protocol = evaluator.workspace, evaluator.protocol
     if baselines and protocol.kind == "strict":
         raise UserError(
-            "caches of others hand out what they are given exact at first, so one strict pass shows no loss of theirs; "
+            "baselines hand out what they are given exact at first, so one strict pass shows no loss of theirs; "
             "use --protocol stream, or leave --baseline out"
         )
     wanted = dict.fromkeys(windows or (protocol.window,))

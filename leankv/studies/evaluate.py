@@ -91,7 +91,7 @@ def evaluate(
         protocol=protocol.kind,
         block_length=blocks.tokens.shape[1],
         blocks=len(blocks),
-        tokens=base.tokens * len(base.nats),
+        tokens=base.tokens_per_block * len(base.nats),
         base_ppl=base.perplexity,
     )
     if pair is not None:

@@ -13,7 +13,7 @@ from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
-from leankv.evaluation.paired import PairedRun, measure_pair, pair_from
+from leankv.evaluation.paired import PairedRun, measure_pair
 from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, measure_nats
 from leankv.evaluation.replay import Replay
 from leankv.storage.cells import StoredCells, cell_name
@@ -127,11 +127,12 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             if not title:
-                return asdict(measured(lambda: None))
+                return measured(lambda: None).cell()
             with self.workspace.progress.stage(title, len(blocks)) as step:
-                return asdict(measured(step))
+                return measured(step).cell()
 
-        return nats_of(self.workspace.cells.get_or_compute(f"nats-{split}", self.depends_on(spec, blocks), compute))
+        cell = self.workspace.cells.get_or_compute(f"nats-{split}", self.depends_on(spec, blocks), compute)
+        return BlockNats.from_cell(cell)
 
     def base(self, split: str = "selection") -> BlockNats:
         """Nats of the base model."""
@@ -147,10 +148,10 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             make_cache = self.new_cache(spec, decode_once=True).fresh
-            return asdict(measure_nats(self.workspace.loaded.model, document, self.protocol, make_cache))
+            return measure_nats(self.workspace.loaded.model, document, self.protocol, make_cache).cell()
 
         depends_on = self.depends_on(spec, document)
-        return nats_of(self.workspace.cells.get_or_compute(f"nats-{document.split}", depends_on, compute))
+        return BlockNats.from_cell(self.workspace.cells.get_or_compute(f"nats-{document.split}", depends_on, compute))
 
     def pair(self, spec: PlanSpec, split: str, title: str, block_ids: Sequence[int] | None = None) -> PairedRun:
         """Base model and model under a plan, side by side: nats of both, and divergence.
@@ -167,7 +168,7 @@ class PlanEvaluator:
     def baseline_pair(
         self, make_cache: Callable[[], Any], made_by: Mapping[str, str], split: str, title: str
     ) -> PairedRun:
-        """As `pair`, with caches that others wrote.
+        """As `pair`, with a baseline's caches.
 
         Args:
             make_cache: a fresh cache for a batch of blocks.
@@ -194,9 +195,9 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             with self.workspace.progress.stage(title, len(blocks)) as step:
-                return asdict(measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step))
+                return measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step).cell()
 
-        return pair_from(self.workspace.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
+        return PairedRun.from_cell(self.workspace.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
 
     def _blocks(self, split: str, block_ids: Sequence[int] | None) -> Blocks:
         blocks = self.workspace.blocks(split)
@@ -215,8 +216,3 @@ class PlanEvaluator:
             "protocol": asked,
             "codecs": {f"{site.layer}.{site.part}": self.codecs.key(spec, site) for site in sites},
         }
-
-
-def nats_of(result: Mapping[str, Any]) -> BlockNats:
-    """Nats as a cell holds them."""
-    return BlockNats(tuple(result["nats"]), result["tokens"], result["seconds"])

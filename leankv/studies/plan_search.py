@@ -111,7 +111,7 @@ class PlanSearch:
         ids = self.order[first:end]
         compressed = self.evaluator.nats(self.plan(choice), block_ids=ids)
         base = [self._base.nats[number] for number in ids]
-        return [(c - b) / self._base.tokens for b, c in zip(base, compressed.nats, strict=True)]
+        return [(c - b) / self._base.tokens_per_block for b, c in zip(base, compressed.nats, strict=True)]
 
     def contributions(self, choice: Choice) -> Mapping[Hashable, float]:
         """What each site contributes to a choice's cost, nats a token; looked up where it was measured before."""

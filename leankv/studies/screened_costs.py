@@ -37,7 +37,8 @@ def screened_costs(
             if first == 0:  # each candidate counts once, however often it is measured
                 step()
             return [
-                (nats - base.nats[number]) / base.tokens for number, nats in zip(numbers, measured.nats, strict=True)
+                (nats - base.nats[number]) / base.tokens_per_block
+                for number, nats in zip(numbers, measured.nats, strict=True)
             ]
 
         estimates = screen(candidates, len(order), differences)

@@ -36,7 +36,7 @@ def bytes_of_cache(
         split: `selection`, `certification` or `report`.
         make_cache: a fresh cache for one sequence.
         cache_key: names all that the cache depends on beside model and text.
-        plan: what it holds as codes; None, for caches of others: everything.
+        plan: what it holds as codes; None, for baselines: everything.
         settled: tokens after which what it compresses grows by codes alone: sinks and window of ours.
     """
     block = workspace.blocks(split).take([0])

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
+from leankv.evaluation.perplexity import BlockNats
 from leankv.storage.files import read_json
-from leankv.studies.plan_evaluator import PlanEvaluator, nats_of
+from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.sweep_index import Index
 
 
@@ -32,6 +33,6 @@ def difference(evaluator: PlanEvaluator, base_ppl: float) -> str | None:
     if (found.base, *found.cells) != (wanted.base, *wanted.cells):
         return "was measured by another version of leankv"
     # A CSV file holds a number to its last digit but one.
-    if not math.isclose(nats_of(base["result"]).perplexity, base_ppl, rel_tol=1e-12):
+    if not math.isclose(BlockNats.from_cell(base["result"]).perplexity, base_ppl, rel_tol=1e-12):
         return "was begun again and not finished"
     return None

@@ -11,14 +11,13 @@ from leankv.config.experiment import Experiment
 from leankv.config.notation import format_layers
 from leankv.config.plan_table import EXACT, PARTS
 from leankv.errors import UserError
-from leankv.evaluation.perplexity import Comparison, compare
+from leankv.evaluation.perplexity import BlockNats, Comparison, compare
 from leankv.models.geometry import Width, part_of_width
 from leankv.report.columns import SWEEP_COLUMNS
 from leankv.report.sweep import write_sweep_report
 from leankv.storage.files import read_json, write_text
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.codec_store import StoredCodec, read_codec
-from leankv.studies.plan_evaluator import nats_of
 from leankv.studies.run_folder import EXPERIMENT_FILE, check_folder
 from leankv.studies.sweep_index import Index
 
@@ -45,7 +44,8 @@ def gather(experiment: Experiment) -> pd.DataFrame:
 
 def finished_row(index: Index, experiment: Experiment, layer: int) -> dict[str, Any]:
     """The row of a layer that some worker has finished."""
-    base, measured = (nats_of(read_json(index.folder / name)["result"]) for name in (index.base, index.cells[layer]))
+    cells = (read_json(index.folder / name)["result"] for name in (index.base, index.cells[layer]))
+    base, measured = map(BlockNats.from_cell, cells)
     codecs = {part: read_codec(index.folder / name) for part, name in index.codecs[layer].items()}
     cost = compare(base, measured)
     return row_of(experiment, layer, index.widths[layer], index.key_space, cost, measured.seconds, codecs)

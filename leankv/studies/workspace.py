@@ -137,7 +137,7 @@ class Workspace:
         """The sites whose vectors a recipe predicts from at a site: those of the layers before, the nearest first."""
         if not recipe.n_context_layers:
             return []
-        windows = [layer.window for layer in self.loaded.geometry.layers]
+        windows = [layer.sliding_window for layer in self.loaded.geometry.layers]
         layers = earlier_layers(windows, site.layer, recipe.n_context_layers)
         own = [Site(site.layer, "k")] if site.part == "v" else []
         return [Site(layer, part) for layer in layers for part in ("k", "v")] + own
