@@ -32,13 +32,18 @@ results on its first 32 blocks of 1,024 tokens in view."""
 class TextSource:
     """The text of a data set, by split.
 
+    Args:
+        config: which data set, and how much of it is whose.
+        measured_length: tokens in a block that costs are measured on; `config.block_length` unless given.
+
     Raises:
         UserError: the data set is unknown, missing, empty, unreadable, or too short for four splits.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, measured_length: int | None = None):
         self.name = config.dataset
         self._config = config
+        self._measured_length = measured_length or config.block_length
         self._own: dict[str, list[str]] = {}
         self._cut: dict[str, list[str]] = {}
         if config.dataset == "wikitext-2":
@@ -64,13 +69,14 @@ class TextSource:
             test = self._own["test"]
             return test[documents_with(SPENT_REPORT_TOKENS, test, tokenizer) :]
         train, validation, data = self._own["train"], self._own["validation"], self._config
-        body = data.block_length - len(bos_tokens(tokenizer))
+        n_bos = len(bos_tokens(tokenizer))
         # Spare ones, so that no token of the blocks is another for the text's being cut behind them.
-        fitted = documents_with(data.calibration_blocks * body + SPARE_TOKENS, train, tokenizer)
+        fitted = documents_with(data.calibration_blocks * (data.block_length - n_bos) + SPARE_TOKENS, train, tokenizer)
         if split == "calibration":
             return train[:fitted]
         left = train[fitted:]
-        wanted = documents_with(data.selection_blocks * body, validation + left, tokenizer)
+        chosen_on = data.selection_blocks * (self._measured_length - n_bos)
+        wanted = documents_with(chosen_on, validation + left, tokenizer)
         chosen_by = max(0, wanted - len(validation))
         return validation + left[:chosen_by] if split == "selection" else left[chosen_by:]
 
@@ -101,9 +107,10 @@ class TextSource:
         setting = f"data.{split}_blocks"
         if self._own and split in ("calibration", "selection"):
             given = getattr(self._config, f"{split}_blocks")
-            if n_blocks * block_length > given * self._config.block_length:
+            length = self._config.block_length if split == "calibration" else self._measured_length
+            if n_blocks * block_length > given * length:
                 return (
-                    f"{has}, put aside for {given} blocks of {self._config.block_length}, but {needs}; set {setting} "
+                    f"{has}, put aside for {given} blocks of {length}, but {needs}; set {setting} "
                     "to as many as you ask for, so that no other split takes their text"
                 )
         way_out = f"ask for fewer or shorter blocks ({setting}, --block-length) or give more text"

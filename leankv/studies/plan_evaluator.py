@@ -13,7 +13,7 @@ from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.paired import PairedRun, measure_pair, pair_from
-from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, measure_nats
+from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, exact_window, measure_nats
 from leankv.evaluation.replay import Replay
 from leankv.storage.cells import StoredCells, cell_name
 from leankv.studies.activation_store import ActivationStore
@@ -21,6 +21,13 @@ from leankv.studies.codec_store import CodecStore
 from leankv.studies.workspace import Workspace
 
 EVERYTHING_EXACT = PlanSpec()
+
+
+KEYED = {
+    "prefix": (("kind", "batch_size", "prefix_length", "continuation"), ("sinks",)),
+    "other": (("kind", "chunk", "batch_size"), ("sinks", "window")),
+}
+"""What of a protocol nats depend on: how tokens are fed, and what is kept exact, on which the base run does not."""
 
 
 class PlanEvaluator:
@@ -41,7 +48,7 @@ class PlanEvaluator:
         """The same with another exact window; codecs, which depend on none, and the base model's pass are shared.
 
         Raises:
-            UserError: a strict pass has no exact window.
+            UserError: a strict pass and a prefix have no exact window.
         """
         protocol = replace(self.protocol, window=window)
         replace(self.workspace.experiment, protocol=protocol)  # refuses a protocol that cannot be
@@ -73,7 +80,8 @@ class PlanEvaluator:
         """An empty cache under a plan, with the protocol's sinks and window."""
         model, protocol = self.workspace.loaded.model, self.protocol
         plan = self.codecs.plan(spec)
-        return LeanCache(model.config, plan, protocol.sinks, protocol.window, rotation=self.workspace.rotation)
+        kept = protocol.sinks, exact_window(protocol)
+        return LeanCache(model.config, plan, *kept, rotation=self.workspace.rotation)
 
     def nats(
         self,
@@ -164,9 +172,8 @@ class PlanEvaluator:
 
     def _depends_on(self, spec: PlanSpec, blocks: Blocks) -> dict[str, Any]:
         sites = spec.sites(self.workspace.n_layers)
-        asked = asdict(self.protocol)
-        if not sites:  # the base run depends on how tokens are fed, not on what is kept exact
-            asked = {name: asked[name] for name in ("kind", "chunk", "batch_size")}
+        fed, kept = KEYED["prefix" if self.protocol.kind == "prefix" else "other"]
+        asked = {name: getattr(self.protocol, name) for name in (fed if not sites else fed + kept)}
         return {
             "revision": MEASURING_REVISION,
             "model": self.workspace.model_key,

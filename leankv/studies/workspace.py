@@ -96,7 +96,7 @@ class Workspace:
         # What can fail cheaply fails before a model is loaded.
         folder = check_folder(experiment)
         PlanSpec.parse(experiment.plan)
-        source = TextSource(experiment.data)
+        source = TextSource(experiment.data, experiment.measured_length)
         progress.say(f"loading {experiment.model.name}")
         return cls(experiment, load_model(experiment.model), source, progress, folder, shard)
 
@@ -144,11 +144,12 @@ class Workspace:
             (self.folder / "manifest.json").unlink(missing_ok=True)
 
     def blocks(self, split: str) -> Blocks:
-        """The blocks of a split that this experiment uses."""
+        """The blocks of a split that this experiment uses; but for calibration, as long as its protocol measures."""
         if split not in self._blocks:
-            data = self.experiment.data
-            wanted: int = getattr(data, f"{split}_blocks")
-            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.block_length)
+            experiment = self.experiment
+            wanted: int = getattr(experiment.data, f"{split}_blocks")
+            length = experiment.data.block_length if split == "calibration" else experiment.measured_length
+            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, length)
         return self._blocks[split]
 
     @cached_property
