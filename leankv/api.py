@@ -21,7 +21,7 @@ from leankv.data.given import GivenBlocks, Text
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.divergence import Divergence
 from leankv.evaluation.paired import PairedRun, measure_pair
-from leankv.evaluation.perplexity import compare, measure_nats
+from leankv.evaluation.perplexity import compare, exact_window, measure_nats
 from leankv.inputs import (
     LEAST_CALIBRATION_BLOCKS,
     blocks_for,
@@ -138,6 +138,8 @@ def perplexity(
     block_length: int = DataConfig.block_length,
     chunk: int = ProtocolConfig.chunk,
     batch_size: int = ProtocolConfig.batch_size,
+    prefix_length: int = ProtocolConfig.prefix_length,
+    continuation: int = ProtocolConfig.continuation,
     progress: bool = False,
 ) -> PerplexityReport:
     """Perplexity of a model on all whole blocks of a text, and what a bundle's cache changes of it.
@@ -147,22 +149,25 @@ def perplexity(
         tokenizer: its tokenizer; not needed for token blocks.
         text: a string, documents, or token ids `[blocks, block_length]`; none that the bundle was fitted to.
         bundle: of `fit` or `load`; its sinks count, and its window where the protocol has one. None: the base alone.
-        protocol: `strict`, `stream` or `decode`; see `leankv.evaluation.perplexity`.
-        block_length: tokens in a block, where `text` is no token ids.
+        protocol: `strict`, `stream`, `prefix` or `decode`; see `leankv.evaluation.perplexity`.
+        block_length: tokens in a block, where `text` is no token ids; under `prefix` it plays no part.
         chunk: tokens fed at a time under `stream`.
         batch_size: blocks in one forward pass.
+        prefix_length: tokens that are computed exactly and then coded whole, under `prefix`.
+        continuation: tokens that are read beside them, under `prefix`.
         progress: show how far it is, on stderr.
 
     Raises:
-        UserError: the text makes no block, or the protocol is unknown.
+        UserError: the text makes no block, or the protocol is unknown or cannot be.
     """
     refuse_training(model)
     if bundle is not None:
         check_made_for(bundle, model)
-    tokens = blocks_for(model, text, tokenizer, block_length)
-    window = bundle.window if bundle is not None and protocol != "strict" else 0
-    asked = ProtocolConfig(protocol, bundle.sinks if bundle else ProtocolConfig.sinks, window, chunk, batch_size)
+    window = bundle.window if bundle is not None and protocol not in ("strict", "prefix") else 0
+    sinks = bundle.sinks if bundle else ProtocolConfig.sinks
+    asked = ProtocolConfig(protocol, sinks, window, chunk, batch_size, prefix_length, continuation)
     Experiment(protocol=asked)  # refuses what cannot be
+    tokens = blocks_for(model, text, tokenizer, asked.measured_length(block_length))
     blocks = Blocks(tokens, "all", GivenBlocks.name)
 
     def make_base() -> LeanCache:
@@ -173,7 +178,7 @@ def perplexity(
             nats = measure_nats(model, blocks, asked, make_base, step)
             return PerplexityReport(nats.perplexity, nats.tokens_per_block * len(nats.nats), asked)
         base_pass = BasePass(model, make_base, 0)
-        pair = measure_pair(model, blocks, asked, base_pass, lambda: bundle.new_cache(window=window), step)
+        pair = measure_pair(model, blocks, asked, base_pass, lambda: bundle.new_cache(window=exact_window(asked)), step)
     return _report(pair, asked)
 
 
@@ -221,7 +226,7 @@ def sweep(
         recipe: of the keys and values of every layer, or a plan.
         selection_text: what the costs are measured on.
         layers: numbers, or as text `all` or `0,4,40-63`.
-        protocol: `strict`, `stream` or `decode`.
+        protocol: `strict`, `stream`, `prefix` (in blocks of its 1,280 tokens or more) or `decode`.
         sinks: first tokens kept exact.
         window: latest tokens kept exact, under `stream` and `decode`.
         key_space: `post-rope`, `pre-rope` or `auto`.

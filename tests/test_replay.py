@@ -12,7 +12,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import Plan
 from leankv.config.experiment import ModelConfig, ProtocolConfig
 from leankv.data.blocks import Blocks
-from leankv.evaluation.perplexity import measure_nats
+from leankv.evaluation.perplexity import exact_window, measure_nats
 from leankv.evaluation.replay import Replay
 from leankv.models.loading import load_model
 from leankv.storage.files import DISK_SHARE
@@ -23,6 +23,7 @@ PROTOCOLS = [
     ProtocolConfig(kind="strict"),
     ProtocolConfig(kind="strict", sinks=2, batch_size=2),
     ProtocolConfig(kind="stream", sinks=2, window=5, chunk=7),
+    ProtocolConfig(kind="prefix", sinks=2, prefix_length=20, continuation=8),
     ProtocolConfig(kind="decode", sinks=1, window=3),
 ]
 BLOCKS = Blocks(tiny.tokens(3, 30), "selection", "random")
@@ -42,7 +43,10 @@ def lossy_plan(model: Any, layers: tuple[int, ...]) -> Plan:
 def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, ...]:
     """The obvious twin: every layer run, nothing remembered."""
     return measure_nats(
-        model, BLOCKS, protocol, lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=protocol.window)
+        model,
+        BLOCKS,
+        protocol,
+        lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol)),
     ).nats
 
 

@@ -11,13 +11,14 @@ from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.paired import measure_pair
-from leankv.evaluation.perplexity import chunk_length
+from leankv.evaluation.perplexity import exact_window, feeding_of
 from leankv.models.geometry import find_geometry
 from tests import tiny
 
 PROTOCOLS = {
     "strict": ProtocolConfig(kind="strict", sinks=0),
     "stream": ProtocolConfig(kind="stream", sinks=2, window=4, chunk=8),
+    "prefix": ProtocolConfig(kind="prefix", sinks=2, prefix_length=24, continuation=16),
 }
 
 
@@ -28,14 +29,14 @@ def plan_of(model, spec: PlanSpec) -> Plan:
 
 def measured(model, blocks: torch.Tensor, protocol: ProtocolConfig, plan: Plan) -> float:
     base = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), 10**9)
-    caches = lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=protocol.window)  # noqa: E731
+    caches = lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol))  # noqa: E731
     return measure_pair(model, Blocks(blocks, "selection", "made up"), protocol, base, caches).divergence.kl.value
 
 
 def contributions(model, blocks: torch.Tensor, protocol: ProtocolConfig, plan: Plan):
-    chunk = chunk_length(protocol, blocks.shape[1])
-    caches = lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=protocol.window)  # noqa: E731
-    return site_contributions(model, blocks, chunk, caches)
+    caches = lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol))  # noqa: E731
+    feeding = feeding_of(protocol, blocks.shape[1])
+    return site_contributions(model, blocks, feeding, caches, protocol.coded_after)
 
 
 @pytest.mark.parametrize("kind", PROTOCOLS)

@@ -29,7 +29,7 @@ class LeanLayer(DynamicLayer):
     Args:
         codecs: part -> codec; a part that is not named is held exact.
         sinks: first tokens held exact.
-        window: latest tokens held exact.
+        window: latest tokens held exact; `leankv.cache.part_store.UNBOUNDED` for all, until `encode_all`.
         key_space: where the key codec takes its vectors; as cached unless given.
         earlier: layers before this one, the nearest first, that its codecs predict from.
         store_type: holds the keys, and the values.
@@ -79,6 +79,12 @@ class LeanLayer(DynamicLayer):
         keys = self.parts["k"].read(key_states)
         self.parts["v"].append(value_states)
         return keys, self.parts["v"].read(value_states)
+
+    @torch.no_grad()
+    def encode_all(self) -> None:
+        """Encode every token behind the sinks; the layers before this one have done so."""
+        for part in self.parts.values():
+            part.encode_all()
 
     def get_seq_length(self) -> int:
         return len(self.parts["k"])

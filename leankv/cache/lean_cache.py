@@ -32,7 +32,8 @@ class LeanCache(Cache):
         config: the model's configuration.
         plan: site -> fitted codec.
         sinks: first tokens of each sequence held exact in compressed layers.
-        window: latest tokens held exact in compressed layers.
+        window: latest tokens held exact in compressed layers; `leankv.cache.part_store.UNBOUNDED` for all, until
+            `encode_all`.
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
@@ -83,6 +84,18 @@ class LeanCache(Cache):
         super().__init__(layers=layers)
         self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
         self.first_layer, self.decode_once = first_layer, decode_once
+
+    def encode_all(self) -> None:
+        """Encode every token behind the sinks that is held exact: what was computed exactly is coded whole.
+
+        Of a cache with an `UNBOUNDED` window that is everything it took in since the last time, so a prompt that was
+        read exactly becomes what would be saved of it, and the tokens that follow are exact beside it. Of a cache with
+        a shorter window it is that window. The codes are those that `window` 0 would have made of the same vectors:
+        each layer's codecs predict from what the layers before decode.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LeanLayer):
+                layer.encode_all()
 
     def fresh(self) -> "LeanCache":
         """An empty cache, made as this one was: the same plan, sharing its codecs, and the same padding."""

@@ -4,10 +4,14 @@ Three runs of tokens lie behind each other: the *sinks* (the first S tokens, exa
 latest R tokens, exact). Tokens enter at the end of the window and are encoded when they leave it; with S = R = 0 every
 vector that attention reads, the current token's included, went through the codec.
 
+With an `UNBOUNDED` window nothing becomes a code by itself: `encode_all` codes whatever is held exact behind the sinks,
+whole, and what comes after is exact again. So a prompt is computed exactly, and saved as codes.
+
 Keys may be encoded in another key space than the cache's (`leankv.cache.key_space`), and codecs may predict from what
 other stores show (`leankv.cache.cross_layer`).
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +25,9 @@ from leankv.codecs.share import as_context
 PIECE = 4096
 """Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
 
+UNBOUNDED = sys.maxsize
+"""As a window: every token behind the sinks stays exact until `encode_all`."""
+
 Rows = Float[torch.Tensor, "batch heads tokens head_dim"]
 
 
@@ -30,7 +37,7 @@ class PartStore:
     Args:
         codec: None to hold all exact.
         sinks: first tokens held exact.
-        window: latest tokens held exact.
+        window: latest tokens held exact; `UNBOUNDED` for all, until `encode_all`.
         space: where codecs take the vectors; as cached unless given.
         sources: stores that are read before this one in every forward pass, and that the codec predicts from.
     """
@@ -91,6 +98,21 @@ class PartStore:
             context = self.cross_layer.known(first, tokens, batch, vectors.device)
         code = codec.encode(vectors, context).unflatten(batch)
         self.code = code if self.code is None else self.code.append(code)
+
+    def encode_all(self) -> None:
+        """Encode every token behind the sinks that is held exact, window included.
+
+        The stores of a cache do this one after another, each after its sources, as they are read: what a codec predicts
+        from is what its sources decode of the same tokens, and no forward pass is needed for that.
+        """
+        rows = self.window_rows
+        if self.codec is not None and rows is not None:
+            self._encode(self.codec, rows, self.seen - rows.shape[2])
+            self.window_rows = None
+        if self.cross_layer.readers and rows is not None:
+            self.read(rows)  # shows to readers what decoding gives
+        else:
+            self.cross_layer.show([], self._first_coded())
 
     def read(self, like: Float[torch.Tensor, "batch heads new head_dim"]) -> Rows:
         """All tokens held, in the dtype of `like`."""

@@ -9,7 +9,7 @@ homogeneous functions). No site is measured alone, and no single cost is added t
 Where the error is large the second order does not hold; how far the contributions miss the measured cost tells.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from leankv.models.logits import piecewise_logits
 def site_contributions(
     model: Any,
     tokens: Int[torch.Tensor, "blocks T"],
-    chunk: int,
+    feeding: Sequence[tuple[int, int, int]],
     make_cache: Callable[[], LeanCache],
+    coded_after: int | None = None,
     on_block: Callable[[], None] = lambda: None,
 ) -> dict[Site, float]:
     """Site -> its contribution to KL(base || compressed), nats a token.
@@ -34,8 +35,10 @@ def site_contributions(
     Args:
         model: a causal LM in eval mode.
         tokens: blocks to take the mean over.
-        chunk: tokens fed at a time; the whole block in a strict pass.
+        feeding: how a block is fed: of each piece its first token, the first behind it, and how many predictions count
+            (`leankv.evaluation.perplexity.feeding_of`).
         make_cache: an empty compressed cache for one block.
+        coded_after: tokens after which all that the cache holds exact is coded.
         on_block: called after each block.
 
     Raises:
@@ -43,10 +46,10 @@ def site_contributions(
     """
     total: dict[Site, float] = {}
     for block in tokens:
-        for site, value in _of_block(model, block[None].to(model.device), chunk, make_cache()).items():
+        for site, value in _of_block(model, block[None].to(model.device), feeding, coded_after, make_cache()).items():
             total[site] = total.get(site, 0.0) + value
         on_block()
-    count = len(tokens) * (tokens.shape[1] - 1)
+    count = len(tokens) * sum(counted for _, _, counted in feeding)
     found = {site: value / (2 * count) for site, value in total.items()}
     if not all(value == value and abs(value) != float("inf") for value in found.values()):
         raise UserError("the gradient of the divergence is not finite; try --dtype float32, or a plan that costs less")
@@ -55,7 +58,13 @@ def site_contributions(
     return found
 
 
-def _of_block(model: Any, tokens: Int[torch.Tensor, "1 T"], chunk: int, lean: LeanCache) -> Mapping[Site, float]:
+def _of_block(
+    model: Any,
+    tokens: Int[torch.Tensor, "1 T"],
+    feeding: Sequence[tuple[int, int, int]],
+    coded_after: int | None,
+    lean: LeanCache,
+) -> Mapping[Site, float]:
     exact, through = LeanCache(lean.config, {}, sinks=0, window=0), StraightThroughCache(lean)
     divergence = torch.zeros((), dtype=torch.float64, device=tokens.device)
     leaf = torch.zeros((), device=tokens.device, requires_grad=True)
@@ -66,12 +75,13 @@ def _of_block(model: Any, tokens: Int[torch.Tensor, "1 T"], chunk: int, lean: Le
     hook = model.get_input_embeddings().register_forward_hook(with_gradient)
     try:
         with torch.enable_grad():
-            for first in range(0, tokens.shape[1] - 1, chunk):
-                piece = tokens[:, first : first + chunk]
-                count = min(chunk, tokens.shape[1] - 1 - first)
+            for first, last, counted in feeding:
+                if first == coded_after:
+                    lean.encode_all()
+                piece = tokens[:, first:last]
                 with torch.no_grad():
-                    base = [own.clone() for own in piecewise_logits(model, piece, exact, count)]
-                for own, other in zip(base, piecewise_logits(model, piece, through, count), strict=True):
+                    base = [own.clone() for own in piecewise_logits(model, piece, exact, counted)]
+                for own, other in zip(base, piecewise_logits(model, piece, through, counted), strict=True):
                     divergence = divergence + _divergence(own[0], other[0])
     finally:
         hook.remove()

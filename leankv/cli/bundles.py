@@ -104,4 +104,4 @@ def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None
         if made_with.get("data.dataset") == GivenBlocks.name:  # made from Python, of text that is not here
             made_with = {key: value for key, value in made_with.items() if not key.startswith("data.")}
         overrides = {**made_with, **overrides}
-    return load_experiment(None, asked.without_window_if_strict(overrides))
+    return load_experiment(None, asked.without_window_if_none_can_be(overrides))

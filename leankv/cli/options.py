@@ -77,7 +77,15 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         MEASURE,
         "GB of memory for activations and hidden states.",
     ),
-    "protocol": ("protocol.kind", "--protocol", str, MEASURE, "strict, stream or decode."),
+    "protocol": ("protocol.kind", "--protocol", str, MEASURE, "strict, stream, prefix or decode."),
+    "prefix_length": (
+        "protocol.prefix_length",
+        "--prefix-length",
+        int,
+        MEASURE,
+        "Tokens computed exactly, then coded whole (prefix).",
+    ),
+    "continuation": ("protocol.continuation", "--continuation", int, MEASURE, "Tokens read beside them (prefix)."),
     "sinks": ("protocol.sinks", "--sinks", int, MEASURE, "First tokens kept exact."),
     "window": ("protocol.window", "--window", int, MEASURE, "Latest tokens kept exact (stream, decode)."),
     "budget": (
@@ -144,7 +152,8 @@ SEARCH = (
     "confidence",
 )
 FITTING = ("codec", "plan", "part", "key_space", "error_metric", "epochs", "block_length")
-PROTOCOL = ("protocol", "sinks", "window")
+PREFIX = ("prefix_length", "continuation")
+PROTOCOL = ("protocol", "sinks", "window", *PREFIX)
 
 
 def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -205,9 +214,9 @@ class Asked:
         found.update(parse_override(text) for text in self._sets)
         return found
 
-    def without_window_if_strict(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """A strict pass has no window, whatever a bundle was chosen under or a command starts from."""
-        if self.given("protocol") == "strict" and self.given("window") is None:
+    def without_window_if_none_can_be(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """A strict pass and a prefix have no window, whatever a bundle was chosen under or a command starts from."""
+        if self.given("protocol") in ("strict", "prefix") and self.given("window") is None:
             return {**overrides, "protocol.window": 0}
         return overrides
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_table_json
-from leankv.cli.options import MEASURE, PROTOCOL, Asked
+from leankv.cli.options import MEASURE, PREFIX, PROTOCOL, Asked
 from leankv.config.presets import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
 
@@ -54,7 +54,9 @@ def map_command(
     OUT.print(f"written to {workspace.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
 
 
-@command("compare", "memory_budget", "key_space", "error_metric", "epochs", "block_length", "protocol", "sinks")
+@command(
+    "compare", "memory_budget", "key_space", "error_metric", "epochs", "block_length", "protocol", "sinks", *PREFIX
+)
 def compare_command(
     asked: Asked,
     recipes: Annotated[
@@ -125,7 +127,7 @@ def compare_command(
     if asked.config is None:
         overrides = {**COMPARE_SETTINGS, **overrides}
     if not window:
-        overrides = asked.without_window_if_strict(overrides)
+        overrides = asked.without_window_if_none_can_be(overrides)
     workspace = Workspace.open(load_experiment(asked.config, overrides), Progress())
     table = compare_caches(PlanEvaluator(workspace), plans_of(wanted) | named, baselines, split, window or ())
     if json_:

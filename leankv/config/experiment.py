@@ -14,7 +14,7 @@ from leankv.config.notation import parse_budgets, parse_bytes, parse_layers, par
 from leankv.config.plan_table import PlanTable, compresses_nothing
 from leankv.errors import UserError
 
-PROTOCOLS = ("strict", "stream", "decode")
+PROTOCOLS = ("strict", "stream", "prefix", "decode")
 
 KEY_SPACES = ("post-rope", "pre-rope", "auto")
 
@@ -70,10 +70,6 @@ class DataConfig:
     report_blocks: int = 8
     """The plan is reported on these, and nothing is chosen by them."""
 
-    def length_of(self, split: str) -> int:
-        """Tokens in a block of a split."""
-        return (self.selection_block_length if split == "selection" else None) or self.block_length
-
 
 @dataclass(frozen=True)
 class CodecConfig:
@@ -111,11 +107,28 @@ class ProtocolConfig:
     sinks: int = 4
     """The first tokens of a sequence, kept exact: attention leans on them whatever they say (Xiao et al., 2024)."""
     window: int = 0
-    """The latest tokens, kept exact. A `strict` pass has none."""
+    """The latest tokens, kept exact. A `strict` pass has none, nor has a `prefix`, which is coded whole."""
     chunk: int = 128
     """Tokens fed at a time under `stream`."""
     batch_size: int = 1
     """Blocks in one forward pass."""
+    prefix_length: int = 1024
+    """Tokens that are computed exactly and then coded whole under `prefix`."""
+    continuation: int = 256
+    """Tokens that are read beside the codes of a prefix, exact themselves."""
+
+    @property
+    def coded_after(self) -> int | None:
+        """How many tokens of a block are computed exactly before all of them are coded; None: codes come as they go."""
+        return self.prefix_length if self.kind == "prefix" else None
+
+    def measured_length(self, block_length: int) -> int:
+        """Tokens of a block that costs are measured on: prefix and continuation, whatever blocks codecs are fitted to.
+
+        Args:
+            block_length: what it is under the other protocols.
+        """
+        return self.prefix_length + self.continuation if self.kind == "prefix" else block_length
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,8 @@ class Experiment:
             "protocol.batch_size": 1,
             "certification.max_documents": 1,
             "certification.least_tokens": 2,
+            "protocol.prefix_length": 1,
+            "protocol.continuation": 2,
             "seed": 0,
         }.items():
             value = self.value(key)
@@ -241,12 +256,37 @@ class Experiment:
             raise UserError(f"certification.clip must be auto, or nats a token above 0 such as 0.1, not {clip!r}")
         if self.protocol.kind == "strict" and self.protocol.window > 0:
             raise UserError("a strict pass has no exact window: set protocol.window to 0, or use --protocol stream")
+        if self.protocol.kind == "prefix" and self.protocol.window > 0:
+            raise UserError("a prefix is coded whole, with no exact window: set protocol.window to 0 (--window 0)")
+        if self.protocol.kind == "prefix" and self.protocol.prefix_length <= self.protocol.sinks:
+            raise UserError(
+                f"a prefix of {self.protocol.prefix_length} tokens has nothing to code behind {self.protocol.sinks} "
+                "sinks: raise protocol.prefix_length, or lower protocol.sinks"
+            )
         if compresses_nothing(self.plan):
             raise UserError("plan leaves keys and values exact, so nothing would be compressed; give one a recipe")
         self._check_selection()
         for text in (self.layers, self.selection.layers):
             if text != "all":
                 parse_layers(text)
+
+    @property
+    def measured_length(self) -> int:
+        """Tokens in a block of the text that costs are reported on."""
+        return self.protocol.measured_length(self.data.block_length)
+
+    @property
+    def counted_length(self) -> int:
+        """Tokens in a cache when its bytes are counted: those of a block, or of a prefix."""
+        return self.protocol.coded_after or self.measured_length
+
+    def length_of(self, split: str) -> int:
+        """Tokens in a block of a split: those that codecs are fitted to, and those searched on, may be others."""
+        if split == "calibration":
+            return self.data.block_length
+        if split == "selection" and self.protocol.kind != "prefix":
+            return self.data.selection_block_length or self.measured_length
+        return self.measured_length
 
     def _check_selection(self) -> None:
         selection = self.selection

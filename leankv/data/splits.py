@@ -32,13 +32,18 @@ results on its first 32 blocks of 1,024 tokens in view."""
 class TextSource:
     """The text of a data set, by split.
 
+    Args:
+        config: which data set, and how much of it is whose.
+        selection_length: tokens in a block of selection text; `config.block_length` unless given.
+
     Raises:
         UserError: the data set is unknown, missing, empty, unreadable, or too short for four splits.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, selection_length: int | None = None):
         self.name = config.dataset
         self._config = config
+        self._selection_length = selection_length or config.block_length
         self._own: dict[str, list[str]] = {}
         self._cut: dict[str, list[str]] = {}
         if config.dataset == "wikitext-2":
@@ -64,14 +69,13 @@ class TextSource:
             test = self._own["test"]
             return test[documents_with(SPENT_REPORT_TOKENS, test, tokenizer) :]
         train, validation, data = self._own["train"], self._own["validation"], self._config
-        bos = len(bos_tokens(tokenizer))
-        body = data.block_length - bos
+        n_bos = len(bos_tokens(tokenizer))
         # Spare ones, so that no token of the blocks is another for the text's being cut behind them.
-        fitted = documents_with(data.calibration_blocks * body + SPARE_TOKENS, train, tokenizer)
+        fitted = documents_with(data.calibration_blocks * (data.block_length - n_bos) + SPARE_TOKENS, train, tokenizer)
         if split == "calibration":
             return train[:fitted]
         left = train[fitted:]
-        chosen_on = data.selection_blocks * (data.length_of("selection") - bos)
+        chosen_on = data.selection_blocks * (self._selection_length - n_bos)
         wanted = documents_with(chosen_on, validation + left, tokenizer)
         chosen_by = max(0, wanted - len(validation))
         return validation + left[:chosen_by] if split == "selection" else left[chosen_by:]
@@ -109,7 +113,7 @@ class TextSource:
         setting = f"data.{split}_blocks"
         if self._own and split in ("calibration", "selection"):
             given = getattr(self._config, f"{split}_blocks")
-            length = self._config.length_of(split)
+            length = self._config.block_length if split == "calibration" else self._selection_length
             if n_blocks * block_length > given * length:
                 return (
                     f"{has}, put aside for {given} blocks of {length}, but {needs}; set {setting} "

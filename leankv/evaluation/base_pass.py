@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 
-from leankv.evaluation.perplexity import LogitsRun, run_through
+from leankv.evaluation.perplexity import Feeding, LogitsRun, run_through
 from leankv.models.logits import body_output, has_body, logits_of
 
 
@@ -28,34 +28,33 @@ class BasePass:
         self.model = model
         self.make_cache = make_cache
         self.memory_bytes = memory_bytes
-        self._kept: dict[tuple[str, int], list[Any]] = {}
+        self._kept: dict[tuple[str, Feeding], list[Any]] = {}
 
-    def run(self, tokens: Int[torch.Tensor, "B T"], chunk: int) -> LogitsRun:
-        """A pass over `tokens`, fed `chunk` at a time from the first on."""
+    def run(self, tokens: Int[torch.Tensor, "B T"], feeding: Feeding) -> LogitsRun:
+        """A pass over `tokens`, fed piece by piece."""
         digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
-        key = f"{digest} {tuple(tokens.shape)}", chunk
+        key = f"{digest} {tuple(tokens.shape)}", feeding
         if not has_body(self.model):
             return run_through(self.model, self.make_cache())
-        return self._repeated(self._kept[key]) if key in self._kept else self._first(key, tokens.shape[1])
+        return self._repeated(self._kept[key]) if key in self._kept else self._first(key)
 
     def _repeated(self, outputs: list[Any]) -> LogitsRun:
         left = iter(outputs)
         return lambda inputs, count: logits_of(self.model, inputs, next(left), count)
 
-    def _first(self, key: tuple[str, int], length: int) -> LogitsRun:
-        cache, outputs = self.make_cache(), []
+    def _first(self, key: tuple[str, Feeding]) -> LogitsRun:
+        cache, outputs, feeding = self.make_cache(), [], key[1]
 
         def logits(inputs: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
             output = body_output(self.model, inputs, cache)
             outputs.append(output)
-            done = sum(each.last_hidden_state.shape[1] for each in outputs)
-            if done == length or done + 1 == length:  # a last token on its own is never fed: it predicts nothing
+            if len(outputs) == len(feeding):
                 self._keep(key, outputs)
             return logits_of(self.model, inputs, output, count)
 
         return logits
 
-    def _keep(self, key: tuple[str, int], outputs: list[Any]) -> None:
+    def _keep(self, key: tuple[str, Feeding], outputs: list[Any]) -> None:
         held = sum(each.last_hidden_state.nbytes for kept in (*self._kept.values(), outputs) for each in kept)
         if held <= self.memory_bytes:
             self._kept[key] = outputs

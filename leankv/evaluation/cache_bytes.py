@@ -4,6 +4,7 @@ A cache is filled with the tokens of one block of text, so that its bytes stand 
 at. What it is counted against is always the 16-bit cache of the same tokens.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Int
 from leankv.cache.footprint import Footprint
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.memory import held_bytes
+from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.plan import Plan, Site
 from leankv.codecs import Codec
 from leankv.config.plan_table import PARTS
@@ -57,6 +59,11 @@ class CacheBytes:
     stored_growth: int | None
 
     @property
+    def stored_ratio(self) -> float | None:
+        """16-bit cache over the whole of it serialized, what it keeps exact included."""
+        return _ratio(self.base, self.stored)
+
+    @property
     def cache_ratio(self) -> float | None:
         """16-bit cache over what is held between steps; None where nothing is held."""
         return _ratio(self.base, self.held)
@@ -93,7 +100,8 @@ def measure_bytes(
 ) -> CacheBytes:
     """Fill a fresh cache with the tokens of one sequence, at least 2, and count.
 
-    Growth is what was taken in between half and all of the fill, both whole pieces where T allows it.
+    Growth is what was taken in between half and all of the fill, both whole pieces where T allows it. A cache of ours
+    with an unbounded window is filled exactly, and counted as it is once all of that is coded whole.
 
     Args:
         model: a causal LM in eval mode.
@@ -116,8 +124,9 @@ def measure_bytes(
             model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
         fed += piece.shape[1]
         if fed in (*marks, context):
-            held[fed] = held_bytes(cache)
-            stored[fed] = len_stored(cache)
+            counted = _coded(cache, is_last=fed == context)
+            held[fed] = held_bytes(counted)
+            stored[fed] = len_stored(counted)
         on_piece()
     # Any two tokens do for the steps, and any positions, where the model has no more.
     last = tokens[:, -1:].to(device)
@@ -145,6 +154,15 @@ def measure_bytes(
         held_growth=held[longer] - held[shorter] - exact if is_settled else None,
         stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,
     )
+
+
+def _coded(cache: Any, is_last: bool) -> Any:
+    """The cache as it is counted: where nothing is coded before all is there, coded; a copy, unless it is `is_last`."""
+    if not isinstance(cache, LeanCache) or cache.window != UNBOUNDED:
+        return cache
+    coded = cache if is_last else copy.deepcopy(cache)
+    coded.encode_all()
+    return coded
 
 
 def _left_alone(geometry: Geometry, plan: Plan | None, tokens: int) -> int:

@@ -16,8 +16,8 @@ from leankv.evaluation.perplexity import (
     LOGIT_ROWS,
     BlockNats,
     check_finite,
-    chunk_length,
     feed,
+    feeding_of,
     label_nats,
     log_probabilities,
     run_through,
@@ -65,7 +65,7 @@ def measure_pair(
     make_cache: Callable[[], Any],
     on_block: Callable[[], None] = lambda: None,
 ) -> PairedRun:
-    """Feed every block to the model twice, chunk by chunk in turn, and compare what it predicts.
+    """Feed every block to the model twice, piece by piece in turn, and compare what it predicts.
 
     Of the logits, `leankv.models.logits.HEAD_ROWS` tokens of each run are held at a time. Divergences are taken from
     float32 log-probabilities, so they are known to about 1e-6 nats a token, and summed in float64.
@@ -79,19 +79,19 @@ def measure_pair(
         on_block: called after each block.
 
     Raises:
-        UserError: the loss of a block, or the divergence, is not finite.
+        UserError: the loss of a block, or the divergence, is not finite, or blocks are too short for the protocol.
     """
     started = time.monotonic()
     base: list[float] = []
     compressed: list[float] = []
     seen: list[torch.Tensor] = []
-    chunk = chunk_length(protocol, blocks.tokens.shape[1])
+    feeding = feeding_of(protocol, blocks.tokens.shape[1])
     for batch in blocks.tokens.split(protocol.batch_size):
         total = torch.zeros(2, len(batch), dtype=torch.float64)
         pieces = []
         tokens = batch.to(model.device)
-        runs = [base_pass.run(tokens, chunk), run_through(model, make_cache())]
-        for labels, logits in feed(tokens, chunk, runs):
+        runs = [base_pass.run(tokens, feeding), run_through(model, make_cache(), protocol.coded_after)]
+        for labels, logits in feed(tokens, feeding, runs):
             nats, apart = _compared(logits[0], logits[1], labels)
             total += nats
             pieces.append(apart)

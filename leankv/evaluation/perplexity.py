@@ -1,11 +1,16 @@
 """Perplexity, and what a compressed cache adds to it. The only perplexity in LeanKV.
 
-Three protocols, which differ in how the tokens of a block are fed to the model:
+Four protocols, which differ in how the tokens of a block are fed to the model:
 
 - `strict`: the whole block in one forward pass, no exact window. Every key and value that attention reads went through
   the codec, but for the sinks: the first tokens of each block are exact as `--sinks` says, and that is 4 of them unless
   told. `--sinks 0` leaves nothing exact.
 - `stream`: chunks, as in chunked prefill; sinks and window are exact, older tokens are read through the codec.
+- `prefix`: the first P tokens (`prefix_length`) in one exact forward pass; then every key and value of theirs behind
+  the sinks is coded, with no exact window; then the next C tokens (`continuation`), which read the codes, and each
+  other exactly: what a saved prompt costs whoever goes on from it. Counted are the C - 1 predictions that the
+  continuation's tokens make of each other. That of its first token is left out: the last of the prefix makes it, before
+  anything is coded. Blocks are P + C tokens long; of longer ones the rest plays no part.
 - `decode`: token by token, as in generation.
 
 Natural logarithms of probabilities ("nats") are summed in float64 for each block and divided once.
@@ -15,11 +20,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int
 
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.part_store import UNBOUNDED
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.errors import UserError
@@ -42,7 +49,8 @@ class BlockNats:
 
     Attributes:
         nats: one sum a block.
-        tokens_per_block: predicted tokens in each block (its length less one).
+        tokens_per_block: predicted tokens in each block: its length less one, or under `prefix` that of the
+            continuation.
         seconds: time it took.
     """
 
@@ -86,9 +94,49 @@ class Comparison:
     tokens: int
 
 
-def chunk_length(protocol: ProtocolConfig, block_length: int) -> int:
-    """How many tokens the protocol feeds at a time."""
-    return {"strict": block_length, "stream": protocol.chunk, "decode": 1}[protocol.kind]
+class Piece(NamedTuple):
+    """Tokens of a block that are fed at once, `first` up to `last`.
+
+    Attributes:
+        first: the first token that is fed.
+        last: the first that is not.
+        counted: how many of them, from the first on, make a prediction that counts.
+    """
+
+    first: int
+    last: int
+    counted: int
+
+
+Feeding = tuple[Piece, ...]
+"""How a block is fed, piece by piece, from its first token on."""
+
+
+def feeding_of(protocol: ProtocolConfig, block_length: int) -> Feeding:
+    """How the protocol feeds a block.
+
+    Raises:
+        UserError: the block is shorter than prefix and continuation.
+    """
+    if protocol.kind == "prefix":
+        prefix, whole = protocol.prefix_length, protocol.measured_length(block_length)
+        if block_length < whole:
+            raise UserError(
+                f"a prefix of {prefix} tokens and a continuation of {protocol.continuation} need blocks of {whole} "
+                f"tokens, not of {block_length}; make one of them shorter, or the blocks longer"
+            )
+        return Piece(0, prefix, 0), Piece(prefix, whole, protocol.continuation - 1)
+    chunk = {"strict": block_length, "stream": protocol.chunk, "decode": 1}[protocol.kind]
+    # The last token of a block predicts nothing, but a whole block is fed whole.
+    starts = range(0, block_length - 1, chunk)
+    return tuple(
+        Piece(first, min(first + chunk, block_length), min(chunk, block_length - 1 - first)) for first in starts
+    )
+
+
+def exact_window(protocol: ProtocolConfig) -> int:
+    """The window that a compressed cache has under a protocol: all is exact until a prefix is coded whole."""
+    return UNBOUNDED if protocol.kind == "prefix" else protocol.window
 
 
 def measure_nats(
@@ -104,13 +152,18 @@ def measure_nats(
         model: a causal LM in eval mode.
         blocks: `[blocks, block_length]` tokens.
         protocol: how the blocks are fed.
-        make_cache: a fresh transformers cache for a batch of blocks; the stock one for the base run.
+        make_cache: a fresh transformers cache for a batch of blocks; the stock one for the base run. One of ours has
+            the protocol's sinks and its `exact_window`.
         on_block: called after each block.
 
     Raises:
-        UserError: the loss of a block is not finite.
+        UserError: the loss of a block is not finite, or blocks are too short for the protocol.
     """
-    return measure_runs(model, blocks, protocol, lambda places: run_through(model, make_cache()), on_block)
+
+    def begin(places: Sequence[int]) -> LogitsRun:
+        return run_through(model, make_cache(), protocol.coded_after)
+
+    return measure_runs(model, blocks, protocol, begin, on_block)
 
 
 @torch.no_grad()
@@ -131,48 +184,61 @@ def measure_runs(
         on_block: called after each block.
 
     Raises:
-        UserError: the loss of a block is not finite.
+        UserError: as `measure_nats`.
     """
     started = time.monotonic()
     nats: list[float] = []
-    length = blocks.tokens.shape[1]
-    chunk = chunk_length(protocol, length)
+    feeding = feeding_of(protocol, blocks.tokens.shape[1])
     for batch in blocks.tokens.split(protocol.batch_size):
         tokens = batch.to(model.device)
         total = torch.zeros(len(batch), dtype=torch.float64)
         places = range(len(nats), len(nats) + len(batch))
-        for labels, (logits,) in feed(tokens, chunk, [begin(places)]):
+        for labels, (logits,) in feed(tokens, feeding, [begin(places)]):
             total += _sum_nats(logits, labels)
         check_finite(total, len(nats), blocks)
         nats += total.tolist()
         for _ in batch:
             on_block()
-    return BlockNats(tuple(nats), length - 1, time.monotonic() - started)
+    return BlockNats(tuple(nats), sum(piece.counted for piece in feeding), time.monotonic() - started)
 
 
-def run_through(model: Any, cache: Any) -> LogitsRun:
-    """A run of the model through a fresh cache, as `feed` takes it."""
-    return lambda inputs, count: piecewise_logits(model, inputs, cache, count)
+def run_through(model: Any, cache: Any, coded_after: int | None = None) -> LogitsRun:
+    """A run of the model through a fresh cache, as `feed` takes it.
+
+    Args:
+        model: a causal LM.
+        cache: takes in every token.
+        coded_after: tokens after which everything that the cache holds exact is coded, where it is one of ours.
+    """
+    fed = 0
+
+    def run(inputs: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        nonlocal fed
+        if fed == coded_after and isinstance(cache, LeanCache):
+            cache.encode_all()
+        fed += inputs.shape[1]
+        return piecewise_logits(model, inputs, cache, count)
+
+    return run
 
 
 def feed(
-    tokens: Int[torch.Tensor, "B T"], chunk: int, runs: Sequence[LogitsRun]
+    tokens: Int[torch.Tensor, "B T"], feeding: Feeding, runs: Sequence[LogitsRun]
 ) -> Iterator[tuple[Int[torch.Tensor, "B n"], tuple[Logits, ...]]]:
-    """Feed blocks chunk by chunk to several runs of a model, side by side.
+    """Feed blocks piece by piece to several runs of a model, side by side.
 
     Args:
         tokens: a batch of blocks.
-        chunk: tokens fed at a time.
+        feeding: the pieces.
         runs: of models or caches that are to be compared.
 
     Yields:
-        The next tokens, and each run's logits for them, a few rows at a time.
+        The tokens that are predicted, and each run's logits for them, a few rows at a time.
     """
-    # The last token of a block predicts nothing, but a whole block is fed whole.
-    for first in range(0, tokens.shape[1] - 1, chunk):
-        inputs, labels = tokens[:, first : first + chunk], tokens[:, first + 1 : first + chunk + 1]
+    for first, last, counted in feeding:
+        inputs, labels = tokens[:, first:last], tokens[:, first + 1 : first + 1 + counted]
         done = 0
-        for logits in zip(*(run(inputs, labels.shape[1]) for run in runs), strict=True):
+        for logits in zip(*(run(inputs, counted) for run in runs), strict=True):
             rows = logits[0].shape[1]
             yield labels[:, done : done + rows], logits
             done += rows

@@ -18,7 +18,7 @@ from leankv.cache.plan import Plan, codecs_by_layer
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.hidden_states import Chunk, HiddenStates, Recording
-from leankv.evaluation.perplexity import BlockNats, LogitsRun, measure_runs, run_through
+from leankv.evaluation.perplexity import BlockNats, LogitsRun, exact_window, measure_runs, run_through
 from leankv.models.observers import attention_windows, layer_inputs
 from leankv.models.rope import KeyRotation
 from leankv.models.skipping import skipping
@@ -104,7 +104,7 @@ class Replay:
 
         def begin(places: Sequence[int]) -> LogitsRun:
             chunk.begin(tuple(numbers[place] for place in places))
-            through_cache = run_through(self.model, self._cache(plan, first))
+            through_cache = run_through(self.model, self._cache(plan, first), self.protocol.coded_after)
 
             def run(inputs: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
                 chunk.advance(inputs.shape[1])
@@ -161,7 +161,7 @@ class Replay:
             self.model.config,
             plan,
             sinks=self.protocol.sinks,
-            window=self.protocol.window,
+            window=exact_window(self.protocol),
             first_layer=first,
             rotation=self.rotation,
             decode_once=True,

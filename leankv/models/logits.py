@@ -25,7 +25,7 @@ def piecewise_logits(model: Any, inputs: Int[torch.Tensor, "B T"], cache: Any, c
         model: a causal LM.
         inputs: token ids.
         cache: takes in all T tokens.
-        count: at most T.
+        count: at most T; with 0 the model is run, and nothing is yielded.
 
     Yields:
         `[B, n, V]`, in order; B x n is at most `HEAD_ROWS`, and n at least 1.
@@ -33,7 +33,9 @@ def piecewise_logits(model: Any, inputs: Int[torch.Tensor, "B T"], cache: Any, c
     if has_body(model):
         yield from logits_of(model, inputs, body_output(model, inputs, cache), count)
     else:
-        yield model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, :count]
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+        if count:
+            yield logits[:, :count]
 
 
 def has_body(model: Any) -> bool:

@@ -76,6 +76,7 @@ COMPARE_COLUMNS = (
     "code_ratio_live",
     "code_ratio_stored",
     "cache_ratio",
+    "stored_ratio",
     "all_in_ratio",
     "all_in_ratio_4096",
     "held_bytes",
@@ -98,10 +99,12 @@ plan, which `plan` writes out; `baseline` is empty for ours, else who made it. C
 are of `blocks` blocks of `context` tokens of the split, of which `tokens` were predicted; `delta_percent` is the rise
 of perplexity in percent of `base_ppl`, `low` and `high` its 95 % interval. All bytes and ratios are of real caches
 filled with one such block, so ratio and cost stand at one context; `all_in_ratio_4096` is given where that is 4,096.
-`stored_bytes` are those of the cache serialized, `peak_step_bytes` the most that one decoding step takes over
-`held_bytes`. `codec_bytes` are the codecs' parameters on disk, once a model, `codec_bytes_memory` what they take in
-memory. `leankv.report.divergence` tells of the columns of divergence. `seconds` is what measuring took, base model and
-compressed one side by side. A baseline's sinks and window are its own affair.
+Under the protocol `prefix` those are the tokens of the prefix, coded whole, while costs are of the continuation's.
+`stored_bytes` are those of the cache serialized, sinks and window included, `stored_ratio` is of these,
+`peak_step_bytes` the most that one decoding step takes over `held_bytes`. `codec_bytes` are the codecs' parameters on
+disk, once a model, `codec_bytes_memory` what they take in memory. `leankv.report.divergence` tells of the columns of
+divergence. `seconds` is what measuring took, base model and compressed one side by side. A baseline's sinks and window
+are its own affair.
 """
 
 NAMES_BEFORE = {"peer": "baseline", "weighting": "error_metric"}
@@ -132,9 +135,12 @@ def read_compare(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, or it lacks columns.
     """
-    # An earlier version knew no plans of several recipes.
-    table = _read(folder, "compare", "comparison", [name for name in COMPARE_COLUMNS if name != "plan"])
+    # An earlier version knew no plans of several recipes, and did not write the ratio of the cache serialized.
+    needed = [name for name in COMPARE_COLUMNS if name not in ("plan", "stored_ratio")]
+    table = _read(folder, "compare", "comparison", needed)
     table = table if "plan" in table else table.assign(plan="")
+    if "stored_ratio" not in table:
+        table["stored_ratio"] = table["cache_ratio"] * table["held_bytes"] / table["stored_bytes"]
     return table.assign(**{name: table[name].astype(object).fillna("") for name in ("baseline", "plan")})
 
 

@@ -14,7 +14,7 @@ from leankv.storage.files import write_atomically, write_text
 
 FIGURE = "figures/compare.png"
 
-RATIOS = ("code_ratio_live", "code_ratio_stored", "cache_ratio", "all_in_ratio")
+RATIOS = ("code_ratio_live", "code_ratio_stored", "cache_ratio", "stored_ratio", "all_in_ratio")
 
 NOTES = """\
 - Every layer's keys and values are compressed alike, by one codec at one rate, but in rows of a plan, which are
@@ -25,8 +25,11 @@ NOTES = """\
 - **Ratios** are 16-bit bytes over compressed ones. **Code ratio**: of the tokens that the cache took in between half
   and all of its fill, over what it grew by; *live* in memory, *stored* serialized, where codecs of ours entropy-code
   whole chunks (baselines have no such form). Not given where half a fill is not longer than what is held exact.
-  **Cache ratio**: of the whole cache, over what is held between steps, sinks and window counted. **All-in ratio**: of
-  one sequence's cache, over what is held, the codecs in memory, and the peak of a decoding step.
+  **Cache ratio**: of the whole cache, over what is held between steps, sinks and window counted; **cache stored**: over
+  the same serialized. **All-in ratio**: of one sequence's cache, over what is held, the codecs in memory, and the peak
+  of a decoding step.
+- Under the protocol **prefix** bytes and ratios are those of a prefix that was computed exactly and then coded whole,
+  and costs those of the tokens that are read beside it.
 - **Step's peak**: the most that decoding one token takes over what is held: what is decoded to be read, and the model's
   own activations of one token, which are the same for all caches. Exact vectors are counted in the precision the model
   runs in.
@@ -49,7 +52,10 @@ def write_compare_report(folder: Path) -> None:
 def compare_title(table: pd.DataFrame) -> str:
     """One line that says what was measured how."""
     first = table.iloc[0]
-    title = f"Whole caches: {first.blocks} blocks of {first.context} tokens of the {first.split} split"
+    what = "prefixes" if first.protocol == "prefix" else "blocks"
+    title = f"Whole caches: {first.blocks} {what} of {first.context} tokens of the {first.split} split"
+    if first.protocol == "prefix":
+        title += f", {first.tokens // first.blocks} predictions behind each"
     title += f", protocol {first.protocol}"
     ours = table[table["baseline"] == ""]
     if len(ours):
@@ -74,7 +80,17 @@ def compare_summary(table: pd.DataFrame) -> Table:
 
 def cost_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and rows of cost and ratios, the cheapest first."""
-    header = ["cache", "window", "cost %", "95 % interval", "code live", "code stored", "cache", "all-in"]
+    header = [
+        "cache",
+        "window",
+        "cost %",
+        "95 % interval",
+        "code live",
+        "code stored",
+        "cache",
+        "cache stored",
+        "all-in",
+    ]
     rows = [
         [
             row["spec"],

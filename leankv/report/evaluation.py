@@ -47,7 +47,7 @@ class Evaluation:
         plan: the plan, as YAML and JSON write it; None where there was none.
         dataset: the text.
         split: the part of it.
-        protocol: `strict`, `stream` or `decode`.
+        protocol: `strict`, `stream`, `prefix` or `decode`.
         block_length: tokens in a block.
         blocks: how many were measured.
         tokens: predicted tokens in all blocks.

@@ -27,6 +27,7 @@ PLANS_COLUMNS = (
     "block_length",
     "live",
     "stored",
+    "stored_ratio",
     "cache_ratio",
     "cache_ratio_4096",
     "all_in_ratio",
@@ -45,7 +46,8 @@ PLANS_COLUMNS = (
     "evaluations",
     "seconds",
 )
-"""Of `plans.csv`: one row a selection. `live` and `stored` are code ratios of a real cache; `cache_ratio` counts all
+"""Of `plans.csv`: one row a selection. `live` and `stored` are code ratios of a real cache; `stored_ratio` counts
+all that is serialized, sinks and window included, and `cache_ratio` all
 that is held at `block_length` tokens, the context that the cost was measured at, and `cache_ratio_4096` is given where
 that is 4,096. `delta_percent` with its 95 % interval, `kl` (nats a token) and `top1` (percent) are of report text;
 `certified` says whether the budget was proved at `confidence` on `documents` certification documents. `evaluations` are
@@ -83,6 +85,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
         "block_length": summary.context,
         "live": summary.code_ratio,
         "stored": summary.code_ratio_stored,
+        "stored_ratio": summary.base_bytes / summary.stored_bytes,
         "cache_ratio": summary.cache_ratio,
         "cache_ratio_4096": summary.cache_ratio if is_4096 else None,
         "all_in_ratio": summary.all_in_ratio,

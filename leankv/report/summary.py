@@ -25,7 +25,7 @@ class Summary:
         codec: `ae:4`, or `k=none v=ae:4` where keys and values differ.
         key_space: `post-rope` or `pre-rope`.
         error_metric: what errors counted by when codecs were fitted: `none`, `gradient` or `attention`.
-        protocol: `strict`, `stream` or `decode`.
+        protocol: `strict`, `stream`, `prefix` or `decode`.
         sinks: first tokens kept exact.
         window: latest tokens kept exact.
         dataset: the text.

@@ -47,13 +47,19 @@ def compare_caches(
         The table, as `leankv.report.columns.COMPARE_COLUMNS` describes it.
 
     Raises:
-        UserError: a plan or a baseline does not suit the model, or baselines or windows are asked for in a strict pass.
+        UserError: a plan or a baseline does not suit the model, or baselines or windows are asked for in a strict pass
+            or with a prefix.
     """
     workspace, protocol = evaluator.workspace, evaluator.protocol
     if baselines and protocol.kind == "strict":
         raise UserError(
             "baselines hand out what they are given exact at first, so one strict pass shows no loss of theirs; "
             "use --protocol stream, or leave --baseline out"
+        )
+    if baselines and protocol.kind == "prefix":
+        raise UserError(
+            "caches of others cannot be filled exactly and coded whole afterwards, as a prefix is; use --protocol "
+            "stream, or leave --baseline out"
         )
     wanted = dict.fromkeys(windows or (protocol.window,))
     evaluators = [evaluator if window == protocol.window else evaluator.with_window(window) for window in wanted]
@@ -133,6 +139,7 @@ def _figures(evaluator: PlanEvaluator, split: str, pair: PairedRun, bytes_: Cach
         "code_ratio_live": bytes_.code_ratio_live,
         "code_ratio_stored": bytes_.code_ratio_stored,
         "cache_ratio": bytes_.cache_ratio,
+        "stored_ratio": bytes_.stored_ratio,
         "all_in_ratio": bytes_.all_in_ratio,
         "all_in_ratio_4096": bytes_.all_in_ratio if bytes_.context == CONTEXT else None,
         "held_bytes": bytes_.held,
@@ -158,8 +165,8 @@ def _method(plan: PlanSpec) -> str:
 def format_row(row: dict[str, Any]) -> str:
     """A row in one line; `-` for a ratio that is not known."""
     window = f", window {row['window']}" if row["baseline"] == "" else ""
-    ratios = [format_number(row[name], ".2f") for name in ("cache_ratio", "all_in_ratio")]
+    ratios = [format_number(row[name], ".2f") for name in ("cache_ratio", "all_in_ratio", "stored_ratio")]
     return (
         f"{row['spec']}{window}: {row['delta_percent']:+.2f} % perplexity; at {row['context']} tokens cache ratio "
-        f"{ratios[0]}, all-in ratio {ratios[1]}"
+        f"{ratios[0]}, all-in ratio {ratios[1]}, stored {ratios[2]}"
     )

@@ -13,7 +13,7 @@ from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.divergence import divergence_columns
 from leankv.evaluation.free_run import free_run, prompts_of
 from leankv.evaluation.paired import measure_pair
-from leankv.evaluation.perplexity import compare, measure_nats
+from leankv.evaluation.perplexity import compare, exact_window, measure_nats
 from leankv.models.loading import load_model
 from leankv.progress import Progress
 from leankv.report.evaluation import Evaluation
@@ -44,28 +44,33 @@ def evaluate(
         plan: in place of a bundle; its codecs are fitted in the experiment's output folder where they are not yet.
 
     Raises:
-        UserError: a bundle and a plan are given, or free running is asked for without either or beyond the model's
-            positions; or see the modules that own model, data and bundle.
+        UserError: a bundle and a plan are given, or free running is asked for without either, under `prefix`, or beyond
+            the model's positions; or see the modules that own model, data and bundle.
     """
     if bundle is not None and plan is not None:
         raise UserError("--bundle and --plan are both given; eval-ppl measures one of them")
     if new_tokens is not None and bundle is None and plan is None:
         raise UserError("--free-run compares a cache with the base model's; give --bundle or --plan, or leave it out")
+    if new_tokens is not None and experiment.protocol.kind == "prefix":
+        raise UserError(
+            "--free-run goes on from a cache that codes tokens as they come, and a prefix is coded whole; leave one of "
+            "--free-run and --protocol prefix out"
+        )
     if split == "all" and plan is not None:
         raise UserError("--split all has the text that the plan's codecs are fitted to; name a split")
-    source = TextSource(experiment.data)
+    source = TextSource(experiment.data, experiment.length_of("selection"))
     if plan is None:
         progress.say(f"loading {experiment.model.name}")
         loaded = load_model(experiment.model)
     else:
         workspace = Workspace.load(experiment, progress)  # its codecs may lie beside those of other plans
         loaded, plan = workspace.loaded, workspace.checked(plan)
-    blocks = source.blocks(split, loaded.tokenizer, n_blocks, experiment.data.block_length)
+    blocks = source.blocks(split, loaded.tokenizer, n_blocks, experiment.measured_length)
     protocol, model = experiment.protocol, loaded.model
     # Before the first long pass, so that a bad bundle is refused at once.
     first_cache = None
     if bundle is not None:
-        first_cache = load_bundle(bundle, model).new_cache(sinks=protocol.sinks, window=protocol.window)
+        first_cache = load_bundle(bundle, model).new_cache(sinks=protocol.sinks, window=exact_window(protocol))
     elif plan is not None:
         first_cache = PlanEvaluator(workspace).new_cache(plan)
         remove_captures(workspace.folder)

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.paired import PairedRun, measure_pair
-from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, measure_nats
+from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, exact_window, measure_nats
 from leankv.evaluation.replay import Replay
 from leankv.storage.cells import StoredCells, cell_name
 from leankv.studies.activation_store import ActivationStore
@@ -22,6 +22,13 @@ from leankv.studies.codec_store import CodecStore
 from leankv.studies.workspace import Workspace
 
 EVERYTHING_EXACT = PlanSpec()
+
+
+KEYED = {
+    "prefix": (("kind", "batch_size", "prefix_length", "continuation"), ("sinks",)),
+    "other": (("kind", "chunk", "batch_size"), ("sinks", "window")),
+}
+"""What of a protocol nats depend on: how tokens are fed, and what is kept exact, on which the base run does not."""
 
 
 class PlanEvaluator:
@@ -42,7 +49,7 @@ class PlanEvaluator:
         """The same with another exact window; codecs, which depend on none, and the base model's pass are shared.
 
         Raises:
-            UserError: a strict pass has no exact window.
+            UserError: a strict pass and a prefix have no exact window.
         """
         protocol = replace(self.protocol, window=window)
         replace(self.workspace.experiment, protocol=protocol)  # refuses a protocol that cannot be
@@ -95,7 +102,7 @@ class PlanEvaluator:
             model.config,
             plan,
             sinks=protocol.sinks,
-            window=protocol.window,
+            window=exact_window(protocol),
             rotation=self.workspace.rotation,
             decode_once=decode_once,
         )
@@ -206,9 +213,8 @@ class PlanEvaluator:
     def depends_on(self, spec: PlanSpec, blocks: Blocks) -> dict[str, Any]:
         """All that what is measured of a plan on some blocks depends on."""
         sites = spec.sites(self.workspace.n_layers)
-        asked = asdict(self.protocol)
-        if not sites:  # the base run depends on how tokens are fed, not on what is kept exact
-            asked = {name: asked[name] for name in ("kind", "chunk", "batch_size")}
+        fed, kept = KEYED["prefix" if self.protocol.kind == "prefix" else "other"]
+        asked = {name: getattr(self.protocol, name) for name in (fed if not sites else fed + kept)}
         return {
             "revision": MEASURING_REVISION,
             "model": self.workspace.model_key,

@@ -81,7 +81,7 @@ def plan_space(
         UserError: codecs may take less memory than any choice needs.
     """
     workspace, protocol = evaluator.workspace, evaluator.protocol
-    geometry, context = workspace.loaded.geometry, workspace.experiment.data.block_length
+    geometry, context = workspace.loaded.geometry, workspace.experiment.counted_length
     exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
     limit = parse_bytes(selection.max_codec_memory) if selection.max_codec_memory is not None else None
     with_codecs = selection.minimize == "all-in"

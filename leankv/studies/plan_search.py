@@ -12,7 +12,7 @@ from leankv.calibration.sensitivity import site_contributions
 from leankv.codecs import Recipe
 from leankv.config.experiment import SelectionConfig
 from leankv.config.plan_table import EXACT
-from leankv.evaluation.perplexity import chunk_length, compare
+from leankv.evaluation.perplexity import compare, feeding_of
 from leankv.search.evolution import evolve
 from leankv.search.local_search import refine
 from leankv.search.path import Measured, Path, frontier, grouped
@@ -120,10 +120,11 @@ class PlanSearch:
 
         def compute() -> dict[str, float]:
             cache = self.evaluator.new_cache(spec, decode_once=True)
-            chunk = chunk_length(self.evaluator.protocol, blocks.tokens.shape[1])
+            protocol = self.evaluator.protocol
+            feeding = feeding_of(protocol, blocks.tokens.shape[1])
             with workspace.progress.stage("contributions of all sites", len(blocks)) as step:
                 model = workspace.loaded.model
-                found = site_contributions(model, blocks.tokens, chunk, cache.fresh, step)
+                found = site_contributions(model, blocks.tokens, feeding, cache.fresh, protocol.coded_after, step)
             return {f"{site.layer}.{site.part}": value for site, value in found.items()}
 
         depends_on = {"revision": CONTRIBUTION_REVISION, **self.evaluator.depends_on(spec, blocks)}
@@ -158,7 +159,8 @@ class PlanSearch:
 
         Longer texts have a smaller share of exact tokens. Seen at one uniform plan, that of `start(wanted)`.
         """
-        if self.evaluator.workspace.experiment.data.selection_block_length is None:
+        experiment = self.evaluator.workspace.experiment
+        if experiment.length_of("selection") == experiment.measured_length:
             return 1.0
         choice, long = self.start(wanted), self.evaluator.with_long_blocks()
         cost = compare(long.base(), long.nats(self.plan(choice), title="selection text in long blocks"))

@@ -1,7 +1,7 @@
 """A plan's bytes, and those of a baseline, counted once and kept as cells."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from leankv.cache.plan import Plan, PlanSpec
@@ -18,7 +18,7 @@ def bytes_of_plan(evaluator: PlanEvaluator, split: str, spec: PlanSpec) -> Cache
     protocol, cache = evaluator.protocol, evaluator.new_cache(spec)
     key = evaluator.key(spec, split)  # with all that cost and bytes depend on alike
     settled = protocol.sinks + protocol.window
-    return bytes_of_cache(evaluator.workspace, split, cache.fresh, key, cache.plan, settled)
+    return bytes_of_cache(evaluator.workspace, split, cache.fresh, key, cache.plan, settled, protocol.coded_after)
 
 
 def bytes_of_cache(
@@ -28,6 +28,7 @@ def bytes_of_cache(
     cache_key: str,
     plan: Plan | None = None,
     settled: int = SETTLED,
+    context: int | None = None,
 ) -> CacheBytes:
     """Measure a cache filled with the first block of a split, or look up what was measured.
 
@@ -38,8 +39,10 @@ def bytes_of_cache(
         cache_key: names all that the cache depends on beside model and text.
         plan: what it holds as codes; None, for baselines: everything.
         settled: tokens after which what it compresses grows by codes alone: sinks and window of ours.
+        context: tokens of the block to fill it with; all of them unless given.
     """
     block = workspace.blocks(split).take([0])
+    block = replace(block, tokens=block.tokens[:, :context])
 
     def compute() -> dict[str, Any]:
         with workspace.progress.stage(f"bytes at {block.tokens.shape[1]} tokens", len(pieces_of(block.tokens))) as step:

@@ -98,7 +98,7 @@ class Workspace:
         # What can fail cheaply fails before a model is loaded.
         folder = check_folder(experiment)
         PlanSpec.parse(experiment.plan)
-        source = TextSource(experiment.data)
+        source = TextSource(experiment.data, experiment.length_of("selection"))
         progress.say(f"loading {experiment.model.name}")
         return cls(experiment, load_model(experiment.model), source, progress, folder, shard)
 
@@ -148,18 +148,17 @@ class Workspace:
             (self.folder / "manifest.json").unlink(missing_ok=True)
 
     def blocks(self, split: str) -> Blocks:
-        """The blocks of a split that this experiment uses."""
+        """The blocks of a split that this experiment uses; but for calibration, as long as its protocol measures."""
         if split not in self._blocks:
-            data = self.experiment.data
-            wanted: int = getattr(data, f"{split}_blocks")
-            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, data.length_of(split))
+            wanted: int = getattr(self.experiment.data, f"{split}_blocks")
+            length = self.experiment.length_of(split)
+            self._blocks[split] = self._source.blocks(split, self.loaded.tokenizer, wanted, length)
         return self._blocks[split]
 
     def with_long_selection_blocks(self) -> "Workspace":
         """The same with selection blocks as long as those of reports: the same documents, and about as many tokens."""
-        data = self.experiment.data
-        short, long = data.length_of("selection"), data.block_length
-        count = max(1, data.selection_blocks * short // long)
+        short, long = self.experiment.length_of("selection"), self.experiment.measured_length
+        count = max(1, self.experiment.data.selection_blocks * short // long)
         other = copy.copy(self)
         other._blocks = {
             **self._blocks,
@@ -181,7 +180,7 @@ class Workspace:
             raise UserError(
                 "certification takes documents one by one, and text given in blocks has none; use a data set"
             )
-        tokenizer, length = self.loaded.tokenizer, self.experiment.data.block_length
+        tokenizer, length = self.loaded.tokenizer, self.experiment.measured_length
         texts = self._source.documents(split, tokenizer)
         return documents_of(texts, tokenizer, length, least_tokens, split, self._source.name)
 
