@@ -241,7 +241,8 @@ def sweep(
         The columns of `sweep.csv`; see `leankv.report.columns`.
 
     Raises:
-        UserError: the text is too short, the recipe does not suit the model, or the folder is another sweep's.
+        UserError: the text is too short, the recipe does not suit the model, or the folder is another sweep's: of
+            other settings, another model or other text.
     """
     loaded = look_at(model, tokenizer)
     tokens = blocks_for(model, text, tokenizer, block_length, LEAST_CALIBRATION_BLOCKS + (selection_text is None))
@@ -257,8 +258,10 @@ def sweep(
     if folder is None:
         return sweep_layers(PlanEvaluator(Workspace(experiment, loaded, source, _progress(progress))))
     experiment = replace(experiment, output_dir=str(folder))
-    workspace = Workspace(experiment, loaded, source, _progress(progress), check_folder(experiment))
-    claim_folder(experiment)  # now only: what is refused must not stand in the way of what is right
+    given = {"model": loaded.fingerprint, "text": Blocks(tokens, "calibration", source.name).hash}
+    given["selection text"] = Blocks(measured_on, "selection", source.name).hash
+    workspace = Workspace(experiment, loaded, source, _progress(progress), check_folder(experiment, given))
+    claim_folder(experiment, given)  # now only: what is refused must not stand in the way of what is right
     return sweep_layers(PlanEvaluator(workspace))
 
 

@@ -1,5 +1,10 @@
-"""A run's output folder belongs to the settings that it was begun with; `experiment.yaml` in it says which."""
+"""A run's output folder belongs to the settings that it was begun with; `experiment.yaml` in it says which.
 
+What is handed in from Python, a model and texts, has no name there that could be compared; `given.json` has its hashes.
+"""
+
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,10 +12,10 @@ from typing import Any
 from leankv.config.experiment import Experiment
 from leankv.config.loading import flatten, load_experiment
 from leankv.errors import UserError
-from leankv.storage.files import check_output_dir, write_text
+from leankv.storage.files import check_output_dir, read_json, write_text
 from leankv.storage.locks import locked
 
-EXPERIMENT_FILE = "experiment.yaml"
+EXPERIMENT_FILE, GIVEN_FILE = "experiment.yaml", "given.json"
 
 MAY_DIFFER = ("layers", "memory_budget", "output_dir", "model.device", "model.device_map", "data.data_dir")
 """Settings beside those of `SECTIONS_MAY_DIFFER` that may change between runs in one folder: they choose among results,
@@ -19,8 +24,12 @@ or where things lie. Results that depend on the device or the text carry that in
 SECTIONS_MAY_DIFFER = ("selection.", "sweep.", "certification.")
 
 
-def check_folder(experiment: Experiment) -> Path:
+def check_folder(experiment: Experiment, given: Mapping[str, str] | None = None) -> Path:
     """Make the output folder, and see that nothing in it was made with other settings.
+
+    Args:
+        experiment: the settings, the folder among them.
+        given: what was handed in from Python in their place, with its hashes: `{"model": ...}`.
 
     Raises:
         UserError: it cannot be written, or was begun with other settings; names the first that differs.
@@ -36,18 +45,26 @@ def check_folder(experiment: Experiment) -> Path:
                     f"{folder} was begun with {key} {_words(begun[key])}, not {_words(value)}; "
                     "choose another --output-dir"
                 )
+    if given and (folder / GIVEN_FILE).is_file():
+        begun = read_json(folder / GIVEN_FILE)
+        if differing := [name for name, its_hash in given.items() if begun.get(name) != its_hash]:
+            raise UserError(f"{folder} was begun with another {differing[0]} than is given now; choose another folder")
     return folder
 
 
-def claim_folder(experiment: Experiment) -> None:
-    """Write `experiment.yaml`. Of two runs with different settings that begin at once, one is refused.
+def claim_folder(experiment: Experiment, given: Mapping[str, str] | None = None) -> None:
+    """Write `experiment.yaml`, and `given.json` where something was handed in from Python.
+
+    Of two runs with different settings that begin at once, one is refused.
 
     Raises:
         UserError: as `check_folder`.
     """
     with locked(Path(experiment.output_dir) / "cells", "experiment"):
-        path = check_folder(experiment) / EXPERIMENT_FILE
-        write_if_changed(path, experiment.to_yaml())
+        folder = check_folder(experiment, given)
+        write_if_changed(folder / EXPERIMENT_FILE, experiment.to_yaml())
+        if given:
+            write_if_changed(folder / GIVEN_FILE, json.dumps(given, indent=1) + "\n")
 
 
 def write_if_changed(path: Path, text: str) -> None:
