@@ -20,6 +20,8 @@ class DecodedOnceStore(PartStore):
     with the same sinks and window. What drops or reorders tokens makes it decode all of them anew.
     """
 
+    keeps_decoded = True
+
     def __init__(
         self,
         codec: Codec | None,

@@ -42,6 +42,8 @@ class PartStore:
         sources: stores that are read before this one in every forward pass, and that the codec predicts from.
     """
 
+    keeps_decoded = False
+
     def __init__(
         self,
         codec: Codec | None,
@@ -109,7 +111,7 @@ class PartStore:
         if self.codec is not None and rows is not None:
             self._encode(self.codec, rows, self.seen - rows.shape[2])
             self.window_rows = None
-        if self.cross_layer.readers and rows is not None:
+        if rows is not None and (self.cross_layer.readers or self.keeps_decoded):
             self.read(rows)  # shows to readers what decoding gives
         else:
             self.cross_layer.show([], self._first_coded())

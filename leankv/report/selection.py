@@ -19,6 +19,7 @@ from leankv.report.tables import (
     name_value_table,
     plain_table,
 )
+from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
 
 VERDICTS = {
@@ -103,6 +104,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
             "budget",
             f"{format_budget(summary.budget)}, {'kept' if summary.within_budget else 'exceeded'} on this text",
         ),
+        *([("certificate", certificate_text(summary))] if summary.certificate else []),
         *divergence_rows(summary.divergence),
         ("measured at", f"{summary.context} tokens, one sequence, exact vectors in {summary.dtype}"),
         ("code ratio (compressed vectors only)", format_ratio(summary.code_ratio)),
@@ -120,6 +122,12 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     claimed = summary.claimed_cache_ratio
     rows += [(f"claimed cache ratio at {tokens} tokens", format_ratio(ratio)) for tokens, ratio in claimed.items()]
     return rows
+
+
+def certificate_text(summary: Summary) -> str:
+    """What certifying the plan came to, in a sentence."""
+    assert summary.certificate is not None
+    return Certificate.from_json(dict(summary.certificate)).sentence()
 
 
 def summary_table(summary: Summary) -> Table:

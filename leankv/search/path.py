@@ -20,6 +20,7 @@ class Measured:
         size: bytes of what is to be small.
         ratio: bytes of the 16-bit cache over these.
         evaluations: full evaluations spent up to here, this one included.
+        is_allowed: whether its codecs keep to their memory; a search may begin at a plan whose do not.
     """
 
     choice: Choice
@@ -30,6 +31,7 @@ class Measured:
     size: float
     ratio: float
     evaluations: float
+    is_allowed: bool
 
     @property
     def percent(self) -> float:
@@ -80,6 +82,7 @@ class Path:
             self.space.size(choice),
             self.space.ratio(choice),
             self.evaluations,
+            self.space.codec_bytes(choice) <= self.space.max_codec_bytes,
         )
         self.steps.append(step)
         return step
@@ -89,7 +92,7 @@ def frontier(steps: Sequence[Measured]) -> list[Measured]:
     """The steps that no other beats in both cost and size, from the cheapest (and largest) to the dearest."""
     found: list[Measured] = []
     smallest = math.inf
-    for step in sorted(steps, key=lambda each: (each.cost, each.size)):
+    for step in sorted((step for step in steps if step.is_allowed), key=lambda each: (each.cost, each.size)):
         if step.size < smallest:
             found.append(step)
             smallest = step.size

@@ -207,12 +207,14 @@ def fill_to_size(
 
 
 def cheapest_within(steps: Sequence[Measured], size: float) -> Measured:
-    """The step that costs the least of those no larger than `size`; where none is, the smallest."""
-    within = [step for step in steps if step.size <= size]
-    return min(within, key=lambda step: step.cost) if within else min(steps, key=lambda step: step.size)
+    """The allowed step that costs the least of those no larger than `size`; where none is, the smallest."""
+    allowed = [step for step in steps if step.is_allowed] or list(steps)
+    within = [step for step in allowed if step.size <= size]
+    return min(within, key=lambda step: step.cost) if within else min(allowed, key=lambda step: step.size)
 
 
 def best_within(steps: Sequence[Measured], cost: float) -> Measured:
-    """The smallest step within a cost; where none is, the one that costs the least."""
-    within = [step for step in steps if step.cost <= cost]
-    return min(within, key=lambda step: step.size) if within else min(steps, key=lambda step: step.cost)
+    """The smallest allowed step within a cost; where none is, the one that costs the least."""
+    allowed = [step for step in steps if step.is_allowed] or list(steps)
+    within = [step for step in allowed if step.cost <= cost]
+    return min(within, key=lambda step: step.size) if within else min(allowed, key=lambda step: step.cost)
