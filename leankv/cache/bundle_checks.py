@@ -190,7 +190,12 @@ def _unfitted_tensors(path: Path, site: Site, codec: Mapping[str, Any]) -> Mappi
         tensors: Mapping[str, torch.Tensor] = unfitted(known_recipe(codec["spec"]), codec["width"]).state_dict()
     except ValueError as error:
         layer, part = site
-        raise UserError(f"the plan of {path.parent} has for {part} of layer {layer} what cannot be: {error}") from error
+        way_out = ""
+        if isinstance(error, UserError):  # of the recipe's text
+            way_out = "; a family of your own is known after --register module:Recipe, or leankv.register"
+        raise UserError(
+            f"the plan of {path.parent} has for {part} of layer {layer} what cannot be: {error}{way_out}"
+        ) from error
     return tensors
 
 

@@ -10,6 +10,15 @@ from leankv.cli.options import PROTOCOL, Asked
 from leankv.errors import UserError
 from leankv.progress import Progress
 
+Register = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:RECIPE",
+        help="Codec family of your own that the bundle holds; its module is imported (again for more).",
+        show_default=False,
+    ),
+]
+
 
 @command("eval-ppl", "block_length", *PROTOCOL)
 def eval_ppl_command(
@@ -27,6 +36,7 @@ def eval_ppl_command(
         int | None,
         typer.Option(help="Let both go on from half of each block, greedily, by so many tokens.", show_default=False),
     ] = None,
+    register: Register = None,
     json_: Json = False,
 ) -> None:
     """Perplexity of the base model and of a bundle, side by side, and how far their predictions are apart."""
@@ -42,6 +52,7 @@ def eval_ppl_command(
         raise UserError(f"--blocks must be at least 1, not {blocks}")
     if free_run is not None and free_run < 1:
         raise UserError(f"--free-run must be at least 1, not {free_run}")
+    _register(register)
     table = None if plan is None else read_plan_table(plan)
     experiment = _with_bundle(asked, bundle, {} if table is None else {"plan": table})
     n_blocks = blocks or (experiment.data.report_blocks if split == "all" else experiment.value(f"data.{split}_blocks"))
@@ -61,6 +72,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; else sampled.", min=0.0)] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = False,
+    register: Register = None,
     json_: Json = False,
 ) -> None:
     """Stream a completion through the compressed cache; report the bytes it held and tokens a second."""
@@ -70,6 +82,7 @@ def generate_command(
     from leankv.evaluation.generation import complete, format_completion
     from leankv.models.loading import load_model
 
+    _register(register)
     read_bundle_config(bundle)
     experiment = _with_bundle(asked, bundle)
     progress = Progress()
@@ -86,6 +99,14 @@ def generate_command(
         print_json(asdict(completion))
     else:
         OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+
+
+def _register(names: list[str] | None) -> None:
+    """Make families known that the user names; nothing that a bundle's file names is ever imported."""
+    from leankv.codecs.registry import register_by_name
+
+    for name in names or ():
+        register_by_name(name)
 
 
 def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:

@@ -46,6 +46,18 @@ def register(recipe: RecipeType) -> RecipeType:
     return recipe
 
 
+def register_by_name(text: str) -> type[Recipe]:
+    """Import `module:Recipe`, as a person wrote it, and register its class.
+
+    Raises:
+        UserError: it is not of this form, cannot be imported, or cannot be registered.
+    """
+    named = OUTSIDE.fullmatch(text)
+    if named is None:
+        raise UserError(f"--register {_shown(text)} is not understood; write module:Recipe, such as lab:SignRecipe")
+    return _import_and_register(*named.groups()[2:])
+
+
 def parse_recipe(text: str) -> Recipe:
     """Read a recipe that a person wrote.
 
@@ -97,8 +109,10 @@ def _refuse_nesting(text: str) -> None:
 def _registered(found: re.Match[str]) -> str:
     """`module:Recipe` as the name of the family that it is registered as; what begins with a family as it was."""
     before, space, module, name = found.groups()
-    if module in FAMILIES:
-        return found[0]
+    return found[0] if module in FAMILIES else f"{before}{space}{_import_and_register(module, name).family}"
+
+
+def _import_and_register(module: str, name: str) -> type[Recipe]:
     try:
         recipe = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -106,7 +120,8 @@ def _registered(found: re.Match[str]) -> str:
             f"codec {_shown(f'{module}:{name}')} is not understood: no family is called {module}, and no {name} can be "
             f"imported from a module {module} ({error}); check the name, or where Python looks for modules"
         ) from error
-    return f"{before}{space}{register(recipe).family}"
+    registered: type[Recipe] = register(recipe)
+    return registered
 
 
 def unfitted(recipe: Recipe, width: int) -> Codec:
