@@ -12,6 +12,7 @@ from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
+from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.paired import PairedRun, measure_pair, pair_from
 from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, exact_window, measure_nats
 from leankv.evaluation.replay import Replay
@@ -76,6 +77,13 @@ class PlanEvaluator:
         model = self.workspace.loaded.model
         return BasePass(model, lambda: LeanCache(model.config, {}), self.workspace.memory_bytes)
 
+    @cached_property
+    def _prefixes(self) -> ExactPrefixes | None:
+        """Many plans are measured behind the same prefixes, so these are computed once; None under other protocols."""
+        if self.protocol.coded_after is None:
+            return None
+        return ExactPrefixes(self.workspace.loaded.model, self.workspace.memory_bytes)
+
     def new_cache(self, spec: PlanSpec) -> LeanCache:
         """An empty cache under a plan, with the protocol's sinks and window."""
         model, protocol = self.workspace.loaded.model, self.protocol
@@ -103,10 +111,11 @@ class PlanEvaluator:
         plan, blocks = self.codecs.plan(spec), self._blocks(split, block_ids)
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
-            if split == "selection":
+            if split == "selection" and self._prefixes is None:
                 return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
             cache = self.new_cache(spec)
-            return measure_nats(self.workspace.loaded.model, blocks, self.protocol, cache.fresh, on_block)
+            model = self.workspace.loaded.model
+            return measure_nats(model, blocks, self.protocol, cache.fresh, on_block, self._prefixes)
 
         def compute() -> dict[str, Any]:
             if not title:
@@ -162,7 +171,8 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             with self.workspace.progress.stage(title, len(blocks)) as step:
-                return asdict(measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step))
+                run = measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step, self._prefixes)
+                return asdict(run)
 
         return pair_from(self.workspace.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
 
