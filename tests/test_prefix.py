@@ -16,6 +16,7 @@ from leankv.data.blocks import Blocks
 from leankv.errors import UserError
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.cache_bytes import measure_bytes
+from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.paired import PairedRun, measure_pair
 from leankv.evaluation.perplexity import BlockNats, compare, measure_nats
 from leankv.models.geometry import find_geometry
@@ -150,6 +151,18 @@ def test_the_base_run_is_a_plain_forward_pass(model: Any, blocks: Blocks) -> Non
     assert per_token(measured) == pytest.approx(expected.tolist(), abs=1e-5)
     shorter = replace(blocks, tokens=blocks.tokens[:, : PREFIX + CONTINUATION])
     assert nats(model, shorter, plan_of(model, Rounding)).nats == nats(model, blocks, plan_of(model, Rounding)).nats
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_prefixes_that_are_computed_once_give_the_same_bits(model: Any, blocks: Blocks, memory_bytes: int) -> None:
+    prefixes, protocol = ExactPrefixes(model, memory_bytes), replace(PROTOCOL, batch_size=2)
+    for recipe in RECIPES[1:3]:
+        bundle = bundle_of(model, recipe)
+        plain, shared = (
+            measure_nats(model, blocks, protocol, lambda: bundle.new_cache(window=UNBOUNDED), prefixes=own)  # noqa: B023
+            for own in (None, prefixes)
+        )
+        assert plain.nats == shared.nats
 
 
 def test_batches_of_blocks_agree_with_single_blocks(model: Any, blocks: Blocks) -> None:

@@ -57,7 +57,7 @@ def prefix_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_plans_are_measured_as_a_full_pass_measures_them(prefix_settings: dict[str, Any], tmp_path: Path) -> None:
-    """On selection text too, where layers before the first change are not run; blocks are long enough by themselves."""
+    """Though prefixes are computed once for all plans; blocks are long enough by themselves."""
     evaluator = evaluator_of(prefix_settings, tmp_path / "run", **{"codec.key_space": "pre-rope"})
     workspace = evaluator.workspace
     assert [workspace.blocks(split).tokens.shape[1] for split in ("calibration", "selection", "report")] == [48, 56, 56]
@@ -73,6 +73,11 @@ def test_plans_are_measured_as_a_full_pass_measures_them(prefix_settings: dict[s
             full = measure_nats(model, workspace.blocks(split), evaluator.protocol, make_cache)
             assert evaluator.nats(spec, split, extends_to_supersets=split == "selection").nats == full.nats
     assert evaluator.pair(spec, "report", "").compressed.nats == full.nats
+    fed: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    evaluator.nats(PlanSpec.uniform("int:3"), "report")
+    hook.remove()
+    assert fed == [16] * 4
 
 
 def test_cells_of_other_protocols_are_named_as_before_there_was_a_prefix(

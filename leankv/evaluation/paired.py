@@ -12,6 +12,7 @@ from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.divergence import Divergence, divergence_from, divergence_of
+from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.perplexity import (
     LOGIT_ROWS,
     BlockNats,
@@ -64,6 +65,7 @@ def measure_pair(
     base_pass: BasePass,
     make_cache: Callable[[], Any],
     on_block: Callable[[], None] = lambda: None,
+    prefixes: ExactPrefixes | None = None,
 ) -> PairedRun:
     """Feed every block to the model twice, piece by piece in turn, and compare what it predicts.
 
@@ -77,6 +79,7 @@ def measure_pair(
         base_pass: of this model; what it keeps of a block serves the plans to come.
         make_cache: a fresh cache for a batch of blocks, the compressed one.
         on_block: called after each block.
+        prefixes: as in `measure_nats`.
 
     Raises:
         UserError: the loss of a block, or the divergence, is not finite, or blocks are too short for the protocol.
@@ -90,7 +93,7 @@ def measure_pair(
         total = torch.zeros(2, len(batch), dtype=torch.float64)
         pieces = []
         tokens = batch.to(model.device)
-        runs = [base_pass.run(tokens, feeding), run_through(model, make_cache(), protocol.coded_after)]
+        runs = [base_pass.run(tokens, feeding), run_through(model, make_cache(), protocol.coded_after, prefixes)]
         for labels, logits in feed(tokens, feeding, runs):
             nats, apart = _compared(logits[0], logits[1], labels)
             total += nats

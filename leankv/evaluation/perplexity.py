@@ -30,6 +30,7 @@ from leankv.cache.part_store import UNBOUNDED
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.errors import UserError
+from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.logits import Logits, piecewise_logits
 from leankv.search.statistics import t_interval
 
@@ -145,6 +146,7 @@ def measure_nats(
     protocol: ProtocolConfig,
     make_cache: Callable[[], Any],
     on_block: Callable[[], None] = lambda: None,
+    prefixes: ExactPrefixes | None = None,
 ) -> BlockNats:
     """Negative log likelihood of each block, read through caches from `make_cache`.
 
@@ -155,13 +157,14 @@ def measure_nats(
         make_cache: a fresh transformers cache for a batch of blocks; the stock one for the base run. One of ours has
             the protocol's sinks and its `exact_window`.
         on_block: called after each block.
+        prefixes: of this model, given where caches are ours and several are measured under `prefix`: the same numbers.
 
     Raises:
         UserError: the loss of a block is not finite, or blocks are too short for the protocol.
     """
 
     def begin(places: Sequence[int]) -> LogitsRun:
-        return run_through(model, make_cache(), protocol.coded_after)
+        return run_through(model, make_cache(), protocol.coded_after, prefixes)
 
     return measure_runs(model, blocks, protocol, begin, on_block)
 
@@ -202,13 +205,16 @@ def measure_runs(
     return BlockNats(tuple(nats), sum(piece.counted for piece in feeding), time.monotonic() - started)
 
 
-def run_through(model: Any, cache: Any, coded_after: int | None = None) -> LogitsRun:
+def run_through(
+    model: Any, cache: Any, coded_after: int | None = None, prefixes: ExactPrefixes | None = None
+) -> LogitsRun:
     """A run of the model through a fresh cache, as `feed` takes it.
 
     Args:
         model: a causal LM.
         cache: takes in every token.
         coded_after: tokens after which everything that the cache holds exact is coded, where it is one of ours.
+        prefixes: where so many tokens are fed at first, the cache is filled from these.
     """
     fed = 0
 
@@ -216,7 +222,11 @@ def run_through(model: Any, cache: Any, coded_after: int | None = None) -> Logit
         nonlocal fed
         if fed == coded_after and isinstance(cache, LeanCache):
             cache.encode_all()
+        is_prefix = fed == 0 and inputs.shape[1] == coded_after
         fed += inputs.shape[1]
+        if is_prefix and prefixes is not None:
+            prefixes.fill(cache, inputs)
+            return iter(())
         return piecewise_logits(model, inputs, cache, count)
 
     return run

@@ -13,6 +13,7 @@ from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.base_pass import BasePass
+from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.paired import PairedRun, measure_pair
 from leankv.evaluation.perplexity import MEASURING_REVISION, BlockNats, exact_window, measure_nats
 from leankv.evaluation.replay import Replay
@@ -89,6 +90,13 @@ class PlanEvaluator:
         model = self.workspace.loaded.model
         return BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), self.workspace.memory_bytes)
 
+    @cached_property
+    def _prefixes(self) -> ExactPrefixes | None:
+        """Many plans are measured behind the same prefixes, so these are computed once; None under other protocols."""
+        if self.protocol.coded_after is None:
+            return None
+        return ExactPrefixes(self.workspace.loaded.model, self.workspace.memory_bytes)
+
     def new_cache(self, spec: PlanSpec, decode_once: bool = False) -> LeanCache:
         """An empty cache under a plan, with the protocol's sinks and window.
 
@@ -127,10 +135,11 @@ class PlanEvaluator:
         plan, blocks = self.codecs.plan(spec), self._blocks(split, block_ids)
 
         def measured(on_block: Callable[[], None]) -> BlockNats:
-            if split == "selection":
+            if split == "selection" and self._prefixes is None:
                 return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
             cache = self.new_cache(spec, decode_once=True)
-            return measure_nats(self.workspace.loaded.model, blocks, self.protocol, cache.fresh, on_block)
+            model = self.workspace.loaded.model
+            return measure_nats(model, blocks, self.protocol, cache.fresh, on_block, self._prefixes)
 
         def compute() -> dict[str, Any]:
             if not title:
@@ -155,7 +164,8 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             make_cache = self.new_cache(spec, decode_once=True).fresh
-            return measure_nats(self.workspace.loaded.model, document, self.protocol, make_cache).cell()
+            model = self.workspace.loaded.model
+            return measure_nats(model, document, self.protocol, make_cache, prefixes=self._prefixes).cell()
 
         depends_on = self.depends_on(spec, document)
         return BlockNats.from_cell(self.workspace.cells.get_or_compute(f"nats-{document.split}", depends_on, compute))
@@ -202,7 +212,8 @@ class PlanEvaluator:
 
         def compute() -> dict[str, Any]:
             with self.workspace.progress.stage(title, len(blocks)) as step:
-                return measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step).cell()
+                run = measure_pair(model, blocks, self.protocol, self._base_pass, make_cache, step, self._prefixes)
+                return run.cell()
 
         return PairedRun.from_cell(self.workspace.cells.get_or_compute(f"pair-{blocks.split}", depends_on, compute))
 

@@ -1,0 +1,56 @@
+"""Prefixes that many plans are measured behind: computed exactly once, their keys and values kept.
+
+Under the protocol `prefix` no codec takes part in the pass over the prefix, so it is the same for every plan. A cache
+is filled with what that pass gave its layers, as the pass itself would fill it: the same bits.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from leankv.cache.lean_cache import LeanCache
+from leankv.models.logits import body_output
+from leankv.models.observers import Keys, RecordingCache, Values
+
+States = dict[int, tuple[Keys, Values]]
+"""Layer -> keys and values as its cache is given them."""
+
+
+class ExactPrefixes:
+    """Keys and values of prefixes.
+
+    Args:
+        model: a causal LM.
+        memory_bytes: those of prefixes beyond this are not kept, and computed again.
+    """
+
+    def __init__(self, model: Any, memory_bytes: int):
+        self.model = model
+        self.memory_bytes = memory_bytes
+        self._kept: dict[str, States] = {}
+        self._held = 0
+
+    def fill(self, cache: LeanCache, tokens: Int[torch.Tensor, "B P"]) -> None:
+        """Have a fresh cache take in a batch of prefixes."""
+        for layer, (keys, values) in self._states(tokens).items():
+            cache.update(keys, values, layer)
+
+    def _states(self, tokens: Int[torch.Tensor, "B P"]) -> States:
+        digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+        key = f"{digest} {tuple(tokens.shape)}"
+        if key in self._kept:
+            return self._kept[key]
+        states: States = {}
+
+        def record(layer: int, keys: Keys, values: Values) -> None:
+            states[layer] = keys, values
+
+        body_output(self.model, tokens, RecordingCache(self.model.config, record))
+        size = sum(tensor.nbytes for both in states.values() for tensor in both)
+        if self._held + size <= self.memory_bytes:
+            self._held += size
+            # Copies of their own: a part of a fused projection would keep all of it alive.
+            self._kept[key] = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in states.items()}
+        return states
