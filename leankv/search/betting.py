@@ -23,7 +23,7 @@ import numpy
 
 LARGEST_STAKE = 0.9
 """Of the wealth, on one value. It is what decides where values vary little, as costs of documents do. Simulated with
-the costs in `tests/test_certificate.py` (mean 0.018, deviation 0.01 nats a token), 7 % allowed, clip 0.1: 14 documents
+the costs in `tests/test_betting.py` (mean 0.018, deviation 0.01 nats a token), 7 % allowed, clip 0.1: 14 documents
 at a stake of 0.5 (the paper suggests 0.5 or 0.75), 10 at 0.75, 9 at 0.9; 3 % allowed: 55, 37, 31. At 1 one value at the
 bound would take all."""
 
@@ -35,7 +35,7 @@ ENOUGH_FOR_A_SPREAD = 8  # values; assumption: before these a standard error say
 
 STANDARD_ERRORS = 2.0  # how much better than what was seen the rest may be before a test is given up
 
-CLIP_OVER_DEVIATION = 3.0
+CLIP_OVER_DEVIATION = 3.0  # see `choose_clip` for what this and the next were chosen by
 
 ENOUGH_FOR_A_CLIP = 16  # selection blocks; of fewer, the farthest is less far out
 
@@ -117,7 +117,7 @@ def _stake(squares: numpy.ndarray, count: numpy.ndarray, alpha: float) -> numpy.
 
 
 def least_documents(allowed: float, clip: float, alpha: float) -> int:
-    """How many values at least it takes to reject, were each of them `-allowed`, the best that there can be.
+    """How many values at least it takes to reject, were each of them `-allowed`: those of a plan that costs nothing.
 
     Args:
         allowed: in the unit of `clip`.
