@@ -136,11 +136,11 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "spec large": (put("plan", "1", "k", "spec", "ae:4x9999999999"), r"1\.k\.\w+ has shape"),
     "spec larger": (put("plan", "1", "k", "spec", "ae:4x" + "9" * 30), r"no tensors are as large"),
     "spec too wide": (put("plan", "1", "k", "spec", "pca:99"), r"D = 99 is more than the width 32"),
-    "spec of others": (put("plan", "1", "k", "spec", "int:4c"), r"1\.k\.ranges is missing"),
+    "spec of others": (put("plan", "1", "k", "spec", "int:4c"), r"k codec of layer 1 .* revision {'ae': \d}.* {'int'"),
     "another revision": (put("plan", "1", "k", "revisions", "ae", 99), r"k codec of layer 1 .* revision {'ae': 99}"),
     "no revisions": (drop("plan", "1", "k", "revisions"), r"lacks plan: layer 1, part k: revisions"),
     "revisions a number": (put("plan", "1", "k", "revisions", 1), r"revisions is 1, not a table"),
-    "codec left out": (drop("plan", "3"), r"'3\.v\.analysis' belongs to no codec"),
+    "codec left out": (drop("plan", "3"), r"'3\.v\.analysis\.integers' belongs to no codec"),
     "codec without tensors": (put("plan", "0", {"k": GOOD}), r"0\.k\.mean is missing"),
     "no plan": (drop("plan"), r"lacks plan"),
     "plan a list": (put("plan", []), r"plan is \[\], not a table"),
@@ -189,7 +189,13 @@ def whole_numbers(tensors: Tensors) -> None:
 
 
 def fractions(tensors: Tensors) -> None:
-    tensors["3.v.used"] = tensors["3.v.used"].float()
+    tensors["3.v.low"] = tensors["3.v.low"].float()
+
+
+def many(tensors: Tensors) -> None:
+    """More coordinates than a vector has numbers, in all tensors alike."""
+    for name in ("low", "levels", "scale", "shape"):
+        tensors[f"3.v.{name}"] = torch.zeros(10**6, dtype=tensors[f"3.v.{name}"].dtype)
 
 
 def missing(tensors: Tensors) -> None:
@@ -207,7 +213,8 @@ def more(tensors: Tensors) -> None:
         (infinite, r"3\.v\.mean has numbers that are not finite"),
         (wide, r"1\.k\.mean has shape \[33\], not \[32\]"),
         (whole_numbers, r"1\.k\.mean is of kind I64, not float32"),
-        (fractions, r"3\.v\.used is of kind F32, not int64"),
+        (fractions, r"3\.v\.low is of kind F32, not int16"),
+        (many, r"3\.v\.low has shape \[1000000\], not \[32\]"),
         (missing, r"1\.v\.first\.mean is missing"),
         (more, r"'2\.k\.mean' belongs to no codec"),
     ],

@@ -28,6 +28,7 @@ SPECS = (
     *("sparse:1", "sparse:50", "sparse:100"),
     *("ortho:1", "ortho:4"),
     *("transform:0.3", "transform:2", "transform:s0.5", "share:-1", "resid(share:-2,transform:1)"),
+    *("share:-2q8", "share:-1r4", "share:-4r6q4", "resid(share:-2q4,transform:s0.5)"),
     *("resid(pca:2,int:2g8)", "resid(mean,nuq:2+5)", "resid(rot:1,resid(ortho:1,pq:6x2))", "resid(pca:1,identity)"),
 )
 
@@ -271,6 +272,7 @@ def test_codecs_need_no_gradients_once_loaded(spec: str) -> None:
         *("pq", "pq:4", "pq:4x", "pq:4x0", "pq:4x9", "pq:0x4", "pq:x4", "pq:4x4x4"),
         *("sparse", "sparse:0", "sparse:101", "sparse:1.5", "sparse:-5"),
         *("ortho", "ortho:0", "ortho:-1", "ortho:4x8"),
+        *("share", "share:1", "share:-5", "share:-2q3", "share:-2r0", "share:-2q8r4", "share:-2r", "share:-2r4q"),
         *("resid", "resid:4", "resid()", "resid(mean)", "resid(mean,)", "resid(,mean)", "resid(mean,mean,mean)"),
         *("resid(mean,mean", "resid(mean,resid(mean,mean)", "resid(mean),mean", "resid(mean,mean))"),
     ],
@@ -341,7 +343,7 @@ def test_equal_recipes_have_one_text(written: str, text: str) -> None:
     assert parse_recipe(f"resid(mean, {written})").text == f"resid(mean,{text})"
 
 
-@pytest.mark.parametrize("text", ["ae:25", "ae:25x8", "pca:25", "ortho:25"])
+@pytest.mark.parametrize("text", ["ae:25", "ae:25x8", "pca:25", "ortho:25", "share:-1r25", "share:-1r25q8"])
 def test_more_dimensions_than_the_width_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"25 is more than the width 24"):
         parse_recipe(text).require_width(WIDTH)

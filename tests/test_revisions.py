@@ -33,7 +33,8 @@ from tests.run_folders import evaluator_of
 FILE = Path(__file__).parent / "revisions.json"
 SPECS = (
     *("identity", "mean", "pca:4", "ae:4x8", "int:3g8", "int:4c", "nuq:3+5", "rot:2+qjl", "pq:6x3", "sparse:20"),
-    *("ortho:4", "transform:1", "transform:s0.3", "share:-1", "resid(share:-1,transform:1)"),
+    *("ortho:4", "transform:1", "transform:s0.3", "share:-1", "share:-1q4", "share:-1r4q8"),
+    "resid(share:-1,transform:1)",
 )
 TOLERANCE = 1e-4  # relative: other processors add in another order, and a rounding here or there goes the other way
 

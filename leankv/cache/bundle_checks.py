@@ -169,12 +169,13 @@ def read_codec_tensors(path: Path, codecs: Mapping[Site, Mapping[str, Any]]) -> 
         UserError: a recipe is not understood or does not suit its width; the file is damaged; a tensor is missing, left
             over, of another shape or kind, or not finite. Names it.
     """
-    wanted = {site: _unfitted_tensors(path, site, codec) for site, codec in codecs.items()}
-    names = {f"{layer}.{part}.{name}": t for (layer, part), own in wanted.items() for name, t in own.items()}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            _check_header(path, names, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-            _check_revisions(path, codecs)
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            wanted = {site: _unfitted_tensors(path, site, codec, found) for site, codec in codecs.items()}
+            names = {f"{layer}.{part}.{name}": t for (layer, part), own in wanted.items() for name, t in own.items()}
+            _check_revisions(path, codecs)  # first: what another revision kept may have other names
+            _check_header(path, names, found)
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); make or copy the bundle again") from error
@@ -184,12 +185,16 @@ def read_codec_tensors(path: Path, codecs: Mapping[Site, Mapping[str, Any]]) -> 
     return {site: {name: tensors[f"{site.layer}.{site.part}.{name}"] for name in own} for site, own in wanted.items()}
 
 
-def _unfitted_tensors(path: Path, site: Site, codec: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-    """Names, shapes and kinds of the tensors that a codec must have, on the `meta` device."""
+def _unfitted_tensors(
+    path: Path, site: Site, codec: Mapping[str, Any], found: Mapping[str, Any]
+) -> Mapping[str, torch.Tensor]:
+    """Names, shapes and kinds of the tensors that a codec must have, on the `meta` device; `found` is the header."""
+    layer, part = site
+    own = f"{layer}.{part}."
+    shapes = {name.removeprefix(own): found[name].get_shape() for name in found if name.startswith(own)}
     try:
-        tensors: Mapping[str, torch.Tensor] = unfitted(known_recipe(codec["spec"]), codec["width"]).state_dict()
+        tensors: Mapping[str, torch.Tensor] = unfitted(known_recipe(codec["spec"]), codec["width"], shapes).state_dict()
     except ValueError as error:
-        layer, part = site
         way_out = ""
         if isinstance(error, UserError):  # of the recipe's text
             way_out = "; a family of your own is known after --register module:Recipe, or leankv.register"

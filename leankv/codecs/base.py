@@ -3,9 +3,10 @@
 import hashlib
 import inspect
 import linecache
+import statistics
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +23,9 @@ Vectors = Float[torch.Tensor, "tokens width"]
 
 Context = Float[torch.Tensor, "tokens known"] | None
 """What is known of the same tokens, the vectors of earlier sites side by side; None for codecs that do not predict."""
+
+Shapes = Mapping[str, Sequence[int]]
+"""Name of a tensor in a state dict -> its shape."""
 
 NOTHING = torch.empty(0, 0, 0)
 
@@ -251,6 +255,16 @@ class Recipe(ABC):
     def unfitted(self, width: int) -> Codec:
         """A codec with tensors of the right shapes, to load a state dict into."""
 
+    def shaped(self, width: int, shapes: Shapes) -> Codec:
+        """As `unfitted`, where fitting chose sizes: with those that a fitted codec's tensors have.
+
+        Args:
+            width: of the vectors.
+            shapes: of the tensors of a state dict that may be anyone's; sizes read off it are kept within what the
+                recipe allows, and whoever loads tensors compares all shapes with those of the result.
+        """
+        return self.unfitted(width)
+
     def working_bytes(self, width: int, training: TrainingSettings) -> int:
         """Memory that one more codec in a batched fit takes beside its data; none where they are fitted in turn."""
         return 0
@@ -276,6 +290,12 @@ def fit_together(recipes: Sequence[Recipe], data: FitData) -> list[list[Codec]]:
         own = [recipe for recipe in dict.fromkeys(recipes) if type(recipe) is family]
         fitted.update(zip(own, family.fit_together(own, data), strict=True))
     return [fitted[recipe] for recipe in recipes]
+
+
+def length_in(shapes: Shapes, names: Sequence[str], most: int) -> int:
+    """A first dimension that fitting chose, as most of these tensors show it; `most` where none does, or a larger."""
+    lengths = [shapes[name][0] for name in names if len(shapes.get(name, ())) > 0]
+    return min(statistics.mode(lengths), most) if lengths else most
 
 
 def as_float16(x: Float[torch.Tensor, "*any"]) -> Float16[torch.Tensor, "*any"]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from leankv.codecs.base import Codec, Recipe
+from leankv.codecs.base import Codec, Recipe, Shapes
 from leankv.errors import UserError
 
 FAMILIES: dict[str, type[Recipe]] = {}
@@ -124,8 +124,10 @@ def _import_and_register(module: str, name: str) -> type[Recipe]:
     return registered
 
 
-def unfitted(recipe: Recipe, width: int) -> Codec:
+def unfitted(recipe: Recipe, width: int, shapes: Shapes) -> Codec:
     """An unfitted codec on the `meta` device: names, shapes and dtypes of its tensors, which take no memory.
+
+    Sizes that fitting chooses are those that `shapes` show, as far as they may be; see `Recipe.shaped`.
 
     Raises:
         ValueError: the recipe does not suit the width, or is beyond all sizes of tensors.
@@ -133,7 +135,7 @@ def unfitted(recipe: Recipe, width: int) -> Codec:
     recipe.check_width(width)
     try:
         with torch.device("meta"):
-            return recipe.unfitted(width)
+            return recipe.shaped(width, shapes)
     except (RuntimeError, TypeError) as error:  # what torch says of sizes beyond 64 bits
         raise ValueError(f"no tensors are as large as those of {recipe.text}") from error
 
@@ -145,7 +147,7 @@ def codec_from_tensors(text: str, width: int, tensors: Mapping[str, torch.Tensor
         UserError: the recipe is of no family that is known; nothing is imported for it.
         ValueError: names or shapes are not those that the recipe has at this width; the message names the tensor.
     """
-    codec = unfitted(known_recipe(text), width)
+    codec = unfitted(known_recipe(text), width, {name: tensor.shape for name, tensor in tensors.items()})
     for name, expected in codec.state_dict().items():
         if name not in tensors:
             raise ValueError(f"{name} is missing")

@@ -4,7 +4,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, TrainingSettings, Vectors, errors_of, fit_together
+from leankv.codecs.base import (
+    Codec,
+    Context,
+    FitData,
+    Recipe,
+    Shapes,
+    TrainingSettings,
+    Vectors,
+    errors_of,
+    fit_together,
+)
 from leankv.codecs.code import Code
 from leankv.codecs.registry import known_recipe, register
 from leankv.codecs.statistics import mean_of, sum_of_squares
@@ -84,6 +94,13 @@ class ResidualRecipe(Recipe):
 
     def unfitted(self, width: int) -> Codec:
         return Residual(self, self.first.unfitted(width), self.second.unfitted(width))
+
+    def shaped(self, width: int, shapes: Shapes) -> Codec:
+        first, second = (
+            recipe.shaped(width, {n.removeprefix(own): shape for n, shape in shapes.items() if n.startswith(own)})
+            for own, recipe in (("first.", self.first), ("second.", self.second))
+        )
+        return Residual(self, first, second)
 
     def working_bytes(self, width: int, training: TrainingSettings) -> int:
         return max(recipe.working_bytes(width, training) for recipe in (self.first, self.second))

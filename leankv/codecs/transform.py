@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors
+from leankv.codecs.base import Codec, Context, FitData, Recipe, Shapes, Vectors, length_in
 from leankv.codecs.code import Code
 from leankv.codecs.coding.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
+from leankv.codecs.coding.integer_matrix import IntegerMatrix, rounded
 from leankv.codecs.coding.mixed_radix import MixedRadix
 from leankv.codecs.coding.principal_components import Components, principal_components
 from leankv.codecs.coding.ragged import Ragged
+from leankv.codecs.coding.shapes import fitted_shapes, probabilities
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS
 
@@ -23,6 +26,7 @@ LARGEST_TABLE = 63  # integers of at most this size have a frequency of their ow
 LARGEST_SYMBOL = 255  # and in the search for a step
 LEAST_RATE, LARGEST_RATE = 0.02, 8.0  # bits a value
 LEAST_STEP, LARGEST_STEP = 1e-6, 1e6  # assumption: float32 vectors over the least one still make 64-bit integers
+ROUNDING_ERROR = 0.02  # of a codec's own error, that matrices of 8 bits may add; less is not seen in costs
 FITTED_ROWS = 32768  # assumption: vectors enough for the ranges and the frequencies
 SEARCHED_ROWS = 4096  # assumption: and enough for the step of a rate, which is searched for in 24 rounds
 
@@ -41,7 +45,7 @@ class TransformRecipe(Recipe):
     step: float | None = None
 
     family = "transform"
-    revision = 2  # bits counted on held-out text; the step within the synthesis
+    revision = 3  # J coordinates in 8 bits; probabilities of two parameters
     grammar = "transform:R (R bits a value, 0.02 to 8) or transform:sX (step X, 1e-6 to 1e6)"
 
     @classmethod
@@ -68,11 +72,12 @@ class TransformRecipe(Recipe):
         """Steps and rates share the components."""
         fitted: list[list[Codec]] = [[] for _ in recipes]
         for index, x in enumerate(data.train):
-            found = principal_components(x, None if data.error_metric is None else data.error_metric[index])
+            metric = None if data.error_metric is None else data.error_metric[index]
+            found = principal_components(x, metric)
             y = _coordinates(x[:: max(1, len(x) // FITTED_ROWS)], found)
             for recipe, codecs in zip(recipes, fitted, strict=True):
                 assert isinstance(recipe, cls)
-                codec = recipe._fitted(found, y, recipe._step_for(y))
+                codec = recipe._fitted(found, y, recipe._step_for(y), metric)
                 codec.count_bits(data.heldout[index])
                 codecs.append(codec)
         return fitted
@@ -83,96 +88,92 @@ class TransformRecipe(Recipe):
         assert self.rate is not None, "a rate or a step"
         return _step_of_rate(y, self.rate)
 
-    def _fitted(self, found: Components, y: torch.Tensor, step: float) -> "Transform":
+    def _fitted(self, found: Components, y: torch.Tensor, step: float, metric: torch.Tensor | None) -> "Transform":
         q = (y / step).round()
-        width = q.shape[1]
         often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
         used = int(often.nonzero().max()) + 1 if often.any() else 0
+        q = q[:, :used].to(torch.int64)
         escape_bits = _escape_bits(used)
-        seen = frequencies_of(q[:, :used].to(torch.int64), LARGEST_SYMBOL).double() / len(q)
-        ranges = [_range(shares, escape_bits) for shares in seen.tolist()] + [(0, 1)] * (width - used)
-        low, levels = torch.tensor(ranges, dtype=torch.float32, device=y.device).T.contiguous()
-        synthesis = torch.zeros_like(found.synthesis)
-        synthesis[MixedRadix(low[:used], levels[:used]).place] = step * found.synthesis[:used]
-        tensors = {
-            "analysis": found.analysis,
-            "synthesis": synthesis,
-            "mean": found.mean,
-            "step": torch.tensor([step], dtype=torch.float32, device=y.device),
-            "used": torch.tensor([used], device=y.device),
-            "low": low,
-            "levels": levels,
-            "frequencies": frequencies_of(q.to(torch.int64), LARGEST_TABLE),
-            "bits": torch.zeros(2, dtype=torch.float64, device=y.device),
-        }
-        return Transform(self, tensors)
+        seen = frequencies_of(q, LARGEST_SYMBOL).double() / len(q)
+        ranges = torch.tensor([_range(shares, escape_bits) for shares in seen.tolist()], dtype=torch.int16)
+        low, levels = ranges.reshape(used, 2).T.contiguous().to(y.device)
+        scale, shape = fitted_shapes(frequencies_of(q, LARGEST_TABLE))
+        return Transform(
+            self,
+            *_matrices(found, y, used, step, metric),
+            found.mean,
+            {"low": low, "levels": levels, "scale": scale.to(y.device), "shape": shape.to(y.device)},
+        )
 
     def unfitted(self, width: int) -> Codec:
-        square = torch.zeros(width, width)
+        return self._empty(width, width, 8)
+
+    def shaped(self, width: int, shapes: Shapes) -> Codec:
+        bits = 16 if length_in(shapes, ["analysis.integers", "synthesis.integers"], 2 * width) > width else 8
+        return self._empty(width, length_in(shapes, ["low", "levels", "scale", "shape"], width), bits)
+
+    def _empty(self, width: int, used: int, bits: int) -> Codec:
         tensors = {
-            "analysis": square,
-            "synthesis": square.clone(),
-            "mean": torch.zeros(width),
-            "step": torch.ones(1),
-            "used": torch.tensor([0]),
-            "low": torch.zeros(width),
-            "levels": torch.ones(width),
-            "frequencies": torch.zeros(width, 2 * LARGEST_TABLE + 2),
-            "bits": torch.zeros(2, dtype=torch.float64),
+            "low": torch.zeros(used, dtype=torch.int16),
+            "levels": torch.ones(used, dtype=torch.int16),
+            "scale": torch.zeros(used, dtype=torch.uint8),
+            "shape": torch.zeros(used, dtype=torch.uint8),
         }
-        return Transform(self, tensors)
+        analysis, synthesis = (IntegerMatrix(width, used, bits) for _ in range(2))
+        return Transform(self, analysis, synthesis, torch.zeros(width), tensors)
 
 
 class Transform(Codec):
-    """Transform coding: `y = (x - mean) A`, `q = round(y / step)`, `x_hat = mean + step q B`.
+    """Transform coding: `q = round((x - mean) A)`, `x_hat = mean + q B`; `A` `[W, J]`, `B` `[J, W]`.
 
-    `A` and `B` are principal components under the error metric the codec was fitted with (see
-    `leankv.codecs.coding.principal_components`), so that one step for all coordinates spends bits by reverse
-    water-filling (Cover and Thomas, 10.3.3): what varies less than the step costs nothing. `transform:sX` states the
-    step, in the root of the metric's units: with the same step everywhere, layers and parts share bits among
-    themselves by the same law. `transform:R` finds the step at which the entropy of `q` is R bits a value. As KVTC
-    (arXiv 2511.01815), without its dynamic programming of bit widths.
+    `B` are the first principal components under the error metric the codec was fitted with (see
+    `leankv.codecs.coding.principal_components`), of the length of one step, and `A` takes vectors to their coordinates,
+    so that one step for all coordinates spends bits by reverse water-filling (Cover and Thomas, 10.3.3): what varies
+    less than the step costs nothing. `transform:sX` states the step, in the root of the metric's units: with the same
+    step everywhere, layers and parts share bits among themselves by the same law. `transform:R` finds the step at which
+    the entropy of `q` is R bits a value. As KVTC (arXiv 2511.01815), without its dynamic programming of bit widths.
 
     There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
 
+    Only the J coordinates in use are kept, and both matrices in 8 bits (`leankv.codecs.coding.integer_matrix`): `A` is
+    fitted to `B` as it is rounded. Where that would add more than `ROUNDING_ERROR` to the error, steps being small
+    beside the vectors, they take 16 bits.
+
     Storage, live: each coordinate's usual values, a range fitted to pay for itself, packed into bytes by mixed radix;
     what lies outside, in escapes of 16 bits (24 where more than 256 coordinates are in use), and one byte that
-    counts a token's escapes. Stored: the same integers, entropy-coded by their frequencies in the calibration text
-    (`leankv.codecs.coding.entropy`), losslessly. Both are counted on held-out text.
+    counts a token's escapes. Stored: the same integers, entropy-coded losslessly (`leankv.codecs.coding.entropy`) by
+    probabilities of two parameters a coordinate (`leankv.codecs.coding.shapes`). Both are counted on held-out text.
 
-    `synthesis` is kept as decoding reads it: its rows are multiplied by the step, and stand in the order in which
-    `MixedRadix` gives the integers, so that decoding keeps no second copy.
-
-    What it does not do: adapt its frequencies to the text, or look at other tokens.
+    What it does not do: adapt its probabilities to the text, or look at other tokens.
     """
 
-    def __init__(self, recipe: TransformRecipe, tensors: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        recipe: TransformRecipe,
+        analysis: IntegerMatrix,
+        synthesis: IntegerMatrix,
+        mean: Float[torch.Tensor, " width"],
+        tensors: dict[str, torch.Tensor],
+    ):
         """
         Args:
             recipe: what it was fitted as.
-            tensors: as `TransformRecipe.unfitted` shows them; the first `used` (J) coordinates are in use.
+            analysis: `A`.
+            synthesis: the transpose of `B`.
+            mean: of the vectors.
+            tensors: `low` and `levels` of the ranges, `scale` and `shape` of the probabilities, of each coordinate.
         """
-        super().__init__(recipe, tensors["analysis"].shape[0])
-        for name, tensor in tensors.items():
-            if name in ("analysis", "synthesis"):
-                self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor)
-        self.analysis: torch.Tensor
-        self.synthesis: torch.Tensor
+        super().__init__(recipe, len(mean))
+        self.analysis, self.synthesis = analysis, synthesis
+        for name, tensor in {"mean": mean, **tensors, "bits": torch.zeros(2, dtype=torch.float64)}.items():
+            self.register_buffer(name, tensor)
         self.mean: torch.Tensor
-        self.step: torch.Tensor
         self.low: torch.Tensor
         self.levels: torch.Tensor
-        self.frequencies: torch.Tensor
+        self.scale: torch.Tensor
+        self.shape: torch.Tensor
         self.bits: torch.Tensor
-        self.used: torch.Tensor
         self._radix: MixedRadix | None = None  # follows from `low` and `levels`
-
-    @property
-    def _in_use(self) -> int:
-        """J."""
-        return int(self.used)
 
     @property
     def bits_per_token(self) -> float:
@@ -188,8 +189,7 @@ class Transform(Codec):
 
     def integers(self, x: torch.Tensor) -> torch.Tensor:
         """`q` of vectors `[N, W]`: `[N, J]`, float32, of a size that an escape can hold."""
-        y = (x.float() - self.mean).to(self.analysis.dtype) @ self.analysis[:, : self._in_use]
-        q = (y.float() / self.step).round()
+        q = ((x.float() - self.mean) @ self.analysis.widened()).round()
         size = q.abs()
         # What an escape says of a large value is coarse.
         exponent = (FINE * torch.log2(size.clamp_min(LINEAR) / LINEAR)).round().clamp_max(126 - LINEAR)
@@ -212,45 +212,80 @@ class Transform(Codec):
         items = torch.stack([*(i.to(torch.uint8) for i in index), _escape_byte(q[outside])], dim=1)
         return Code({"q": layout.pack(q), "escapes": Ragged.of(items, counts)})
 
-    def _values(self, code: Code, dtype: torch.dtype) -> torch.Tensor:
-        """The integers `[N, J]` of a code, in the order of the layout's `place`."""
-        place, escapes = self._layout().place, code.ragged("escapes")
-        q = self._layout().values(code["q"], dtype)
+    def _values(self, code: Code) -> torch.Tensor:
+        """The integers of a code, `[N, J]`, float32."""
+        escapes = code.ragged("escapes")
+        q = self._layout().values(code["q"])
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
-        q[escapes.row_numbers(), place[which]] = _escape_value(items[:, -1]).to(dtype)
+        q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
         return q
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        dtype = self.synthesis.dtype
-        return torch.addmm(self.mean.to(dtype), self._values(code, dtype), self.synthesis[: self._in_use])
+        return torch.addmm(self.mean, self._values(code), self.synthesis.widened().T)
 
     def _layout(self) -> MixedRadix:
         if self._radix is None or self._radix.low.device != self.low.device:
-            self._radix = MixedRadix(self.low[: self._in_use], self.levels[: self._in_use])
+            self._radix = MixedRadix(self.low.float(), self.levels.float())
         return self._radix
 
     # -- stored -------------------------------------------------------------------------------------------------------
 
+    def _probabilities(self) -> torch.Tensor:
+        return probabilities(self.scale, self.shape, LARGEST_TABLE)
+
     def serialize(self, code: Code) -> bytes:
-        q = self._values(code, torch.float32)[:, self._layout().place].to(torch.int64)
-        return encode_columns(q.cpu(), self.frequencies[: self._in_use].cpu())
+        return encode_columns(self._values(code).to(torch.int64).cpu(), self._probabilities())
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
-        q = decode_columns(data, tokens, self.frequencies[: self._in_use].cpu())
+        q = decode_columns(data, tokens, self._probabilities())
         return self._packed(q.float().to(self.mean.device))
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
     def count_bits(self, heldout: torch.Tensor) -> None:
         """Set `bits` to what vectors `[M, W]` that nothing was fitted to take, live and stored."""
-        layout, outside, stored = self._layout(), 0, 0.0
+        layout, table, outside, stored = self._layout(), self._probabilities(), 0, 0.0
         for rows in heldout.split(ROWS):
             q = self.integers(rows)
             outside += int(((q < layout.low) | (q >= layout.low + layout.levels)).sum())
-            stored += bits_of(q.to(torch.int64), self.frequencies[: self._in_use])
-        live = 8 * (layout.n_bytes + 1) + _escape_bits(self._in_use) * outside / len(heldout)
+            stored += bits_of(q.to(torch.int64).cpu(), table)
+        live = 8 * (layout.n_bytes + 1) + _escape_bits(len(self.low)) * outside / len(heldout)
         self.bits.copy_(torch.tensor([live, stored / len(heldout)]))
+
+
+def _matrices(
+    found: Components, y: torch.Tensor, used: int, step: float, metric: torch.Tensor | None
+) -> tuple[IntegerMatrix, IntegerMatrix]:
+    """`A` and the transpose of `B`, rounded to the fewest bits that will do.
+
+    Args:
+        found: the components.
+        y: coordinates of vectors, `[N, W]`.
+        used: J.
+        step: of the coordinates.
+        metric: as `found` was made under.
+    """
+    weight = torch.eye(y.shape[1], device=y.device) if metric is None else metric
+    weight = weight.double()
+    # Of the coordinates, and through the synthesis of the centred vectors.
+    moments = torch.stack([(rows.T @ rows).double() for rows in y.split(ROWS)]).sum(dim=0) / len(y)
+    back = found.synthesis.double()
+    covariance = back.T @ moments @ back
+    # What the rest leaves undone and what rounding to whole steps does, in the metric's units.
+    error = moments.diagonal()[used:].sum() + used * step**2 / 12
+    for bits in (8, 16):
+        synthesis = rounded(step * found.synthesis[:used].T, weight, bits)
+        b = synthesis.widened().double()
+        # Least squares under the metric: the coordinates of what is nearest to a vector.
+        exact = weight @ b @ torch.linalg.inv(b.T @ weight @ b)
+        analysis = rounded(exact, covariance, bits)
+        # Errors of whole steps aside, vectors lose what they lose to B's directions, and what A's rounding does.
+        lost = torch.eye(len(b), dtype=b.dtype, device=b.device) - analysis.widened().double() @ b.T
+        added = ((covariance @ lost) * (lost @ weight)).sum() - moments.diagonal()[used:].sum()
+        if added <= ROUNDING_ERROR * error:
+            break
+    return analysis, synthesis
 
 
 def _shortest(number: float) -> str:

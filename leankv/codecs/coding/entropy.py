@@ -1,7 +1,8 @@
-"""Lossless entropy coding of integers by static frequencies, with constriction's asymmetric numeral systems (ANS).
+"""Lossless entropy coding of integers by static probabilities, with constriction's asymmetric numeral systems (ANS).
 
-Each column of a chunk has a table of frequencies for the values -K to K and for "another value", which is then written
-in 16 bits. One chunk is one stream: its overhead is some 4 bytes, not some bits a value.
+Each column of a chunk has a table of probabilities of the values -K to K and of "another value", which is then written
+in 16 bits (`leankv.codecs.coding.shapes` makes them). One chunk is one stream: its overhead is some 4 bytes, not some
+bits a value.
 """
 
 import math
@@ -11,8 +12,6 @@ from typing import Any
 import numpy
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
-
-RARE = 0.02  # assumption: occurrences granted to a value that the calibration text never showed
 
 OTHER_OFFSET, OTHER_RANGE = 1 << 15, 1 << 16  # values outside of a table: -32768 to 32767
 
@@ -32,13 +31,14 @@ def entropy_of(frequencies: Float[torch.Tensor, "integers symbols"]) -> Float64[
     return -(p * p.clamp_min(1e-300).log2()).sum(dim=1)
 
 
-def bits_of(q: Int64[torch.Tensor, "tokens integers"], frequencies: Float[torch.Tensor, "integers symbols"]) -> float:
+def bits_of(
+    q: Int64[torch.Tensor, "tokens integers"], probabilities: Float64[torch.Tensor, "integers symbols"]
+) -> float:
     """Bits that `encode_columns` takes for `q`, its few bytes of overhead left out."""
-    largest = frequencies.shape[1] // 2 - 1
-    p = frequencies.double() + RARE
-    surprise = -(p / p.sum(dim=1, keepdim=True)).log2()
+    largest = probabilities.shape[1] // 2 - 1
+    surprise = -(probabilities / probabilities.sum(dim=1, keepdim=True)).log2()
     surprise[:, -1] += math.log2(OTHER_RANGE)
-    return float(surprise.gather(1, _symbols(q, largest).T).sum())
+    return float(surprise.gather(1, _symbols(q, largest).T.to(surprise.device)).sum())
 
 
 def _symbols(q: torch.Tensor, largest: int) -> torch.Tensor:
@@ -47,12 +47,12 @@ def _symbols(q: torch.Tensor, largest: int) -> torch.Tensor:
 
 
 def encode_columns(
-    q: Int64[torch.Tensor, "tokens integers"], frequencies: Float[torch.Tensor, "integers symbols"]
+    q: Int64[torch.Tensor, "tokens integers"], probabilities: Float64[torch.Tensor, "integers symbols"]
 ) -> bytes:
     """Bytes of `q`, coded column by column."""
     import constriction
 
-    largest = frequencies.shape[1] // 2 - 1
+    largest = probabilities.shape[1] // 2 - 1
     coder = constriction.stream.stack.AnsCoder()
     symbols = q.numpy()
     outside = numpy.abs(symbols) > largest
@@ -62,22 +62,22 @@ def encode_columns(
     if len(others):
         coder.encode_reverse(others, _uniform())
     for column in reversed(range(q.shape[1])):
-        coder.encode_reverse(numpy.ascontiguousarray(coded[:, column]), _model(frequencies[column]))
+        coder.encode_reverse(numpy.ascontiguousarray(coded[:, column]), _model(probabilities[column]))
     return struct.pack("<I", len(others)) + coder.get_compressed().tobytes()
 
 
 def decode_columns(
-    data: bytes, tokens: int, frequencies: Float[torch.Tensor, "integers symbols"]
+    data: bytes, tokens: int, probabilities: Float64[torch.Tensor, "integers symbols"]
 ) -> Int64[torch.Tensor, "{tokens} integers"]:
     """The way back."""
     import constriction
 
-    largest = frequencies.shape[1] // 2 - 1
+    largest = probabilities.shape[1] // 2 - 1
     (n_others,) = struct.unpack_from("<I", data)
     coder = constriction.stream.stack.AnsCoder(numpy.frombuffer(data, dtype=numpy.uint32, offset=4))
-    if not len(frequencies):
+    if not len(probabilities):
         return torch.empty(tokens, 0, dtype=torch.int64)
-    columns = [coder.decode(_model(row), tokens) for row in frequencies]
+    columns = [coder.decode(_model(row), tokens) for row in probabilities]
     symbols = numpy.stack(columns, axis=1).astype(numpy.int64)
     outside = symbols == 2 * largest + 1
     symbols -= largest
@@ -86,11 +86,10 @@ def decode_columns(
     return torch.from_numpy(symbols)
 
 
-def _model(frequencies: torch.Tensor) -> Any:
+def _model(probabilities: torch.Tensor) -> Any:
     import constriction
 
-    p = frequencies.numpy() + RARE
-    return constriction.stream.model.Categorical((p / p.sum()).astype(numpy.float32), perfect=False)
+    return constriction.stream.model.Categorical(probabilities.numpy().astype(numpy.float32), perfect=False)
 
 
 def _uniform() -> Any:

@@ -46,13 +46,20 @@ def principal_components(
         vectors = vectors.flip(1)
         analysis = vectors.float().contiguous()
         return Components(mean, analysis, analysis.T.contiguous(), variances.flip(0).clamp_min(0))
-    sizes, axes = torch.linalg.eigh(error_metric.double())
-    roots = sizes.clamp_min(sizes[-1] * 1e-12).sqrt()
-    root, inverse = (axes * roots) @ axes.T, (axes / roots) @ axes.T
+    root, inverse = root_of(error_metric)
     variances, vectors = torch.linalg.eigh(root @ covariance @ root)
     vectors = vectors.flip(1)
     analysis, synthesis = (root @ vectors).float().contiguous(), (vectors.T @ inverse).float().contiguous()
     return Components(mean, analysis, synthesis, variances.flip(0).clamp_min(0))
+
+
+def root_of(
+    error_metric: Float[torch.Tensor, "width width"],
+) -> tuple[Float64[torch.Tensor, "width width"], Float64[torch.Tensor, "width width"]]:
+    """`M^(1/2)` and `M^(-1/2)`, both symmetric."""
+    sizes, axes = torch.linalg.eigh(error_metric.double())
+    roots = sizes.clamp_min(sizes[-1] * 1e-12).sqrt()
+    return (axes * roots) @ axes.T, (axes / roots) @ axes.T
 
 
 def covariance_of(
