@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(config, tmp_path, options, says
 def test_families_stand_for_their_rates():
     recipes = [recipe.text for recipe in search_recipes("nuq, resid(share,transform), int:5", "gradient")]
     assert recipes[:3] == ["nuq:4+1", "nuq:3+1", "nuq:2+1"]
-    assert "resid(share:-2,transform:s0.02)" in recipes
+    assert "resid(share:-2q8,transform:s0.02)" in recipes
     assert recipes[-1] == "int:5"
     by_rate = [recipe.text for recipe in search_recipes("transform", "none")]
     assert all(":s" not in text for text in by_rate)

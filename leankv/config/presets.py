@@ -36,7 +36,7 @@ _RATES = tuple(f"{0.25 * 2 ** (half / 2):.3g}" for half in range(9))
 
 LADDERS = {
     "transform": tuple(f"transform:{step}" for step in _STEPS),
-    "resid(share,transform)": tuple(f"resid(share:-2,transform:{step})" for step in _STEPS),
+    "resid(share,transform)": tuple(f"resid(share:-2q8,transform:{step})" for step in _STEPS),
     "nuq": ("nuq:4+1", "nuq:3+1", "nuq:2+1"),
     "int": ("int:8", "int:4", "int:3", "int:2"),
     "rot": ("rot:4", "rot:3", "rot:2"),
@@ -48,7 +48,7 @@ of errors doubles from one to the next; they end where `share` breaks down (log 
 
 RATE_LADDERS = {
     "transform": tuple(f"transform:{rate}" for rate in _RATES),
-    "resid(share,transform)": tuple(f"resid(share:-2,transform:{rate})" for rate in _RATES),
+    "resid(share,transform)": tuple(f"resid(share:-2q8,transform:{rate})" for rate in _RATES),
 }
 """The same where errors are not weighted by gradients: a step is then in the units of each site's own vectors, so that
 rates, in bits a value, stand in their place."""

@@ -27,7 +27,7 @@ from leankv.studies.summarize import Choosing, summarize
 
 PLANS_FILE = "plans.json"
 
-CANDIDATES = 5  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
+CANDIDATES = 3  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
 
 
 @dataclass(frozen=True)
