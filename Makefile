@@ -6,8 +6,11 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check format bench clean
 
+# The LeanLlama recipe under its budget, the best certified plan under one in percent, and both side by side.
 demo: $(INSTALLED)
 	$(BIN)/leankv run experiments/smollm2-135m.yaml
+	$(BIN)/leankv select --config experiments/demo-plan.yaml
+	$(BIN)/leankv report results/demo results/demo-plan
 
 # Two processes, a file of tests at a time: each test takes one thread.
 test: $(INSTALLED)

@@ -60,6 +60,7 @@ def settings(llama_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, A
         "fit.epochs": 2,
         "protocol.sinks": 0,
         "selection.budget": "50%",
+        "selection.strategy": "greedy",
         "output_dir": str(tmp_path / "run"),
     }
 
@@ -81,7 +82,7 @@ def experiment(llama_folder: Path, text_file: Path, tmp_path_factory: pytest.Tem
         },
         "plan": "ae:4x16",
         "fit": {"epochs": 1},
-        "selection": {"budget": "80%"},
+        "selection": {"budget": "80%", "strategy": "greedy"},
     }
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path

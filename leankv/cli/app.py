@@ -1,6 +1,7 @@
 """The command line's frame: how commands are registered, end and print. Torch is imported inside commands only."""
 
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -30,26 +31,29 @@ OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 def command(name: str, *setting_names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command with its settings; what a user can mend ends in one sentence and exit code 2."""
+    return lambda function: _registered(name, settings(*setting_names)(function))
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        with_settings = settings(*setting_names)(function)
 
-        @functools.wraps(with_settings)
-        def guarded(**given: Any) -> None:
-            try:
-                with_settings(**given)
-            except KeyboardInterrupt:
-                fail("interrupted: what was finished is kept, and the same command goes on from there")
-            except Exception as error:
-                if (sentence := sentence_of(error)) is None:
-                    raise
-                fail(f"error: {sentence}")
+def reading_command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that reads finished files only, and so takes no settings of an experiment."""
+    return lambda function: _registered(name, function)
 
-        guarded.__signature__ = with_settings.__signature__  # type: ignore[attr-defined]
-        del guarded.__wrapped__
-        return app.command(name)(guarded)
 
-    return decorate
+def _registered(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def guarded(**given: Any) -> None:
+        try:
+            function(**given)
+        except KeyboardInterrupt:
+            fail("interrupted: what was finished is kept, and the same command goes on from there")
+        except Exception as error:
+            if (sentence := sentence_of(error)) is None:
+                raise
+            fail(f"error: {sentence}")
+
+    guarded.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    del guarded.__wrapped__
+    return app.command(name)(guarded)
 
 
 def fail(sentence: str) -> None:

@@ -10,18 +10,21 @@ from leankv.cli.options import FITTING, PROTOCOL, SEARCH, WORKERS, Asked
 from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
 
+Prompt = Annotated[str, typer.Option(help="Completed at the end with the bundle.")]
+
 
 @command("run", "layers", "budget", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
 def run_command(
     asked: Asked,
     config: Annotated[Path, typer.Argument(help="An experiment, e.g. experiments/smollm2-135m.yaml.")],
-    prompt: Annotated[str, typer.Option(help="Completed at the end with the bundle.")] = "The city of",
+    prompt: Prompt = "The city of",
     json_: Json = False,
 ) -> None:
-    """Everything: sweep, selection, tables, figure, bundle, and a short completion with it."""
-    from leankv.cache.bundle import load_bundle
+    """Everything that an experiment asks for: sweep and selection, or a search; tables, figures, bundle, a completion.
+
+    Example: leankv run experiments/smollm2-135m.yaml
+    """
     from leankv.config.loading import load_experiment
-    from leankv.evaluation.generation import complete, format_completion
     from leankv.report.selection import write_reports
     from leankv.report.sweep import sweep_table
     from leankv.studies.plan_evaluator import PlanEvaluator
@@ -29,9 +32,13 @@ def run_command(
     from leankv.studies.sweep import sweep
     from leankv.studies.workspace import Workspace
 
-    workspace = Workspace.open(load_experiment(config, asked.overrides()), Progress())
+    experiment = load_experiment(config, asked.overrides())
+    if experiment.selection.strategy != "greedy":
+        _search(experiment, prompt, json_)
+        return
+    workspace = Workspace.open(experiment, Progress())
     evaluator = PlanEvaluator(workspace)
-    folder, loaded = Path(workspace.experiment.output_dir), workspace.loaded
+    folder, loaded = Path(experiment.output_dir), workspace.loaded
     table = sweep(evaluator)
     if not json_:
         OUT.print(sweep_table(table))
@@ -42,10 +49,7 @@ def run_command(
         return
     _print_selection(folder, summary)
     if summary.selected_layers:
-        cache = load_bundle(folder / "bundle", loaded.model).new_cache()
-        OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
-        completion = complete(loaded, cache, prompt, 40, 0.0, False, workspace.experiment.seed, print_piece)
-        OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+        _complete(folder, "bundle", loaded, prompt, workspace.experiment.seed)
     else:
         OUT.print("no layer fits the budget, so there is no bundle", highlight=False)
     OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
@@ -127,7 +131,7 @@ def sweep_command(
 
 
 @command("select", "layers", "budget", *SEARCH, "memory_budget", *FITTING, *PROTOCOL)
-def select_command(asked: Asked, json_: Json = False) -> None:
+def select_command(asked: Asked, prompt: Prompt = "The city of", json_: Json = False) -> None:
     """Search the best plan under a budget, certify it on text nobody looked at, and write its bundle.
 
     With --strategy greedy: LeanLlama's way, whole layers in order of cost, from the finished sweep in --output-dir.
@@ -135,13 +139,10 @@ def select_command(asked: Asked, json_: Json = False) -> None:
     Example: leankv select --budget 7% --minimize stored -o results/plan
     """
     from leankv.report.columns import read_sweep
-    from leankv.report.plans import plans_table
-    from leankv.report.selection import summary_table, write_reports
-    from leankv.storage.files import read_json
+    from leankv.report.selection import write_reports
     from leankv.studies.plan_evaluator import PlanEvaluator
     from leankv.studies.run_folder import EXPERIMENT_FILE
     from leankv.studies.select import experiment_of, select
-    from leankv.studies.select_plan import PLANS_FILE, select_plans
     from leankv.studies.workspace import Workspace
 
     overrides = asked.overrides()
@@ -150,14 +151,7 @@ def select_command(asked: Asked, json_: Json = False) -> None:
     as_used = overrides if begun else asked.without_window_if_none_can_be({**SEARCH_SETTINGS, **overrides})
     experiment = experiment_of(folder, asked.config, as_used)
     if experiment.selection.strategy != "greedy":
-        summaries = select_plans(PlanEvaluator(Workspace.open(experiment, Progress())))
-        if json_:
-            print_json([summary.to_json() for summary in summaries])
-            return
-        for summary in summaries:
-            OUT.print(summary_table(summary))
-        OUT.print(plans_table(read_json(folder / PLANS_FILE)))
-        OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+        _search(experiment, prompt, json_)
         return
     if "layers" in overrides:  # of the swept layers, those that may be chosen
         overrides["selection.layers"] = overrides.pop("layers")
@@ -178,6 +172,46 @@ def _print_selection(folder: Path, summary: Any) -> None:
 
     OUT.print(selection_table(read_json(folder / "selection.json")))
     OUT.print(summary_table(summary))
+
+
+def _search(experiment: Any, prompt: str, json_: bool) -> None:
+    """Search plans for all budgets, print what came out, and complete a prompt with the last bundle."""
+    from leankv.config.notation import parse_budgets
+    from leankv.report.plans import plans_table
+    from leankv.report.selection import summary_table
+    from leankv.storage.files import read_json
+    from leankv.studies.plan_evaluator import PlanEvaluator
+    from leankv.studies.select_plan import PLANS_FILE, bundle_name, select_plans
+    from leankv.studies.workspace import Workspace
+
+    workspace, folder = Workspace.open(experiment, Progress()), Path(experiment.output_dir)
+    summaries = select_plans(PlanEvaluator(workspace))
+    if json_:
+        print_json([summary.to_json() for summary in summaries])
+        return
+    for summary in summaries:
+        OUT.print(summary_table(summary))
+    OUT.print(plans_table(read_json(folder / PLANS_FILE)))
+    if summaries[-1].selected_layers:
+        bundle = bundle_name(parse_budgets(experiment.selection.budget)[-1], len(summaries) == 1)
+        _complete(folder, bundle, workspace.loaded, prompt, experiment.seed)
+    OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+
+
+def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) -> None:
+    """Complete a prompt with a run's bundle, on the screen and in its folder."""
+    from dataclasses import asdict
+
+    from leankv.cache.bundle import load_bundle
+    from leankv.evaluation.generation import complete, format_completion
+    from leankv.report.runs import COMPLETION_FILE
+    from leankv.storage.files import write_json
+
+    cache = load_bundle(folder / bundle, loaded.model).new_cache()
+    OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
+    completion = complete(loaded, cache, prompt, 40, 0.0, False, seed, print_piece)
+    OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **asdict(completion)})
 
 
 def _default_output_dir() -> str:

@@ -88,8 +88,8 @@ class CodecStore:
                     self.activations.of(layers)
                     self._error_metrics(layers)
                 # Another worker with the same shard may have fitted some while this one waited.
-                self._fit_alone(specs)
                 if self.reference is None:
+                    self._fit_alone(specs)
                     self._fit_in_context(specs)
                 else:
                     self._fit_ladders(specs, self.reference)
@@ -219,7 +219,7 @@ class CodecStore:
                     fit_in_context(activations, sites, self.fitting, metrics, on_fitted)
 
     def _fit_ladders(self, specs: list[PlanSpec], reference: PlanSpec) -> None:
-        """Fit what predicts from earlier layers, all recipes of a site at once: its context is the reference's."""
+        """Fit all recipes of a site at once; the context of those that predict is what the reference leaves."""
         missing = [rung for spec in specs for rung in self._missing(spec).items()]
         if not missing:
             return
@@ -233,19 +233,23 @@ class CodecStore:
                 waiting += self.workspace.context_of(site, recipe) if recipe is not None else []
         self._find_all(reference, sources)
         sites = {site: self._in_context(reference, site) for site in sorted({*sources, *(site for site, _ in missing)})}
-        unfitted = [(site, own.recipe) for site, own in sites.items() if own.recipe is not None and own.codec is None]
+        unfitted = [(site, sites[site].recipe) for site in sources if reference[site] and sites[site].codec is None]
         ladders: dict[Site, list[SiteInContext]] = {}
         for site, recipe in dict.fromkeys([*unfitted, *missing]):
+            assert recipe is not None
             ladders.setdefault(site, []).append(SiteInContext(recipe, None, self.workspace.context_of(site, recipe)))
         layers = sorted({site.layer for site in sites})
-        activations, metrics = self.activations.of(layers), self._error_metrics(layers)
+        # What predicts asks for all layers at once.
+        groups = [(layers, self.activations.of(layers))] if sources else self.activations.in_groups(layers)
         with self.workspace.progress.stage("fitting ladders layer by layer", sum(map(len, ladders.values()))) as step:
 
             def on_fitted(site: Site, recipe: Recipe, fitted: FittedCodec) -> None:
                 self._keeper(PlanSpec().with_sites({site: recipe}))(site, fitted)
                 step()
 
-            fit_ladders(activations, ladders, sites, self.fitting, metrics, on_fitted)
+            for group, activations in groups:
+                own = {site: context for site, context in sites.items() if site.layer in group}
+                fit_ladders(activations, ladders, own, self.fitting, self._error_metrics(list(group)), on_fitted)
 
     def _find_all(self, spec: PlanSpec, sites: Iterable[Site]) -> None:
         """Read the codecs of these sites that are in files."""

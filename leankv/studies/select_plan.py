@@ -71,6 +71,11 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     return summaries
 
 
+def bundle_name(budget: Budget, is_only: bool) -> str:
+    """The folder of a budget's bundle in a run's."""
+    return "bundle" if is_only else f"bundle-{str(budget).replace('%', 'pct')}"
+
+
 def _search_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> PlanSearch:
     own = evaluator if window == evaluator.protocol.window else evaluator.with_window(window)
     if selection.minimize != "all-in":
@@ -108,8 +113,7 @@ def _select(
         seconds=seconds,
     )
     summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
-    bundle = folder / ("bundle" if is_only else f"bundle-{str(budget).replace('%', 'pct')}")
-    save_bundle(chosen.evaluator, chosen.spec, summary, bundle)
+    save_bundle(chosen.evaluator, chosen.spec, summary, folder / bundle_name(budget, is_only))
     _keep(folder, budget, summary, chosen, candidates, certificates, found)
     write_json(folder / SUMMARY_FILE, summary.to_json())
     write_plans_report(folder)

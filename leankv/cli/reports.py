@@ -1,0 +1,25 @@
+"""Commands that read what runs left: `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leankv.cli.app import OUT, Json, print_json, reading_command
+
+
+@reading_command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], json_: Json = False
+) -> None:
+    """Finished runs side by side: what each chose, what it costs, what it saves, and what it says.
+
+    Example: leankv report results/demo results/demo-plan
+    """
+    from leankv.report.runs import runs_table
+    from leankv.report.summary import read_summary
+
+    if json_:
+        print_json({str(run): read_summary(run).to_json() for run in runs})
+    else:
+        OUT.print(runs_table(runs))
