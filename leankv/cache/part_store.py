@@ -145,6 +145,8 @@ class PartStore:
     def _decode(self, codec: Codec, code: Code, start: int, into: Rows, shown: list[torch.Tensor]) -> None:
         """Decode codes from the one numbered `start` on into place, piece by piece; `shown` gets what readers see."""
         batch, coded = code.shape
+        if self.cross_layer.readers:  # at once: pieces that are joined later stand in memory twice
+            shown.append(torch.empty(batch, coded - start, codec.width, dtype=torch.float16, device=into.device))
         # What vectors are predicted from stands beside them, so there are fewer at a time.
         piece = max(1, PIECE // (1 + len(self.cross_layer.sources)))
         for first in range(start, coded, piece):
@@ -155,7 +157,8 @@ class PartStore:
             vectors = codec.decode(code.narrow(first, last).flatten(), context).unflatten(0, (batch, -1))
             rows = vectors.unflatten(2, (into.shape[1], into.shape[3])).transpose(1, 2)
             if self.cross_layer.readers:
-                shown.append(as_context(vectors) if self.code_space is self.space else self._shown(rows, token))
+                seen = as_context(vectors) if self.code_space is self.space else self._shown(rows, token)
+                shown[0][:, first - start : last - start] = seen
             if self.code_space is not None:
                 rows = self.code_space.leave(rows, token)
             # One copy casts, brings into the order of heads and puts in place.
