@@ -44,7 +44,7 @@ def real_bits(workspace: Workspace, plan: Plan) -> tuple[float, float]:
     live = stored = tokens = 0
     model = workspace.loaded.model
     for block in workspace.blocks("report").tokens:
-        cache = LeanCache(model.config, plan, sinks=4, window=0, rotation=workspace.rotation)
+        cache = LeanCache(model.config, plan, sinks=4, window=0, rotation=workspace.rotation, decode_once=True)
         for piece in block[None].split(128, dim=1):
             model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
         tokens += len(block) - 4

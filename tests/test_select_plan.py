@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from leankv.studies.plan_options import search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
 from leankv.studies.workspace import Workspace
 from tests import tiny
-from tests.run_folders import refuse, succeed, succeed_json
+from tests.run_folders import finished_files, refuse, start, succeed, succeed_json, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,20 @@ def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(config, 
     fitted_to_itself = search.unreferenced.codecs
     assert fitted_to_itself.key(alone, last) != fitted_to_itself.key(with_others, last)
     assert codecs.key(search.reference, last) == fitted_to_itself.key(search.reference, last)
+
+
+def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):
+    finished, (expected,) = run
+    folder = tmp_path / "run"
+    command = ["select", "--config", str(config), "--budget", "20%", "-o", str(folder), "--json"]
+    process = start([sys.executable, "-m", "leankv", *command])
+    wait_for(lambda: len(list(folder.glob("cells/nats-selection-*.json"))) >= 6, process)
+    process.kill()
+    process.wait()
+    before = finished_files(folder)
+    (summary,) = succeed_json(*command[:-1])
+    assert {name: mark for name, mark in finished_files(folder).items() if name in before} == before
+    for name in ("ppl", "cache_ratio", "certificate", "codec", "held_bytes"):
+        assert summary[name] == expected[name]
+    paths = [json.loads((each / "plans.json").read_text())[0]["steps"] for each in (finished, folder)]
+    assert paths[0] == paths[1]
