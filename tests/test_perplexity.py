@@ -51,7 +51,7 @@ def test_base_perplexity_is_that_of_a_plain_loop(model: Any, blocks: Blocks, pro
         expected = [model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks.tokens]
     measured = nats(model, blocks, protocol)
     assert per_token(measured) == pytest.approx(expected, abs=CLOSE)
-    assert measured.tokens == blocks.tokens.shape[1] - 1
+    assert measured.tokens_per_block == blocks.tokens.shape[1] - 1
     assert measured.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=CLOSE)
 
 
