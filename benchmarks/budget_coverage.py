@@ -98,6 +98,9 @@ def measure(wikitext: str, seconds: float) -> None:
             stored = sum(codec.stored_bits_per_token for codec in codecs.values())
             plans.append({"name": name, "stored_code_ratio": round(exact / stored, 3)})
         evaluator.codecs.forget()
+    say(f"{len(plans)} of {len(PLANS)} plans measured")
+    if not plans:
+        return
     result = {
         "what": "nats of documents, of the base model and under plans",
         "model": experiment.model.name,
@@ -116,11 +119,12 @@ def measure(wikitext: str, seconds: float) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     head, _, body = json.dumps(result).partition('"documents": ')
     (RESULTS / "nats.json").write_text(f'{head}"documents": {body}'.replace("], [", "],\n[") + "\n")
-    say(f"{len(plans)} of {len(PLANS)} plans measured")
 
 
 def draw() -> None:
     """Draw from the measured documents, and write what came of it."""
+    if not (RESULTS / "nats.json").exists():
+        raise SystemExit("nothing is measured yet: run it with `measure` and the folder with WikiText-2")
     stored = json.loads((RESULTS / "nats.json").read_text())
     ratios = [plan["stored_code_ratio"] for plan in stored["plans"]]
     tokens = numpy.array([row[1] for row in stored["documents"]], dtype=float)

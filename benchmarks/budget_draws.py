@@ -130,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
         "| plan | stored code ratio | true cost | deviation, nats a token |",
         "| --- | --- | --- | --- |",
         *(
-            f"| `{plan['plan']}` | {plan['stored_code_ratio']:.1f} | +{plan['cost_percent']:.2f} % | "
+            f"| `{plan['plan']}` | {plan['stored_code_ratio']:.1f} | {plan['cost_percent']:+.2f} % | "
             f"{plan['deviation']:.4f} |"
             for plan in result["plans"]
         ),
