@@ -151,7 +151,22 @@ def test_blocks_are_the_text_in_order(text: TextSource, n_blocks: int, length: i
         assert blocks.tokens.shape == (n_blocks, length)
         assert blocks.tokens.dtype == torch.int64
         whole = tokenizer(text_of(text, split))["input_ids"]
-        assert blocks.tokens.flatten().tolist() == whole[: n_blocks * length]
+        if split == "selection":
+            every = torch.tensor(whole[: len(whole) // length * length]).reshape(-1, length)
+            spread = [number * len(every) // n_blocks for number in range(n_blocks)]
+            assert torch.equal(blocks.tokens, every[spread])
+        else:
+            assert blocks.tokens.flatten().tolist() == whole[: n_blocks * length]
+
+
+def test_selection_blocks_are_spread_over_their_split(text: TextSource) -> None:
+    """From its beginning to within one stride of its end."""
+    tokenizer = tiny.tokenizer()
+    whole = tokenizer(text_of(text, "selection"))["input_ids"]
+    blocks = text.blocks("selection", tokenizer, 4, 8).tokens.tolist()
+    places = [next(at for at in range(0, len(whole), 8) if whole[at : at + 8] == block) for block in blocks]
+    assert places[0] == 0
+    assert places[-1] >= len(whole) * 3 // 4 - 16
 
 
 @given(few=st.integers(1, 4), more=st.integers(0, 4), length=st.integers(2, 40))

@@ -225,3 +225,13 @@ def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):
         assert summary[name] == expected[name]
     paths = [json.loads((each / "plans.json").read_text())[0]["steps"] for each in (finished, folder)]
     assert paths[0] == paths[1]
+
+
+def test_runs_stand_side_by_side(run, finished):
+    folder, (summary,) = run
+    shown = succeed("report", finished, folder).stdout
+    assert "not asked for" in shown
+    assert "at 95 %" in shown
+    assert f"{summary['delta_percent']:+.2f} %" in shown.replace("\n", " ")
+    assert set(succeed_json("report", folder)) == {str(folder)}
+    assert "holds no finished selection" in refuse("report", folder / "cells")

@@ -175,12 +175,16 @@ class PlanSpec:
         return hash_of({"plan": self.table(), "revisions": revisions})
 
     def in_short(self, n_layers: int) -> str:
-        """A few words where it is uniform or nearly so; else how many sites get recipes of which families."""
+        """A few words: the recipe of layers that are compressed alike, or how many sites get which families."""
+        sites = self.sites(n_layers)
+        alike = {(self[layer, "k"], self[layer, "v"]) for layer, _ in sites}
+        if len(alike) == 1:
+            return str(PlanSpec(*alike.pop()))
         text = str(self)
         if len(text) <= SHORT:
             return text
         counts: dict[str, int] = {}
-        for recipe in self.sites(n_layers).values():
+        for recipe in sites.values():
             name = re.sub(r":[^(),]+", "", recipe.text)
             counts[name] = counts.get(name, 0) + 1
         return ", ".join(f"{name} at {count} of {2 * n_layers} sites" for name, count in counts.items())
