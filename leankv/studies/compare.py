@@ -58,7 +58,7 @@ def compare_caches(
         )
     if baselines and protocol.kind == "prefix":
         raise UserError(
-            "caches of others cannot be filled exactly and coded whole afterwards, as a prefix is; use --protocol "
+            "baselines cannot be filled exactly and coded whole afterwards, as a prefix is; use --protocol "
             "stream, or leave --baseline out"
         )
     wanted = dict.fromkeys(windows or (protocol.window,))
