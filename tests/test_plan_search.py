@@ -89,6 +89,17 @@ def test_waterfill_finds_the_cost_that_is_wanted_though_predictions_miss():
     assert best.size < min(step.size for step in uniform)
 
 
+def test_waterfill_comes_close_where_costs_rise_twice_as_fast_as_predictions():
+    space, rng = space_of(40), random.Random(2)
+    weights = [10 ** rng.uniform(-5, -3) for _ in space.sites]
+    cost, _, contributions = quadratic(space, weights)
+    path = Path(space, lambda choice, first, end: [40 * cost(choice) ** 2] * (end - first), BLOCKS)
+    wanted = 0.05
+    best, _ = waterfill(path, (4,) * 40, contributions, wanted, 12)
+    assert 0.9 * wanted < best.cost <= wanted
+    assert path.evaluations <= 12
+
+
 def test_refine_mends_sensitivities_that_are_wrong_for_a_group():
     space = space_of(12)
     truth = [1e-3] * 6 + [1e-4] * 6

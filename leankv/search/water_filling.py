@@ -169,6 +169,7 @@ def waterfill(
         if round_:
             prediction = Prediction(path.space, best.choice, contributions(best.choice), best.cost)
         aim = wanted
+        tried: list[tuple[float, float]] = []
         for _ in range(TRIES):
             choice = prediction.smallest_within(aim)
             if path.evaluations - first + 1 > max_evaluations:
@@ -178,9 +179,24 @@ def waterfill(
             best = best_within(path.steps, wanted)
             if abs(here.cost / wanted - 1) < CLOSE_ENOUGH:
                 break
-            # A second order that misses by some factor here misses by about as much nearby.
-            aim = min(max(wanted * predicted / max(here.cost, 1e-9), wanted / 8), wanted * 8)
+            tried.append((aim, max(here.cost, 1e-9)))
+            aim = min(max(_next_aim(tried, wanted), wanted / 8), wanted * 8)
     return best, prediction
+
+
+def _next_aim(tried: Sequence[tuple[float, float]], wanted: float) -> float:
+    """What to aim at so that `wanted` comes out, from aims and what came out.
+
+    Between two that came out on both sides, as a power law through the nearest of each; else what was missed by some
+    factor is taken to be missed by as much nearby.
+    """
+    below = max((pair for pair in tried if pair[1] <= wanted), key=lambda pair: pair[1], default=None)
+    above = min((pair for pair in tried if pair[1] > wanted), key=lambda pair: pair[1], default=None)
+    if below is None or above is None or below[1] == above[1]:
+        aim, cost = min(tried, key=lambda pair: abs(math.log(pair[1] / wanted)))
+        return aim * wanted / cost
+    share = math.log(wanted / below[1]) / math.log(above[1] / below[1])
+    return below[0] * (above[0] / below[0]) ** share
 
 
 def fill_to_size(
