@@ -86,6 +86,7 @@ def write_experiment(root: Path, n_layers: int, epochs: int, blocks: dict[str, i
         "data": {"dataset": str(root / "text.txt"), "block_length": 64, **own_blocks},
         "plan": "ae:4x16",
         "fit": {"epochs": epochs},
+        "selection": {"strategy": "greedy"},
         **sections,
     }
     path = root / "experiment.yaml"

@@ -88,7 +88,7 @@ def test_a_certificate_is_about_the_perplexity_of_all_documents_measured(evaluat
     measured = [
         block
         for block in available.blocks
-        if evaluator.workspace.cells.has("nats-certification", evaluator._depends_on(BOLD, block))
+        if evaluator.workspace.cells.has("nats-certification", evaluator.depends_on(BOLD, block))
     ]
     before, after = (
         [evaluator.document_nats(spec, block).nats[0] for block in measured] for spec in (EVERYTHING_EXACT, BOLD)
@@ -155,12 +155,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     stopped.base("selection")
     measured = 0
 
-    def measure(*arguments: Any) -> Any:
+    def measure(*arguments: Any, **named: Any) -> Any:
         nonlocal measured
         measured += 1
         if measured == 8:
             raise KeyboardInterrupt
-        return really(*arguments)
+        return really(*arguments, **named)
 
     monkeypatch.setattr(plan_evaluator, "measure_nats", measure)
     with pytest.raises(KeyboardInterrupt):

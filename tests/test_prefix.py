@@ -32,11 +32,13 @@ def blocks() -> Blocks:
 
 
 def nats(model: Any, blocks: Blocks, plan: Any, protocol: ProtocolConfig = PROTOCOL) -> BlockNats:
-    return measure_nats(model, blocks, protocol, lambda: LeanCache(model.config, plan, protocol.sinks, UNBOUNDED))
+    return measure_nats(
+        model, blocks, protocol, lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=UNBOUNDED)
+    )
 
 
 def per_token(measured: BlockNats) -> list[float]:
-    return [own / measured.tokens for own in measured.nats]
+    return [own / measured.tokens_per_block for own in measured.nats]
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def log_probabilities(model: Any, blocks: Blocks, plan: Any) -> torch.Tensor:
     """`[blocks, C - 1, V]` in float64: what the continuation's tokens but the last predict, of whole logits."""
     found = []
     for block in blocks.tokens:
-        cache = LeanCache(model.config, plan, PROTOCOL.sinks, UNBOUNDED)
+        cache = LeanCache(model.config, plan, sinks=PROTOCOL.sinks, window=UNBOUNDED)
         model(block[None, :PREFIX], past_key_values=cache)
         cache.encode_all()
         rest = block[None, PREFIX : PREFIX + CONTINUATION]
@@ -112,10 +114,10 @@ def log_probabilities(model: Any, blocks: Blocks, plan: Any) -> torch.Tensor:
 
 
 def pair(model: Any, blocks: Blocks, plan: Any, protocol: ProtocolConfig = PROTOCOL) -> PairedRun:
-    base_pass = BasePass(model, lambda: LeanCache(model.config, {}), 1 << 30)
+    base_pass = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), 1 << 30)
 
     def make_cache() -> LeanCache:
-        return LeanCache(model.config, plan, protocol.sinks, UNBOUNDED)
+        return LeanCache(model.config, plan, sinks=protocol.sinks, window=UNBOUNDED)
 
     first = measure_pair(model, blocks, protocol, base_pass, make_cache)
     again = measure_pair(model, blocks, protocol, base_pass, make_cache)  # the base repeated from what was kept
@@ -131,7 +133,7 @@ def test_perplexity_and_divergence_are_those_of_the_continuation_alone(model: An
     for run, own in ((measured.base, log_p), (measured.compressed, log_q)):
         expected = -own.gather(2, labels).mean(dim=(1, 2))
         assert per_token(run) == pytest.approx(expected.tolist(), abs=1e-5)
-        assert run.tokens == CONTINUATION - 1
+        assert run.tokens_per_block == CONTINUATION - 1
         assert run.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-5)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=2)
     assert measured.divergence.kl.value == pytest.approx(kl.mean().item(), abs=1e-5)
@@ -179,7 +181,7 @@ def test_a_continuation_reads_itself_exactly(model: Any, blocks: Blocks) -> None
         model,
         replace(blocks, tokens=blocks.tokens[:, : CONTINUATION + 1]),
         ProtocolConfig("strict", sinks=0),
-        lambda: LeanCache(model.config, plan_of(model, Rounding)),
+        lambda: LeanCache(model.config, plan_of(model, Rounding), sinks=0, window=0),
     )
     base = nats(model, blocks, {}, protocol)
     assert all(own != exact for own, exact in zip(coded.nats, base.nats, strict=True))
@@ -204,7 +206,7 @@ def test_bytes_are_those_of_a_prefix_coded_whole() -> None:
     caches = []
 
     def make_cache() -> LeanCache:
-        caches.append(LeanCache(model.config, plan, 2, UNBOUNDED))
+        caches.append(LeanCache(model.config, plan, sinks=2, window=UNBOUNDED))
         return caches[-1]
 
     bytes_ = measure_bytes(model, find_geometry(model), tiny.tokens(1, 300), make_cache, plan, settled=2)
@@ -214,7 +216,7 @@ def test_bytes_are_those_of_a_prefix_coded_whole() -> None:
     assert bytes_.code_ratio_live == bytes_.code_ratio_stored == vector / 2 / code
     assert bytes_.context == 300
     (cache,) = caches
-    exact = LeanCache(model.config, plan, 2, UNBOUNDED)
+    exact = LeanCache(model.config, plan, sinks=2, window=UNBOUNDED)
     with torch.no_grad():
         model(tiny.tokens(1, 300), past_key_values=exact)
     exact.encode_all()

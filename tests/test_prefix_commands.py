@@ -33,7 +33,7 @@ def test_selection_text_is_put_aside_for_blocks_as_long_as_they_are_measured(tmp
     """So no other split takes it; calibration keeps its own block length."""
     small = {"block_length": 50, "calibration_blocks": 4, "selection_blocks": 20}
     wiki = source("wikitext-2", write_wikitext(tmp_path), **small)
-    longer = TextSource(wiki._config, measured_length=90)
+    longer = TextSource(wiki._config, selection_length=90)
     tokenizer = tiny.tokenizer()
     fitted, chosen, certified = (
         longer.documents(name, tokenizer) for name in ("calibration", "selection", "certification")
@@ -67,7 +67,7 @@ def test_plans_are_measured_as_a_full_pass_measures_them(prefix_settings: dict[s
         plan = evaluator.codecs.plan(spec)
 
         def make_cache(plan: Any = plan) -> LeanCache:
-            return LeanCache(model.config, plan, 2, UNBOUNDED, rotation=workspace.rotation)
+            return LeanCache(model.config, plan, sinks=2, window=UNBOUNDED, rotation=workspace.rotation)
 
         for split in ("selection", "report"):
             full = measure_nats(model, workspace.blocks(split), evaluator.protocol, make_cache)

@@ -81,7 +81,7 @@ def test_missing_data(experiment: Path, tmp_path: Path) -> None:
 
 
 def test_select_without_a_sweep(tmp_path: Path) -> None:
-    sentence = refuse("select", "-o", tmp_path / "nothing")
+    sentence = refuse("select", "-o", tmp_path / "nothing", "--strategy", "greedy")
     assert str(tmp_path / "nothing") in sentence
     assert "leankv sweep" in sentence
 

@@ -46,7 +46,8 @@ def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig) -> tuple[float, 
         model,
         BLOCKS,
         protocol,
-        lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol)),
+        # As replays do: with every vector decoded once, products are over the same rows (tests/test_decoded_once.py).
+        lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol), decode_once=True),
     ).nats
 
 

@@ -215,7 +215,7 @@ def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):
     folder = tmp_path / "run"
     command = ["select", "--config", str(config), "--budget", "20%", "-o", str(folder), "--json"]
     process = start([sys.executable, "-m", "leankv", *command])
-    wait_for(lambda: len(list(folder.glob("cells/nats-selection-*.json"))) >= 6, process)
+    wait_for(lambda: len(list(folder.glob("cells/nats-selection-*.json"))) >= 2, process)
     process.kill()
     process.wait()
     before = finished_files(folder)
@@ -232,6 +232,6 @@ def test_runs_stand_side_by_side(run, finished):
     shown = succeed("report", finished, folder).stdout
     assert "not asked for" in shown
     assert "at 95 %" in shown
-    assert f"{summary['delta_percent']:+.2f} %" in shown.replace("\n", " ")
+    assert f"{summary['delta_percent']:+.2f}" in shown
     assert set(succeed_json("report", folder)) == {str(folder)}
     assert "holds no finished selection" in refuse("report", folder / "cells")

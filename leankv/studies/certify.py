@@ -130,7 +130,7 @@ def _test(
     limit = min(settings.max_documents, len(documents))
     pairs: list[tuple[BlockNats, BlockNats]] = []
     values: list[float] = []
-    with evaluator.workspace.progress.stage(f"certifying {spec}", limit) as step:
+    with evaluator.workspace.progress.stage(f"certifying {spec.in_short(evaluator.workspace.n_layers)}", limit) as step:
         for number in order[:limit]:
             block = documents.blocks[number]
             base, compressed = (evaluator.document_nats(each, block) for each in (EVERYTHING_EXACT, spec))

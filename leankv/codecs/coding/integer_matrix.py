@@ -41,7 +41,7 @@ class IntegerMatrix(torch.nn.Module):
             whole = torch.nn.functional.pad(whole, (0, 0, 0, len(whole) % 2))
             whole = 16 * whole[::2] + whole[1::2]
         elif self.bits == 16:
-            upper = (whole / 256).round()
+            upper = ((whole + 128) / 256).floor()  # so that what is left is -128 to 127, halves included
             whole = torch.cat([upper, whole - 256 * upper])
         self.integers.copy_(whole)
 
