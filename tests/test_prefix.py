@@ -78,11 +78,11 @@ def test_it_is_saving_a_cache_reading_it_back_and_decoding(model: Any, blocks: B
             saved.append(read_back(self))
 
     def make_cache() -> LeanCache:
-        return Saving(model.config, bundle.plan, PROTOCOL.sinks, UNBOUNDED, rotation=bundle.rotation)
+        return Saving(model.config, bundle.plan, sinks=PROTOCOL.sinks, window=UNBOUNDED, rotation=bundle.rotation)
 
     measured = measure_nats(model, blocks, PROTOCOL, make_cache)
     base = nats(model, blocks, {})
-    slides = any(layer.window for layer in find_geometry(model).layers)
+    slides = any(layer.sliding_window for layer in find_geometry(model).layers)
     close, tokens = 1e-4 if slides and "share" in recipe else 1e-6, CONTINUATION - 1
     for number, (block, cache) in enumerate(zip(blocks.tokens, saved, strict=True)):
         total = 0.0
