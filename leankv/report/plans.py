@@ -1,5 +1,6 @@
 """Searched plans for people: `plans.csv`, `selection.md` and the frontier's figure. Reads `plans.json` only."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,10 @@ def _step_rows(entry: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             step["strategy"],
             step["what"],
             f"{step['ratio']:.2f}",
-            "-" if step["predicted"] is None else f"{100 * step['predicted']:+.2f}",
-            f"{100 * step['cost']:+.2f}",
+            "-" if step["predicted"] is None else f"{100 * math.expm1(step['predicted']):+.2f} %",
+            f"{step['percent']:+.2f} %",
             f"{step['evaluations']:.1f}",
         ]
         for step in entry["steps"]
     ]
-    return ["strategy", "step", "ratio", "predicted, nats / 100", "measured", "evaluations"], rows
+    return ["strategy", "step", "ratio", "predicted", "measured", "evaluations"], rows

@@ -71,7 +71,9 @@ class Path:
         return math.fsum(known[:wanted]) / wanted
 
     def record(self, choice: Choice, strategy: str, what: str, predicted: float | None = None) -> Measured:
-        """Measure a choice on all blocks and note it as a step."""
+        """Measure a choice on all blocks and note it as a step; one that is noted already stays as it is."""
+        if known := next((step for step in self.steps if step.choice == choice), None):
+            return known
         cost = self.cost(choice)
         step = Measured(
             choice,

@@ -177,8 +177,8 @@ def waterfill(
             predicted = prediction.of(choice)
             here = path.record(choice, "waterfill", f"slope {round_ + 1}", predicted)
             best = best_within(path.steps, wanted)
-            if abs(here.cost / wanted - 1) < CLOSE_ENOUGH:
-                break
+            if abs(here.cost / wanted - 1) < CLOSE_ENOUGH or (tried and tried[-1][1] == here.cost):
+                break  # close enough, or there is nothing between two options
             tried.append((aim, max(here.cost, 1e-9)))
             aim = min(max(_next_aim(tried, wanted), wanted / 8), wanted * 8)
     return best, prediction

@@ -210,7 +210,6 @@ def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_rat
     """
     path, progress = own.path, own.evaluator.workspace.progress
     size = None if target_ratio is None else own.space.base / target_ratio
-    before = len(path.steps)
     spent: dict[str, float] = {}
     seconds: dict[str, float] = {}
     best: Measured | None = None
@@ -235,10 +234,10 @@ def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_rat
             for part in (1.0, *reversed(FRONTIER)):
                 choice = prediction.smallest_within(wanted * part)
                 path.record(choice, strategy, f"{part:.0%} of the budget", prediction.of(choice))
-        steps = path.steps[before:]
-        best = best_within(steps, wanted) if size is None else cheapest_within(steps, size)
+        # Also of what searches under other budgets have measured.
+        best = best_within(path.steps, wanted) if size is None else cheapest_within(path.steps, size)
         spent[strategy], seconds[strategy] = path.evaluations - evaluations, time.monotonic() - started
         progress.say(f"{strategy}: {best.percent:+.2f} % at a ratio of {best.ratio:.1f}")
     assert best is not None
-    steps = path.steps[before:]
-    return Found(tuple(steps), tuple(own.plan(step.choice) for step in steps), best, spent, seconds)
+    steps = tuple(path.steps)
+    return Found(steps, tuple(own.plan(step.choice) for step in steps), best, spent, seconds)
