@@ -4,11 +4,8 @@ A cache that is used decodes all its codes at every step and holds nothing else.
 chunks of 128 so decodes each vector up to 31 times. This store decodes it once and keeps it beside its code.
 """
 
-from collections.abc import Sequence
-
 import torch
 
-from leankv.cache.key_space import KeySpace
 from leankv.cache.part_store import PartStore, Rows
 from leankv.codecs import Code, Codec
 
@@ -22,20 +19,9 @@ class DecodedOnceStore(PartStore):
 
     keeps_decoded = True
 
-    def __init__(
-        self,
-        codec: Codec | None,
-        sinks: int,
-        window: int,
-        space: KeySpace | None = None,
-        sources: Sequence[PartStore] = (),
-    ):
-        self._decoded: torch.Tensor | None = None  # [B, heads, coded tokens, head_dim], as attention reads them
-        super().__init__(codec, sinks, window, space, sources)
-
     def clear(self) -> None:
         super().clear()
-        self._decoded = None
+        self._decoded: torch.Tensor | None = None  # [B, heads, coded tokens, head_dim], as attention reads them
 
     def keep(self, start: int, stop: int) -> None:
         before = len(self)

@@ -1,6 +1,5 @@
 """Plans: which recipe each layer's keys and values get (`PlanSpec`), and which fitted codec (`Plan`)."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -185,8 +184,7 @@ class PlanSpec:
             return text
         counts: dict[str, int] = {}
         for recipe in sites.values():
-            name = re.sub(r":[^(),]+", "", recipe.text)
-            counts[name] = counts.get(name, 0) + 1
+            counts[recipe.method] = counts.get(recipe.method, 0) + 1
         return ", ".join(f"{name} at {count} of {2 * n_layers} sites" for name, count in counts.items())
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import linecache
+import re
 import statistics
 import sys
 from abc import ABC, abstractmethod
@@ -189,6 +190,11 @@ class Recipe(ABC):
         if self.nested:
             return f"{self.family}({self.arguments})"
         return f"{self.family}:{self.arguments}" if self.arguments else self.family
+
+    @property
+    def method(self) -> str:
+        """The recipe without its rates: `transform`, `resid(share,transform)`."""
+        return re.sub(r":[^(),]+", "", self.text)
 
     @property
     def n_context_layers(self) -> int:

@@ -96,6 +96,26 @@ def known_recipe(text: str) -> Recipe:
         raise UserError(f"codec {_shown(text)} is not understood; write {grammar}") from error
 
 
+def split_recipes(text: str) -> list[str]:
+    """Recipes that stand behind each other, cut at the commas outside of parentheses: `a,resid(b,c)` -> two.
+
+    Raises:
+        ValueError: a parenthesis is not closed, or closed before it is opened.
+    """
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            raise ValueError
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if depth:
+        raise ValueError
+    return [piece.strip() for piece in pieces]
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 

@@ -16,7 +16,7 @@ from leankv.codecs.base import (
     fit_together,
 )
 from leankv.codecs.code import Code
-from leankv.codecs.registry import known_recipe, register
+from leankv.codecs.registry import known_recipe, register, split_recipes
 from leankv.codecs.statistics import mean_of, sum_of_squares
 
 
@@ -35,15 +35,8 @@ class ResidualRecipe(Recipe):
 
     @classmethod
     def parse(cls, arguments: str) -> "ResidualRecipe":
-        depth, commas = 0, []
-        for place, letter in enumerate(arguments):
-            depth += (letter == "(") - (letter == ")")
-            if letter == "," and depth == 0:
-                commas.append(place)
-        if depth or len(commas) != 1:
-            raise ValueError
-        texts = arguments[: commas[0]].strip(), arguments[commas[0] + 1 :].strip()
-        if not all(texts):
+        texts = split_recipes(arguments)
+        if len(texts) != 2 or not all(texts):
             raise ValueError
         return cls(known_recipe(texts[0]), known_recipe(texts[1]))
 

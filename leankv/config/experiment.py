@@ -290,8 +290,7 @@ class Experiment:
 
     def _check_selection(self) -> None:
         selection = self.selection
-        for budget in parse_budgets(selection.budget):
-            assert budget.amount > 0
+        parse_budgets(selection.budget)
         strategies = tuple(name.strip() for name in selection.strategy.split(","))
         for name in strategies:
             _one_of("selection.strategy", name, STRATEGIES)

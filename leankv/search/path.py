@@ -1,7 +1,7 @@
 """What a search leaves behind: every plan it measured, how, and which of them are worth having."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from leankv.search.plan_space import Choice, Measure, PlanSpace
@@ -99,11 +99,3 @@ def frontier(steps: Sequence[Measured]) -> list[Measured]:
             found.append(step)
             smallest = step.size
     return found
-
-
-def grouped(sites: Sequence[Hashable], key: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """Numbers of the sites that have the same key, by key."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, own in zip(range(len(sites)), key, strict=True):
-        groups.setdefault(own, []).append(number)
-    return groups

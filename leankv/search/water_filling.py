@@ -50,12 +50,8 @@ class Prediction:
         weights[seen] = np.maximum(known[seen], max(least, 1e-12)) / errors[seen]
         weights[~seen] = np.median(weights[seen]) if seen.any() else 1.0
         predicted = float((weights * errors).sum())
-        self._weights = weights * (max(cost, 1e-9) / predicted if predicted else 1.0)
-        self._costs = self._weights[:, None] * self._errors
-
-    def scaled(self, factor: float) -> None:
-        """Expect so many times as much of every choice."""
-        self._costs = self._costs * factor
+        weights *= max(cost, 1e-9) / predicted if predicted else 1.0
+        self._costs = weights[:, None] * self._errors
 
     def of_site(self, site: int, option: int) -> float:
         """Nats a token that one site is expected to add."""

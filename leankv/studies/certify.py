@@ -14,7 +14,7 @@ from leankv.search.betting import BettingTest, choose_clip, documents_needed, le
 from leankv.search.certificate import Certificate, fixed_sequence
 from leankv.studies.plan_evaluator import EVERYTHING_EXACT, PlanEvaluator
 
-Candidate = tuple[PlanEvaluator, PlanSpec]
+EvaluatedPlan = tuple[PlanEvaluator, PlanSpec]
 """A plan, and who measures it: with which sinks and window."""
 
 
@@ -48,7 +48,7 @@ def certify(
 
 
 def certify_candidates(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[EvaluatedPlan],
     budget_percent: float,
     settings: CertificationConfig | None = None,
     clip: float | None = None,

@@ -33,7 +33,7 @@ class StoredCodec:
         key: hash of all that it depends on.
         fvu: fraction of variance unexplained on held-out calibration text.
         seconds: what fitting it took.
-        error: mean of `e^T M e` over held-out vectors; of codecs of a ladder only.
+        error: mean of `e^T M e` over held-out vectors; None in files of an earlier version.
     """
 
     codec: Codec

@@ -1,6 +1,5 @@
 """The comparison: whole caches, ours and those of others, in perplexity and in bytes, on the same blocks."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,8 +157,8 @@ def _figures(evaluator: PlanEvaluator, split: str, pair: PairedRun, bytes_: Cach
 
 def _method(plan: PlanSpec) -> str:
     """The one recipe of a plan without rates: `transform`, `resid(share,transform)`; `plan` where it has several."""
-    texts = [recipe.text for recipe in plan.recipes()]
-    return re.sub(r":[^(),]+", "", texts[0]) if len(texts) == 1 else "plan"
+    recipes = list(plan.recipes())
+    return recipes[0].method if len(recipes) == 1 else "plan"
 
 
 def format_row(row: dict[str, Any]) -> str:

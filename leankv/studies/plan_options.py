@@ -6,6 +6,7 @@ from dataclasses import replace
 from leankv.cache.footprint import Footprint
 from leankv.cache.plan import PlanSpec, Site
 from leankv.codecs import Recipe, parse_recipe
+from leankv.codecs.registry import split_recipes
 from leankv.config.experiment import SelectionConfig
 from leankv.config.notation import parse_bytes, parse_sites
 from leankv.config.plan_table import EXACT, PARTS
@@ -14,7 +15,7 @@ from leankv.errors import UserError
 from leankv.evaluation.cache_bytes import codec_memory
 from leankv.models.geometry import BYTES_16_BIT
 from leankv.search.plan_space import Option, PlanSpace, ladder, not_beaten
-from leankv.studies.codec_store import CodecStore, StoredCodec
+from leankv.studies.codec_store import StoredCodec
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
 
@@ -26,22 +27,12 @@ def search_recipes(text: str, error_metric: str) -> list[Recipe]:
         UserError: one is not understood.
     """
     families = LADDERS if error_metric == "gradient" else LADDERS | RATE_LADDERS
-    recipes: list[Recipe] = []
-    for piece in _pieces(text):
-        recipes += [parse_recipe(each) for each in families.get(piece.replace(" ", ""), (piece,))]
-    return list(dict.fromkeys(recipes))
-
-
-def _pieces(text: str) -> list[str]:
-    """The text cut at the commas that stand outside of parentheses."""
-    pieces, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += letter
-    return [piece.strip() for piece in pieces if piece.strip()]
+    try:
+        pieces = split_recipes(text)
+    except ValueError:
+        pieces = [text]  # refused as a recipe is
+    names = [name for piece in pieces if piece for name in families.get(piece.replace(" ", ""), (piece,))]
+    return list(dict.fromkeys(parse_recipe(name) for name in names))
 
 
 def search_sites(workspace: Workspace, selection: SelectionConfig) -> list[Site]:
@@ -58,9 +49,9 @@ def search_sites(workspace: Workspace, selection: SelectionConfig) -> list[Site]
     return sites
 
 
-def fit_ladders(codecs: CodecStore, sites: Sequence[Site], recipes: Sequence[Recipe]) -> None:
-    """See that every recipe is fitted at every site."""
-    codecs.fit([PlanSpec().with_sites(dict.fromkeys(sites, recipe)) for recipe in recipes])
+def same_everywhere(sites: Sequence[Site], recipe: Recipe) -> PlanSpec:
+    """The plan that gives these sites one recipe, and leaves all else exact."""
+    return PlanSpec().with_sites(dict.fromkeys(sites, recipe))
 
 
 def plan_space(
@@ -85,21 +76,14 @@ def plan_space(
     exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
     limit = parse_bytes(selection.max_codec_memory) if selection.max_codec_memory is not None else None
     with_codecs = selection.minimize == "all-in"
+    codecs = {recipe: evaluator.codecs.codecs(same_everywhere(sites, recipe)) for recipe in recipes}
     options = []
     for site in sites:
-        vector = exact.geometry.layers[site.layer].width_of(site.part) * BYTES_16_BIT
-        held = exact.geometry.layers[site.layer].tokens_held(context)
-        found = [Option(EXACT, held * vector, 0.0, 0.0)]
-        for recipe in recipes:
-            stored = evaluator.codecs.codecs(PlanSpec().with_sites({site: recipe}))[site]
-            found.append(_option(site, recipe, stored, replace(exact, bits={}), context, selection.minimize))
-        chosen_from = ladder(found) if limit is None and not with_codecs else not_beaten(found)
-        options.append(chosen_from)
-    size_of_sites = sum(
-        own[0].size if own[0].name == EXACT else _exact(exact, site, context)
-        for own, site in zip(options, sites, strict=True)
-    )
-    fixed = exact.base_bytes(context) - size_of_sites + (peak if with_codecs else 0)
+        coded = [_option(site, recipe, own[site], exact, context, selection.minimize) for recipe, own in codecs.items()]
+        found = [Option(EXACT, _exact(exact, site, context), 0.0, 0.0), *coded]
+        options.append(ladder(found) if limit is None and not with_codecs else not_beaten(found))
+    exact_sites = sum(_exact(exact, site, context) for site in sites)
+    fixed = exact.base_bytes(context) - exact_sites + (peak if with_codecs else 0)
     space = PlanSpace(tuple(sites), tuple(options), fixed, exact.base_bytes(context))
     return space if limit is None else replace(space, max_codec_bytes=float(limit))
 

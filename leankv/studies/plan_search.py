@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from leankv.cache.plan import PlanSpec, Site
@@ -15,11 +16,11 @@ from leankv.config.plan_table import EXACT
 from leankv.evaluation.perplexity import compare, feeding_of
 from leankv.search.evolution import evolve
 from leankv.search.local_search import refine
-from leankv.search.path import Measured, Path, frontier, grouped
+from leankv.search.path import Measured, Path, frontier
 from leankv.search.plan_space import Choice, PlanSpace
 from leankv.search.water_filling import Prediction, best_within, cheapest_within, fill_to_size, waterfill
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.plan_options import fit_ladders, plan_of, plan_space, search_recipes, search_sites
+from leankv.studies.plan_options import plan_of, plan_space, same_everywhere, search_recipes, search_sites
 
 MOST_EVALUATIONS = {"waterfill": 12, "refine": 60, "evolve": 200}
 """Full evaluations that a strategy may spend."""
@@ -85,22 +86,18 @@ class PlanSearch:
         self.recipes = search_recipes(selection.recipes, workspace.experiment.fit.error_metric)
         for recipe in self.recipes:
             workspace.checked(PlanSpec.uniform(recipe))
-        sites = search_sites(workspace, selection)
-        self.reference = PlanSpec().with_sites(dict.fromkeys(sites, self._reference_recipe()))
+        # From fine to coarse: those that predict, where any do.
+        self._rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
+        self._sites = search_sites(workspace, selection)
+        self.reference = same_everywhere(self._sites, self._rates[len(self._rates) // 2])
         self.unreferenced = evaluator
         self.evaluator = evaluator.with_reference(self.reference)
-        fit_ladders(self.evaluator.codecs, sites, self.recipes)
-        self.space: PlanSpace = plan_space(self.evaluator, selection, sites, self.recipes, peak)
+        self.evaluator.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
+        self.space: PlanSpace = plan_space(self.evaluator, selection, self._sites, self.recipes, peak)
         blocks = workspace.blocks("selection")
         self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))
         self._base = self.evaluator.base()
         self.path = Path(self.space, self._measure, len(self.order))
-
-    def _reference_recipe(self) -> Recipe:
-        """The middle rate of the last family named, the one that predicts if any does."""
-        looking_back = [recipe for recipe in self.recipes if recipe.n_context_layers]
-        candidates = looking_back or self.recipes
-        return candidates[len(candidates) // 2]
 
     def plan(self, choice: Choice) -> PlanSpec:
         """The plan of a choice."""
@@ -151,8 +148,7 @@ class PlanSearch:
 
     def _rungs(self) -> list[Choice]:
         """The uniform choices, from fine to coarse."""
-        family = [recipe for recipe in self.recipes if bool(recipe.n_context_layers) == self._predicts]
-        return [self._nearest(recipe.text) for recipe in family]
+        return [self._nearest(recipe) for recipe in self._rates]
 
     def length_factor(self, wanted: float) -> float:
         """How many times as much a plan costs in blocks as long as those of reports, as in the search's own.
@@ -162,41 +158,42 @@ class PlanSearch:
         experiment = self.evaluator.workspace.experiment
         if experiment.length_of("selection") == experiment.measured_length:
             return 1.0
-        choice, long = self.start(wanted), self.evaluator.with_long_blocks()
-        cost = compare(long.base(), long.nats(self.plan(choice), title="selection text in long blocks"))
+        choice = self.start(wanted)
+        cost = compare(self.long.base(), self.long.nats(self.plan(choice), title="selection text in long blocks"))
         factor = math.log1p(cost.delta_percent / 100) / max(self.path.cost(choice), 1e-9)
         return min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
 
-    def refitted(self, refit: str) -> PlanEvaluator:
-        """Who measures the plans that are found: with the codecs of the search, or with ones fitted to each plan."""
-        return self.unreferenced if refit == "sequential" else self.evaluator
+    @cached_property
+    def long(self) -> PlanEvaluator:
+        """Measures on selection blocks as long as those of reports, with the codecs of the search."""
+        return self.evaluator.with_long_blocks()
 
-    @property
-    def _predicts(self) -> bool:
-        return any(recipe.n_context_layers for recipe in self.recipes)
+    @cached_property
+    def long_refitted(self) -> PlanEvaluator:
+        """The same with codecs that are fitted to each plan."""
+        return self.unreferenced.with_long_blocks()
 
-    def _nearest(self, name: str) -> Choice:
+    def _nearest(self, recipe: Recipe) -> Choice:
         """Every site at this recipe; where it is no option of a site, at the one with the error that is nearest."""
-        errors = {site: self.evaluator.codecs.codecs(plan_of({site: name}))[site].error for site in self._sites}
+        stored = self.evaluator.codecs.codecs(same_everywhere(self._sites, recipe))
         choice = []
         for site, options in zip(self._sites, self.space.options, strict=True):
             names = [option.name for option in options]
-            error = errors[site] or 0.0
-            coded = [index for index, own in enumerate(options) if own.name != EXACT]
-            choice.append(
-                names.index(name) if name in names else min(coded, key=lambda i: abs(options[i].error - error))
-            )
+            if recipe.text in names:
+                choice.append(names.index(recipe.text))
+                continue
+            error = stored[site].error or 0.0
+            coded = [index for index, name in enumerate(names) if name != EXACT]
+            choice.append(min(coded, key=lambda index: abs(options[index].error - error)))
         return tuple(choice)
-
-    @property
-    def _sites(self) -> list[Site]:
-        return [Site(*site) for site in self.space.sites]  # type: ignore[misc]
 
     def groups(self) -> list[list[int]]:
         """Sites that move together: keys or values of neighbouring layers."""
         n_layers = self.evaluator.workspace.n_layers
-        keys = [(site.part, site.layer * BANDS // n_layers) for site in self._sites]
-        return list(grouped(self.space.sites, keys).values())
+        groups: dict[tuple[str, int], list[int]] = {}
+        for number, site in enumerate(self._sites):
+            groups.setdefault((site.part, site.layer * BANDS // n_layers), []).append(number)
+        return list(groups.values())
 
 
 def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_ratio: float | None = None) -> Found:

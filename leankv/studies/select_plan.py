@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _search_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int
         return PlanSearch(own, selection)
     plain = PlanSearch(own, replace(selection, minimize="live"))
     # What one decoding step takes depends on a plan little: that of the reference stands for all.
-    peak = bytes_of_plan(plain.evaluator.with_long_blocks(), "selection", plain.reference).peak_step
+    peak = bytes_of_plan(plain.long, "selection", plain.reference).peak_step
     return PlanSearch(own, selection, peak)
 
 
@@ -146,7 +147,7 @@ def _candidates(
         frontier += inside[-CANDIDATES:] if selection.target_ratio is None else inside[-1:]
     candidates = []
     for own, step, spec in frontier:
-        evaluator = own.refitted(selection.refit).with_long_blocks()
+        evaluator = own.long_refitted if selection.refit == "sequential" else own.long
         cost = compare(
             evaluator.base(), evaluator.nats(spec, title=f"selection text in long blocks, {step.ratio:.1f}x")
         )
@@ -184,8 +185,9 @@ def _keep(
         "strategy": summary.strategy,
         "minimize": summary.minimize,
         "refit": summary.refit,
+        "protocol": summary.protocol,
+        "sinks": summary.sinks,
     }
-    asked |= {"protocol": summary.protocol, "sinks": summary.sinks}
     entry = {
         **asked,
         "summary": summary.to_json(),
@@ -197,9 +199,7 @@ def _keep(
                 "window": each.evaluator.protocol.window,
                 "certificate": certificate.to_json() if certificate else None,
             }
-            for each, certificate in zip(
-                candidates, [*certificates, *[None] * (len(candidates) - len(certificates))], strict=True
-            )
+            for each, certificate in zip_longest(candidates, certificates)
         ],
         "steps": [
             {**asdict(step), "choice": list(step.choice), "plan": plan.table(), "percent": step.percent}
