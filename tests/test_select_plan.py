@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 import yaml
 
 from leankv.cache.bundle import load_bundle
+from leankv.cache.codec_files import load_codec, save_codec
 from leankv.cache.plan import PlanSpec
 from leankv.config.loading import load_experiment
 from leankv.models.loading import load_model
 from leankv.progress import Silent
 from leankv.report.plans import PLANS_COLUMNS
+from leankv.studies import select_plan
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.plan_options import search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
@@ -236,3 +239,36 @@ def test_runs_stand_side_by_side(run, finished):
     assert f"{summary['delta_percent']:+.2f}" in shown
     assert set(succeed_json("report", folder)) == {str(folder)}
     assert "holds no finished selection" in refuse("report", folder / "cells")
+
+
+def test_what_is_not_certified_is_shipped_with_its_own_certificate(config, tmp_path, monkeypatch):
+    """The safest plan then: the bolder one was not tested, and no certificate speaks of it."""
+    really, folder = select_plan._candidates, tmp_path / "run"
+
+    def a_safe_and_a_bold_one(*arguments):
+        bold = really(*arguments)[-1]
+        safe = replace(bold, spec=bold.spec.with_layers(range(4), k="int:8", v="int:8"), cost=bold.cost / 2)
+        return [safe, bold]
+
+    monkeypatch.setattr(select_plan, "_candidates", a_safe_and_a_bold_one)
+    monkeypatch.setattr("leankv.search.betting.BettingTest.is_hopeless", lambda test, left: True)
+    command = ["select", "--config", config, "--budget", "60%", "-o", folder, "--strategy", "waterfill"]
+    (summary,) = succeed_json(*command, "--recipes", "int")
+    (entry,) = json.loads((folder / "plans.json").read_text())
+    assert not summary["certificate"]["certified"]
+    assert [each["certificate"] for each in entry["candidates"]] == [summary["certificate"], None]
+    assert PlanSpec.parse(entry["plan"]).sites(4) == PlanSpec.uniform("int:8").sites(4)
+
+
+def test_a_search_takes_codecs_that_other_commands_have_fitted(config, tmp_path):
+    folder = tmp_path / "run"
+    recipe = "resid(share:-1,int:4)"
+    succeed("compare", "--config", config, "-o", folder, recipe, "int:4")
+    for path in (folder / "codecs").glob("layer-000-k-*"):  # one as an earlier version left it
+        codec, about = load_codec(path)
+        save_codec(path, codec, {name: value for name, value in about.items() if name != "error"})
+    (summary,) = succeed_json(
+        *("select", "--config", config, "--budget", "40%", "-o", folder, "--strategy", "waterfill"),
+        *("--recipes", recipe),
+    )
+    assert summary["certificate"] is not None

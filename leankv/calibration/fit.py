@@ -34,15 +34,14 @@ class FittedCodec:
         fvu: fraction of variance unexplained on the held-out calibration blocks, through encode and decode.
         fvu_by_epoch: the same after each epoch, as training saw it; empty for closed-form families.
         seconds: this codec's share of the batched fit.
-        error: mean of `e^T M e` over the held-out vectors, `e` their errors and `M` the error metric; None where it was
-            not asked for.
+        error: mean of `e^T M e` over the held-out vectors, `e` their errors and `M` the error metric.
     """
 
     codec: Codec
     fvu: float
     fvu_by_epoch: list[float]
     seconds: float
-    error: float | None = None
+    error: float
 
 
 @dataclass(frozen=True)

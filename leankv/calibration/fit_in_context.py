@@ -18,6 +18,7 @@ from leankv.calibration.fit import (
     in_precision,
     on_its_own,
     refuse_if_short,
+    weighted_error,
 )
 from leankv.codecs import Codec, Recipe
 from leankv.codecs.share import as_context
@@ -80,8 +81,9 @@ def fit_in_context(
             decoded[site] = as_context(shown)
             if own.codec is None:
                 fvu = fraction_of_variance_unexplained(x[first_heldout:], shown[first_heldout:]).item()
+                error = weighted_error(x[first_heldout:], shown[first_heldout:], error_metrics.get(site))
                 seconds = time.monotonic() - started
-                on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), [], seconds))
+                on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), [], seconds, error))
         still = {source for later, other in sites.items() if later > site for source in other.context}
         decoded = {known_site: vectors for known_site, vectors in decoded.items() if known_site in still}
 

@@ -181,7 +181,8 @@ class CodecStore:
         key = self.key(spec, site)
         if key not in self._at_hand and self.workspace.folder is not None and self.path(spec, site).exists():
             self._at_hand[key] = read_codec(self.path(spec, site))
-        return key in self._at_hand
+        # A search sets errors beside each other; what an earlier version fitted does not say its own.
+        return key in self._at_hand and (self.reference is None or self._at_hand[key].error is not None)
 
     def _fit_alone(self, specs: Iterable[PlanSpec]) -> None:
         """Fit what takes its vectors alone, in groups of layers where the disk does not hold the activations of all."""
@@ -294,7 +295,7 @@ class CodecStore:
             # Workers with differently cut shards may fit the same one; the bits agree.
             if not self._find(spec, site):
                 save_codec(self.path(spec, site), fitted.codec, about)
-                self._find(spec, site)
+                self._at_hand[key] = read_codec(self.path(spec, site))
 
         return keep
 

@@ -101,10 +101,8 @@ def _select(
     seconds = {f"search, {name}": sum(each.seconds[name] for each in found) for name in strategies}
     place, certificates = certify_candidates([(each.evaluator, each.spec) for each in candidates], percent)
     seconds["certify"] = time.monotonic() - started - sum(seconds.values())
-    # What is not certified is shipped all the same where it fits the budget on selection text, and says so.
-    fitting = [number for number, each in enumerate(candidates) if each.cost <= wanted]
-    chosen = candidates[place if place is not None else fitting[-1] if fitting else 0]
-    certificate = certificates[place if place is not None else min(len(certificates) - 1, candidates.index(chosen))]
+    # Where none is certified the safest is shipped all the same, and says so; the bolder ones were not tested.
+    chosen, certificate = candidates[place or 0], certificates[place or 0]
     how = Choosing(
         strategy=",".join(strategies),
         minimize=selection.minimize,
