@@ -91,7 +91,7 @@ def test_a_certificate_is_about_the_perplexity_of_all_documents_measured(evaluat
         if evaluator.workspace.cells.has("nats-certification", evaluator.depends_on(BOLD, block))
     ]
     before, after = (
-        [evaluator.document_nats(spec, block).nats[0] for block in measured] for spec in (EVERYTHING_EXACT, BOLD)
+        [own.nats[0] for (own,) in evaluator.documents_nats([spec], measured)] for spec in (EVERYTHING_EXACT, BOLD)
     )
     tokens = sum(block.tokens.shape[1] - 1 for block in measured)
     assert len({block.tokens.shape[1] for block in measured}) > 1
@@ -105,7 +105,8 @@ def test_a_certificate_is_about_the_perplexity_of_all_documents_measured(evaluat
 def test_a_document_alone_has_the_nats_that_it_has_as_a_block_of_the_split(evaluator: PlanEvaluator) -> None:
     block = evaluator.workspace.blocks("certification").take([1])
     for spec in (EVERYTHING_EXACT, BOLD):
-        assert evaluator.document_nats(spec, block).nats[0] == evaluator.nats(spec, "certification").nats[1]
+        ((own,),) = evaluator.documents_nats([spec], [block])
+        assert own.nats[0] == evaluator.nats(spec, "certification").nats[1]
 
 
 def test_unless_told_the_bound_is_what_selection_text_suggests_for_each_plan(evaluator: PlanEvaluator) -> None:

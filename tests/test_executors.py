@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -14,9 +15,9 @@ from leankv.config.loading import load_experiment
 from leankv.config.notation import Shard
 from leankv.errors import UserError
 from leankv.executors import pool
-from leankv.executors.dispatch import sweep_with_workers
+from leankv.executors.dispatch import WorkerOptions, follow_sweep, sweep_with_workers
 from leankv.executors.local import share_of
-from leankv.executors.pool import Job, supervise
+from leankv.executors.pool import Job, Worker, watched
 from leankv.executors.slurm import slurm_workers
 from leankv.executors.worker import work
 from leankv.progress import Progress, Silent
@@ -52,7 +53,7 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1]))
     killer.start()
     experiment = load_experiment(serial.config, {"output_dir": str(tmp_path)})
-    sweep_with_workers(experiment, "local", 2, None, Progress())
+    sweep_with_workers(experiment, WorkerOptions("local", 2), Progress())
     killer.join()
     assert "shard 1/2 died (by SIGKILL) and is started again" in capfd.readouterr().err
     assert_swept(tmp_path, serial)
@@ -87,8 +88,12 @@ def test_slurm_jobs(serial: Sweep, tmp_path: Path) -> None:
     experiment = load_experiment(serial.config, {"output_dir": str(tmp_path)})
     config = tmp_path / "experiment.yaml"
     config.write_text(experiment.to_yaml(), encoding="utf-8")
-    with slurm_workers(Job(config, tmp_path, 2, Path.cwd()), None, cluster="local") as start_jobs:
-        supervise(experiment, Shard.all_of(2), start_jobs, Silent())
+    job = Job(config, tmp_path, 2, Path.cwd())
+    with (
+        slurm_workers(job, None, cluster="local") as start_jobs,
+        watched(tmp_path, Shard.all_of(2), start_jobs, Silent()) as at_work,
+    ):
+        follow_sweep(experiment, 2, at_work, Silent())
     gather(experiment)
     assert_swept(tmp_path, serial)
     assert "sweeping 4 layers" in (tmp_path / "logs/shard-2.log").read_text()
@@ -157,7 +162,7 @@ def test_what_ends_a_worker_stands_in_its_log(
     monkeypatch.setattr("leankv.executors.worker.Workspace.open", fail)
     log = tmp_path / "log"
     with pytest.raises(type(error)):
-        work(str(serial.config), "1/2", str(log), str(Path.cwd()))
+        work("sweep", str(serial.config), "1/2", str(log), str(Path.cwd()))
     (line,) = [line for line in log.read_text().splitlines() if line.startswith(logged)]
     assert log.read_text().splitlines()[-1] == line
     assert ("Traceback" in log.read_text()) == isinstance(error, Exception)
@@ -207,13 +212,13 @@ class Idle(Dying):
 def test_a_worker_that_always_dies_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "LOOK_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(pool, "STOP_SECONDS", 0.0)
-    experiment = load_experiment(None, {"output_dir": str(tmp_path)})
-    with pytest.raises(UserError, match=r"shard 2/2 died 4 times \(by SIGSEGV\); its log is results/x/logs/shard-2"):
-        supervise(
-            experiment,
-            Shard.all_of(2),
-            lambda shards: [Dying() if shard.index == 2 else Idle() for shard in shards],
-            Silent(),
-        )
+
+    def start_both(shards: Sequence[Shard]) -> list[Worker]:
+        return [Dying() if shard.index == 2 else Idle() for shard in shards]
+
+    given_up = pytest.raises(UserError, match=r"shard 2/2 died 4 times \(by SIGSEGV\); its log is results/x/logs/shard")
+    with given_up, watched(tmp_path, Shard.all_of(2), start_both, Silent()) as at_work:
+        while at_work():
+            pass
     assert Dying.started == 4
     assert Idle.forced

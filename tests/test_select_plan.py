@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,32 @@ def test_asked_again_nothing_is_measured_anew(run, config):
         assert again[name] == first[name]
 
 
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_workers_that_search_together_come_to_the_same(run, config, tmp_path, executor):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    folder, _ = run
+    command = ("select", "--config", config, "--budget", "20%", "-o", tmp_path, "--executor", executor, "--workers", 2)
+    (summary,) = succeed_json(*command)
+    (expected,), (entry,) = (json.loads((own / "plans.json").read_text()) for own in (folder, tmp_path))
+    for name in ("plan", "steps", "candidates", "evaluations"):
+        assert entry[name] == expected[name]
+    assert summary["certificate"] == expected["summary"]["certificate"]
+    assert {path.name for path in (tmp_path / "cells").glob("*.json")} >= {
+        path.name for path in (folder / "cells").glob("nats-selection*.json")
+    }
+    logs = [(tmp_path / "logs" / f"shard-{number}.log").read_text() for number in (1, 2)]
+    assert len({re.search(r"process (\d+)", log)[1] for log in logs}) == 2
+    assert all("certifying" in log for log in logs)
+    load_bundle(tmp_path / "bundle", load_model(load_experiment(tmp_path / "experiment.yaml", {}).model).model)
+
+
+def test_workers_do_not_add_layers_in_turn(config, tmp_path):
+    command = ("select", "--config", config, "-o", tmp_path, "--strategy", "greedy", "--executor", "local")
+    assert "leankv sweep --executor" in refuse(*command)
+    assert "--workers needs --executor" in refuse("select", "--config", config, "-o", tmp_path, "--workers", "2")
+
+
 def test_a_smaller_memory_for_codecs_is_kept(run, config, tmp_path):
     folder, (free,) = run
     limit = free["codec_bytes_memory"] // 2
@@ -239,6 +266,27 @@ def test_runs_stand_side_by_side(run, finished):
     assert f"{summary['delta_percent']:+.2f}" in shown
     assert set(succeed_json("report", folder)) == {str(folder)}
     assert "holds no finished selection" in refuse("report", folder / "cells")
+
+
+def test_selections_and_comparisons_are_written_into_one_table_and_figure(run, finished, config, tmp_path):
+    folder, _ = run
+    succeed("compare", "int:4", "--config", config, "-o", tmp_path / "compared")
+    succeed("report", folder, finished, tmp_path / "compared", "-o", tmp_path / "together")
+    table = pd.read_csv(tmp_path / "together" / "plans.csv")
+    assert list(table.columns) == ["run", *PLANS_COLUMNS]
+    kept = [entry["summary"] for entry in json.loads((folder / "plans.json").read_text())]
+    expected = [(folder, summary) for summary in kept]
+    expected.append((finished, json.loads((finished / "summary.json").read_text())))
+    for row, (own, summary) in zip(table.itertuples(), expected, strict=True):
+        assert (row.run, row.strategy) == (own.name, summary["strategy"])
+        assert row.delta_percent == pytest.approx(summary["delta_percent"])
+        assert row.stored_ratio == pytest.approx(summary["base_bytes"] / summary["stored_bytes"])
+    text = (tmp_path / "together" / "plans.md").read_text()
+    assert "not asked for" in text
+    assert "at 95 %" in text
+    assert (tmp_path / "together" / "figures" / "frontier.png").stat().st_size > 10_000
+    assert "holds no finished comparison" in refuse("report", folder, folder / "cells", "-o", tmp_path / "together")
+    assert "none of these folders" in refuse("report", tmp_path / "compared", "-o", tmp_path / "together")
 
 
 def test_what_is_not_certified_is_shipped_with_its_own_certificate(config, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Result files: whole or not there, and found again."""
 
 import errno
+import functools
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,44 @@ class Counter:
 def cells(request: pytest.FixtureRequest, tmp_path: Path) -> Cells:
     """No cells yet, where a sweep without a folder has them and where one with a folder has."""
     return Cells() if request.param == "in memory" else StoredCells(tmp_path)
+
+
+def test_those_who_ask_for_the_same_cells_share_the_work(tmp_path: Path) -> None:
+    """Each is computed once; while one is at a cell, the other is at a later one; both get all, in order."""
+    computed: list[tuple[int, str]] = []
+
+    def compute(number: int) -> dict[str, Any]:
+        computed.append((number, threading.current_thread().name))
+        time.sleep(0.02)
+        return {"number": number}
+
+    def ask(found: list[Any]) -> None:
+        asked = [({"number": number}, functools.partial(compute, number)) for number in range(12)]
+        found += StoredCells(tmp_path).in_order("nats", asked)
+
+    results: list[list[Any]] = [[], []]
+    askers = [threading.Thread(target=ask, args=(own,), name=str(name)) for name, own in enumerate(results)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert results == [[{"number": number} for number in range(12)]] * 2
+    assert sorted(number for number, _ in computed) == list(range(12))
+    assert {name for _, name in computed} == {"0", "1"}
+
+
+def test_cells_asked_for_in_order_are_computed_when_they_are_taken(tmp_path: Path) -> None:
+    for cells in (Cells(), StoredCells(tmp_path)):
+        computed: list[int] = []
+
+        def compute(number: int, into: list[int] = computed) -> dict[str, Any]:
+            into.append(number)
+            return {"number": number}
+
+        asked = [({"number": number}, functools.partial(compute, number)) for number in range(4)]
+        taken = list(itertools.islice(cells.in_order("nats", asked), 2))
+        assert taken == [{"number": 0}, {"number": 1}]
+        assert computed == [0, 1]
 
 
 def test_a_cell_is_computed_once(tmp_path: Path) -> None:

@@ -11,6 +11,15 @@ from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
 
 Prompt = Annotated[str, typer.Option(help="Completed at the end with the bundle.")]
+Executor = Annotated[
+    str | None, typer.Option(help="Start workers: local, ray or slurm.", rich_help_panel=WORKERS, show_default=False)
+]
+Workers = Annotated[
+    int | None, typer.Option(help="So many, 2 unless given.", min=1, rich_help_panel=WORKERS, show_default=False)
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster, or Slurm partition.", rich_help_panel=WORKERS, show_default=False)
+]
 
 
 @command("run", "layers", "budget", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
@@ -94,25 +103,16 @@ def sweep_command(
     gather: Annotated[
         bool, typer.Option("--gather", help="Only write the tables of finished shards.", rich_help_panel=WORKERS)
     ] = False,
-    executor: Annotated[
-        str | None,
-        typer.Option(help="Start workers: local, ray or slurm.", rich_help_panel=WORKERS, show_default=False),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="So many, 2 unless given.", min=1, rich_help_panel=WORKERS, show_default=False),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster, or Slurm partition.", rich_help_panel=WORKERS, show_default=False),
-    ] = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
     json_: Json = False,
 ) -> None:
     """Fit and measure every layer alone; print and write the table."""
     from leankv.executors.dispatch import SweepOptions, sweep_as_asked
     from leankv.report.sweep import format_prediction, sweep_table
 
-    options = SweepOptions(shard, gather, executor, workers, address)
+    options = SweepOptions(executor, workers, address, shard, gather)
     swept = sweep_as_asked(asked.config, asked.overrides(), options, Progress())
     if json_:
         print_table_json(swept.table)
@@ -131,13 +131,23 @@ def sweep_command(
 
 
 @command("select", "layers", "budget", *SEARCH, "memory_budget", *FITTING, *PROTOCOL)
-def select_command(asked: Asked, prompt: Prompt = "The city of", json_: Json = False) -> None:
+def select_command(
+    asked: Asked,
+    prompt: Prompt = "The city of",
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
+    json_: Json = False,
+) -> None:
     """Search the best plan under a budget, certify it on text nobody looked at, and write its bundle.
 
     With --strategy greedy: LeanLlama's way, whole layers in order of cost, from the finished sweep in --output-dir.
+    With --executor, workers share the measurements of plans and documents.
 
     Example: leankv select --budget 7% --minimize stored -o results/plan
     """
+    from leankv.errors import UserError
+    from leankv.executors.dispatch import WorkerOptions, select_with_workers
     from leankv.report.columns import read_sweep
     from leankv.report.selection import write_reports
     from leankv.studies.plan_evaluator import PlanEvaluator
@@ -145,14 +155,21 @@ def select_command(asked: Asked, prompt: Prompt = "The city of", json_: Json = F
     from leankv.studies.select import experiment_of, select
     from leankv.studies.workspace import Workspace
 
+    options = WorkerOptions(executor, workers, address)
     overrides = asked.overrides()
     folder = Path(overrides.get("output_dir", _default_output_dir()))
     begun = asked.config is not None or (folder / EXPERIMENT_FILE).is_file()
     as_used = overrides if begun else asked.without_window_if_none_can_be({**SEARCH_SETTINGS, **overrides})
     experiment = experiment_of(folder, asked.config, as_used)
     if experiment.selection.strategy != "greedy":
-        _search(experiment, prompt, json_)
+        if options.executor is None:
+            _search(experiment, prompt, json_)
+        else:
+            select_with_workers(experiment, options, Progress())
+            _print_plans(experiment, json_)
         return
+    if options.executor is not None:
+        raise UserError("--executor shares out a search; --strategy greedy has its costs from leankv sweep --executor")
     if "layers" in overrides:  # of the swept layers, those that may be chosen
         overrides["selection.layers"] = overrides.pop("layers")
     read_sweep(folder)
@@ -177,24 +194,33 @@ def _print_selection(folder: Path, summary: Any) -> None:
 def _search(experiment: Any, prompt: str, json_: bool) -> None:
     """Search plans for all budgets, print what came out, and complete a prompt with the last bundle."""
     from leankv.config.notation import parse_budgets
-    from leankv.report.plans import plans_table
-    from leankv.report.selection import summary_table
-    from leankv.storage.files import read_json
     from leankv.studies.plan_evaluator import PlanEvaluator
-    from leankv.studies.select_plan import PLANS_FILE, bundle_name, select_plans
+    from leankv.studies.select_plan import bundle_name, select_plans
     from leankv.studies.workspace import Workspace
 
     workspace, folder = Workspace.open(experiment, Progress()), Path(experiment.output_dir)
     summaries = select_plans(PlanEvaluator(workspace))
+    _print_plans(experiment, json_)
+    if summaries[-1].selected_layers and not json_:
+        bundle = bundle_name(parse_budgets(experiment.selection.budget)[-1], len(summaries) == 1)
+        _complete(folder, bundle, workspace.loaded, prompt, experiment.seed)
+
+
+def _print_plans(experiment: Any, json_: bool) -> None:
+    """What the finished selections in a folder came to."""
+    from leankv.report.plans import PLANS_FILE, plans_table
+    from leankv.report.selection import summary_table
+    from leankv.storage.files import read_json
+    from leankv.studies.select_plan import read_selections
+
+    folder = Path(experiment.output_dir)
+    summaries = read_selections(folder, experiment)
     if json_:
         print_json([summary.to_json() for summary in summaries])
         return
     for summary in summaries:
         OUT.print(summary_table(summary))
     OUT.print(plans_table(read_json(folder / PLANS_FILE)))
-    if summaries[-1].selected_layers:
-        bundle = bundle_name(parse_budgets(experiment.selection.budget)[-1], len(summaries) == 1)
-        _complete(folder, bundle, workspace.loaded, prompt, experiment.seed)
     OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 

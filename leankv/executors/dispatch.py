@@ -1,6 +1,8 @@
-"""Who does the work of a sweep: this process, all of it or its shard, or workers that it starts and watches."""
+"""Who does the work of a sweep or a search: this process, or a shard of it, or workers that it starts and watches."""
 
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from leankv.config.loading import load_experiment
 from leankv.config.notation import Shard
 from leankv.errors import UserError
 from leankv.executors.local import local_workers
-from leankv.executors.pool import Job, Start, supervise
+from leankv.executors.pool import LOOK_EVERY_SECONDS, Job, Start, watched
 from leankv.executors.ray import ray_workers
 from leankv.executors.slurm import slurm_workers
 from leankv.progress import Progress
@@ -31,19 +33,15 @@ EXECUTORS = ("local", "ray", "slurm")
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """How a sweep is spread, as the command line asks for it.
+class WorkerOptions:
+    """Workers, as the command line asks for them.
 
     Attributes:
-        shard: only this part of the layers, e.g. `2/8`.
-        gather: only gather what is finished.
         executor: start workers; one of `EXECUTORS`.
         workers: how many.
         address: of the Ray cluster; for Slurm the partition.
     """
 
-    shard: str | None = None
-    gather: bool = False
     executor: str | None = None
     workers: int | None = None
     address: str | None = None
@@ -54,14 +52,35 @@ class SweepOptions:
         Raises:
             UserError: they do not.
         """
-        if (self.shard is not None) + self.gather + (self.executor is not None) > 1:
-            raise UserError("--shard, --gather and --executor are three ways to sweep; choose one of them")
         if self.executor is not None and self.executor not in EXECUTORS:
             raise UserError(f"--executor must be one of {', '.join(EXECUTORS)}, not {self.executor!r}")
         if self.executor is None and self.workers is not None:
             raise UserError("--workers needs --executor local, ray or slurm")
         if self.executor not in ("ray", "slurm") and self.address is not None:
             raise UserError("--address goes with --executor ray (a cluster) or slurm (a partition) only")
+
+    @property
+    def count(self) -> int:
+        """How many workers."""
+        return self.workers or DEFAULT_WORKERS
+
+
+@dataclass(frozen=True)
+class SweepOptions(WorkerOptions):
+    """How a sweep is spread, as the command line asks for it.
+
+    Attributes:
+        shard: only this part of the layers, e.g. `2/8`.
+        gather: only gather what is finished.
+    """
+
+    shard: str | None = None
+    gather: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.shard is not None) + self.gather + (self.executor is not None) > 1:
+            raise UserError("--shard, --gather and --executor are three ways to sweep; choose one of them")
         if self.shard is not None:
             Shard.parse(self.shard)
 
@@ -101,8 +120,7 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
         return Swept(folder, gather(experiment), ())
     experiment = load_experiment(config, overrides)
     if options.executor is not None:
-        workers = options.workers or DEFAULT_WORKERS
-        table = sweep_with_workers(experiment, options.executor, workers, options.address, progress)
+        table = sweep_with_workers(experiment, options, progress)
         return Swept(Path(experiment.output_dir), table, ())
     shard = Shard.parse(options.shard or "1/1")
     evaluator = PlanEvaluator(Workspace.open(experiment, progress, shard))
@@ -111,25 +129,83 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
     return Swept(Path(experiment.output_dir), table, missing)
 
 
-def sweep_with_workers(
-    experiment: Experiment, executor: str, workers: int, address: str | None, progress: Progress
-) -> pd.DataFrame:
+def sweep_with_workers(experiment: Experiment, options: WorkerOptions, progress: Progress) -> pd.DataFrame:
     """Start workers, one a shard, and watch over them until the last has gathered what all did.
 
     Raises:
         UserError: the executor is not to be had here, a worker refuses, or one dies again and again.
     """
     _refuse_screening(experiment, "--executor")
+    with _workers(experiment, options, "sweep", progress) as at_work:
+        follow_sweep(experiment, options.count, at_work, progress)
+    index = Index.read(Path(experiment.output_dir))
+    assert index is not None
+    assert not index.missing(experiment), "every shard is done"
+    return read_sweep(Path(experiment.output_dir))
+
+
+def select_with_workers(experiment: Experiment, options: WorkerOptions, progress: Progress) -> None:
+    """Start workers that search together: each runs the whole search, and measurements are shared among them.
+
+    What the first of them says is shown; each writes the same results in turn.
+
+    Raises:
+        UserError: as `sweep_with_workers`.
+    """
+    log = Job(Path(), Path(experiment.output_dir), options.count, Path.cwd()).log(Shard(1, options.count))
+    shown = log.stat().st_size if log.is_file() else 0
+    with _workers(experiment, options, "select", progress) as at_work:
+        working = True
+        while working:
+            working = at_work()
+            text = log.read_bytes()[shown:] if log.is_file() else b""
+            whole = text[: text.rfind(b"\n") + 1]
+            shown += len(whole)
+            for line in whole.decode("utf-8", "replace").splitlines():
+                progress.say(line)
+            if working:
+                time.sleep(LOOK_EVERY_SECONDS)
+
+
+@contextmanager
+def _workers(
+    experiment: Experiment, options: WorkerOptions, task: str, progress: Progress
+) -> Iterator[Callable[[], bool]]:
+    """Workers at a task; yields what `leankv.executors.pool.watched` does."""
     folder = check_folder(experiment)
     # Not the folder's own experiment.yaml: that is written by workers whose model has loaded.
     config = folder / "logs" / "experiment.yaml"
     write_if_changed(config, experiment.to_yaml())
-    with _executor(executor, Job(config, folder, workers, Path.cwd()), address) as start:
-        supervise(experiment, Shard.all_of(workers), start, progress)
-    index = Index.read(folder)
-    assert index is not None
-    assert not index.missing(experiment), "every shard is done"
-    return read_sweep(folder)
+    assert options.executor is not None
+    job = Job(config, folder, options.count, Path.cwd(), task)
+    with (
+        _executor(options.executor, job, options.address) as start,
+        watched(folder, Shard.all_of(options.count), start, progress) as at_work,
+    ):
+        yield at_work
+
+
+def follow_sweep(experiment: Experiment, workers: int, at_work: Callable[[], bool], progress: Progress) -> None:
+    """Show the layers that workers finish, until none is at work."""
+    folder = Path(experiment.output_dir)
+    # How many layers there are is known when the first worker has loaded the model.
+    while at_work() and (index := Index.read(folder)) is None:
+        time.sleep(LOOK_EVERY_SECONDS)
+    if (index := Index.read(folder)) is None:
+        return
+    layers = index.layers(experiment)
+    with progress.stage(f"sweeping {len(layers)} layers with {workers} workers", len(layers)) as step:
+        shown: set[int] = set()
+        working = True
+        while working:
+            working = at_work()
+            index = Index.read(folder) or index
+            finished = set(layers) - set(index.missing(experiment))
+            for layer in sorted(finished - shown):
+                step(f"layer {layer}")
+            shown |= finished
+            if working:
+                time.sleep(LOOK_EVERY_SECONDS)
 
 
 def _refuse_screening(experiment: Experiment, flag: str) -> None:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from leankv.config.experiment import Experiment
 from leankv.config.notation import Shard
 from leankv.errors import UserError
 from leankv.progress import Progress
-from leankv.studies.sweep_index import Index
 
 RESTARTS = 3  # of one shard; a worker that dies four times will die again
 
@@ -31,12 +29,14 @@ class Job:
         folder: the output folder.
         workers: how many there are.
         cwd: to which paths in the experiment are relative.
+        task: what they are at; see `leankv.executors.worker.TASKS`.
     """
 
     config: Path
     folder: Path
     workers: int
     cwd: Path
+    task: str = "sweep"
 
     def log(self, shard: Shard) -> Path:
         """The log of a shard's workers, one after another."""
@@ -44,9 +44,9 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def arguments(self, shard: Shard) -> tuple[str, str, str, str]:
+    def arguments(self, shard: Shard) -> tuple[str, str, str, str, str]:
         """What `leankv.executors.worker.work` takes for a shard."""
-        return str(self.config), str(shard), str(self.log(shard)), str(self.cwd)
+        return self.task, str(self.config), str(shard), str(self.log(shard)), str(self.cwd)
 
 
 class Worker(Protocol):
@@ -71,18 +71,18 @@ Start = Callable[[Sequence[Shard]], Sequence[Worker]]
 """Starts a worker for each shard."""
 
 
-def supervise(experiment: Experiment, shards: Sequence[Shard], start: Start, progress: Progress) -> None:
-    """Start a worker a shard, show the layers they finish, start those that die again; all are stopped at the end.
+@contextmanager
+def watched(folder: Path, shards: Sequence[Shard], start: Start, progress: Progress) -> Iterator[Callable[[], bool]]:
+    """Start a worker a shard; all are stopped at the end.
 
-    Raises:
-        UserError: a worker ended with one, or died more than `RESTARTS` times.
+    Yields:
+        A function that says whether any is at work, and starts those that died again. It raises `UserError` where a
+        worker ended with one, or died more than `RESTARTS` times.
     """
-    folder = Path(experiment.output_dir)
     pool: dict[Shard, Worker] = {}
     starts = dict.fromkeys(shards, 1)
 
     def at_work() -> bool:
-        """Whether any worker is; those that died are started again."""
         for shard, worker in list(pool.items()):
             died = worker.ended()
             if not died:
@@ -103,24 +103,7 @@ def supervise(experiment: Experiment, shards: Sequence[Shard], start: Start, pro
         try:
             progress.say(f"starting {len(shards)} workers; their logs are in {folder / 'logs'}")
             pool.update(zip(shards, start(shards), strict=True))
-            # How many layers there are is known when the first worker has loaded the model.
-            while at_work() and (index := Index.read(folder)) is None:
-                time.sleep(LOOK_EVERY_SECONDS)
-            if (index := Index.read(folder)) is None:
-                return
-            layers = index.layers(experiment)
-            with progress.stage(f"sweeping {len(layers)} layers with {len(shards)} workers", len(layers)) as step:
-                shown: set[int] = set()
-                working = True
-                while working:
-                    working = at_work()
-                    index = Index.read(folder) or index
-                    finished = set(layers) - set(index.missing(experiment))
-                    for layer in sorted(finished - shown):
-                        step(f"layer {layer}")
-                    shown |= finished
-                    if working:
-                        time.sleep(LOOK_EVERY_SECONDS)
+            yield at_work
         finally:
             _stop(list(pool.values()))
 

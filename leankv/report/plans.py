@@ -15,9 +15,13 @@ from leankv.report.tables import format_budget, format_number, markdown_table, p
 from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
 
+PLANS_FILE = "plans.json"
+"""What a search leaves for its reports, in a run's folder."""
+
 FIGURE = "figures/plans.png"
 
 PLANS_COLUMNS = (
+    "codec",
     "budget",
     "strategy",
     "minimize",
@@ -59,7 +63,7 @@ CONTEXT = 4096
 
 def write_plans_report(folder: Path) -> None:
     """Render `plans.json`: the table, the path of every search, and the figure."""
-    entries = read_json(folder / "plans.json")
+    entries = read_json(folder / PLANS_FILE)
     write_text(folder / "plans.csv", plans_frame(entries).to_csv(index=False))
     write_text(folder / "selection.md", plans_markdown(entries))
     write_atomically(folder / FIGURE, lambda path: draw_plans(entries, path))
@@ -76,6 +80,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
     certificate = summary.certificate or {}
     is_4096 = summary.context == CONTEXT
     return {
+        "codec": summary.codec,
         "budget": summary.budget,
         "strategy": summary.strategy,
         "minimize": summary.minimize,

@@ -1,11 +1,14 @@
 """Cells: results looked up by the hash of all that they depend on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from leankv.storage.files import hash_of, read_json, write_json
 from leankv.storage.locks import locked
+
+Asked = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+"""All that a cell depends on, and what computes it."""
 
 
 class Cells:
@@ -24,6 +27,11 @@ class Cells:
         if name not in self._results:
             self._results[name] = compute()
         return self._results[name]
+
+    def in_order(self, kind: str, asked: Sequence[Asked]) -> Iterator[Any]:
+        """The results of several cells, each when it is asked for."""
+        for depends_on, compute in asked:
+            yield self.get_or_compute(kind, depends_on, compute)
 
 
 class StoredCells(Cells):
@@ -56,9 +64,37 @@ class StoredCells(Cells):
         with locked(self.folder, path.stem):
             if path.exists():  # another process stored it while this one waited
                 return read_json(path)["result"]
-            result = compute()
-            write_json(path, {"kind": kind, "depends_on": depends_on, "result": result})
-            return result
+            return _stored(path, kind, depends_on, compute)
+
+    def in_order(self, kind: str, asked: Sequence[Asked]) -> Iterator[Any]:
+        """The results of several cells, each when it is asked for.
+
+        Of several processes that ask for the same ones, each computes some: while another is at the next one, a later
+        one is computed here.
+        """
+        for place, (depends_on, compute) in enumerate(asked):
+            path = self.path(kind, depends_on)
+            while not path.exists() and not self._computed_here(kind, asked[place]):
+                if not any(self._computed_here(kind, later) for later in asked[place + 1 :]):
+                    break  # nothing is left but to wait
+            yield self.get_or_compute(kind, depends_on, compute)
+
+    def _computed_here(self, kind: str, asked: Asked) -> bool:
+        """Compute a cell that is missing, unless another process is at it."""
+        path = self.path(kind, asked[0])
+        if path.exists():
+            return False
+        with locked(self.folder, path.stem, wait=False) as mine:
+            if not mine or path.exists():
+                return False
+            _stored(path, kind, *asked)
+            return True
+
+
+def _stored(path: Path, kind: str, depends_on: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
+    result = compute()
+    write_json(path, {"kind": kind, "depends_on": depends_on, "result": result})
+    return result
 
 
 def cell_name(kind: str, depends_on: dict[str, Any]) -> str:

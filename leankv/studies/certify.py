@@ -131,9 +131,8 @@ def _test(
     pairs: list[tuple[BlockNats, BlockNats]] = []
     values: list[float] = []
     with evaluator.workspace.progress.stage(f"certifying {spec.in_short(evaluator.workspace.n_layers)}", limit) as step:
-        for number in order[:limit]:
-            block = documents.blocks[number]
-            base, compressed = (evaluator.document_nats(each, block) for each in (EVERYTHING_EXACT, spec))
+        blocks = [documents.blocks[number] for number in order[:limit]]
+        for base, compressed in evaluator.documents_nats((EVERYTHING_EXACT, spec), blocks):
             pairs.append((base, compressed))
             values.append((compressed.nats[0] - base.nats[0] - base.tokens_per_block * allowed) / typical)
             betting.add(values[-1])

@@ -1,10 +1,11 @@
 """What plans cost: nats of a split's blocks under a plan, measured once and looked up ever after."""
 
 import copy
+import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,43 +133,85 @@ class PlanEvaluator:
             block_ids: numbers of the blocks to measure, in this order; all of them unless given.
             extends_to_supersets: plans that add to this one will be measured too; see `leankv.evaluation.replay`.
         """
-        plan, blocks = self.codecs.plan(spec), self._blocks(split, block_ids)
-
-        def measured(on_block: Callable[[], None]) -> BlockNats:
-            if split == "selection" and self._prefixes is None:
-                return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
-            cache = self.new_cache(spec, decode_once=True)
-            model = self.workspace.loaded.model
-            return measure_nats(model, blocks, self.protocol, cache.fresh, on_block, self._prefixes)
+        blocks = self._blocks(split, block_ids)
 
         def compute() -> dict[str, Any]:
             if not title:
-                return measured(lambda: None).cell()
+                return self._measured(spec, split, block_ids, lambda: None, extends_to_supersets).cell()
             with self.workspace.progress.stage(title, len(blocks)) as step:
-                return measured(step).cell()
+                return self._measured(spec, split, block_ids, step, extends_to_supersets).cell()
 
         cell = self.workspace.cells.get_or_compute(f"nats-{split}", self.depends_on(spec, blocks), compute)
         return BlockNats.from_cell(cell)
+
+    def nats_by_batch(self, spec: PlanSpec, title: str, block_ids: Sequence[int] | None = None) -> BlockNats:
+        """As `nats` of selection text, each batch of blocks a cell of its own.
+
+        Workers that ask for the same share the batches, and a run that is killed loses the one that it was at.
+        """
+        size, cells = self.protocol.batch_size, self.workspace.cells
+        numbers = range(len(self.workspace.blocks("selection"))) if block_ids is None else block_ids
+        batches = [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+        keys = [self.depends_on(spec, self._blocks("selection", batch)) for batch in batches]
+
+        def found(step: Callable[[], None]) -> list[Any]:
+            def compute(batch: list[int]) -> dict[str, Any]:
+                return self._measured(spec, "selection", batch, step).cell()
+
+            asked = [(key, partial(compute, batch)) for key, batch in zip(keys, batches, strict=True)]
+            return list(cells.in_order("nats-selection", asked))
+
+        missing = [len(b) for key, b in zip(keys, batches, strict=True) if not cells.has("nats-selection", key)]
+        if missing:
+            with self.workspace.progress.stage(title, sum(missing)) as step:
+                results = found(step)
+        else:
+            results = found(lambda: None)
+        parts = [BlockNats.from_cell(result) for result in results]
+        nats = tuple(each for part in parts for each in part.nats)
+        return BlockNats(nats, parts[0].tokens_per_block, sum(part.seconds for part in parts))
+
+    def _measured(
+        self,
+        spec: PlanSpec,
+        split: str,
+        block_ids: Sequence[int] | None,
+        on_block: Callable[[], None],
+        extends_to_supersets: bool = False,
+    ) -> BlockNats:
+        if split == "selection" and self._prefixes is None:
+            plan = self.codecs.plan(spec)
+            return self._selection_replay.measure(plan, on_block, block_ids, extends_to_supersets)
+        cache, model = self.new_cache(spec, decode_once=True), self.workspace.loaded.model
+        blocks = self._blocks(split, block_ids)
+        return measure_nats(model, blocks, self.protocol, cache.fresh, on_block, self._prefixes)
 
     def base(self, split: str = "selection") -> BlockNats:
         """Nats of the base model."""
         return self.nats(EVERYTHING_EXACT, split, f"base perplexity, {split} split")
 
-    def document_nats(self, spec: PlanSpec, document: Blocks) -> BlockNats:
-        """Nats of one document under a plan; with everything exact, of the base model. Each has a cell of its own.
+    def documents_nats(self, specs: Sequence[PlanSpec], documents: Sequence[Blocks]) -> Iterator[tuple[BlockNats, ...]]:
+        """Nats of one document after another under some plans; with everything exact, of the base model.
+
+        Each is a cell of its own; workers that ask for the same share them.
 
         Args:
-            spec: the plan.
-            document: one block, of any length; see `leankv.data.documents`.
+            specs: the plans.
+            documents: blocks of one row, of any length; see `leankv.data.documents`.
         """
 
-        def compute() -> dict[str, Any]:
+        def compute(spec: PlanSpec, document: Blocks) -> dict[str, Any]:
             make_cache = self.new_cache(spec, decode_once=True).fresh
             model = self.workspace.loaded.model
             return measure_nats(model, document, self.protocol, make_cache, prefixes=self._prefixes).cell()
 
-        depends_on = self.depends_on(spec, document)
-        return BlockNats.from_cell(self.workspace.cells.get_or_compute(f"nats-{document.split}", depends_on, compute))
+        pairs = [(spec, document) for document in documents for spec in specs]
+        asked = [(self.depends_on(spec, document), partial(compute, spec, document)) for spec, document in pairs]
+        if not asked:
+            return
+        found = map(BlockNats.from_cell, self.workspace.cells.in_order(f"nats-{documents[0].split}", asked))
+        for first in found:
+            yield first, *itertools.islice(found, len(specs) - 1)
 
     def pair(self, spec: PlanSpec, split: str, title: str, block_ids: Sequence[int] | None = None) -> PairedRun:
         """Base model and model under a plan, side by side: nats of both, and divergence.

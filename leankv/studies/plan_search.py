@@ -3,9 +3,9 @@
 import math
 import random
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from leankv.cache.plan import PlanSpec, Site
@@ -13,6 +13,7 @@ from leankv.calibration.sensitivity import site_contributions
 from leankv.codecs import Recipe
 from leankv.config.experiment import SelectionConfig
 from leankv.config.plan_table import EXACT
+from leankv.data.blocks import Blocks
 from leankv.evaluation.perplexity import compare, feeding_of
 from leankv.search.evolution import evolve
 from leankv.search.local_search import refine
@@ -106,27 +107,35 @@ class PlanSearch:
 
     def _measure(self, choice: Choice, first: int, end: int) -> Sequence[float]:
         ids = self.order[first:end]
-        compressed = self.evaluator.nats(self.plan(choice), block_ids=ids)
+        title = f"a plan at a ratio of {self.space.ratio(choice):.1f}"
+        compressed = self.evaluator.nats_by_batch(self.plan(choice), title, ids)
         base = [self._base.nats[number] for number in ids]
         return [(c - b) / self._base.tokens_per_block for b, c in zip(base, compressed.nats, strict=True)]
 
     def contributions(self, choice: Choice) -> Mapping[Hashable, float]:
         """What each site contributes to a choice's cost, nats a token; looked up where it was measured before."""
         spec, workspace = self.plan(choice), self.evaluator.workspace
-        blocks = workspace.blocks("selection").take(self.order[:CONTRIBUTION_BLOCKS])
+        blocks = [workspace.blocks("selection").take([number]) for number in self.order[:CONTRIBUTION_BLOCKS]]
+        feeding = feeding_of(self.evaluator.protocol, blocks[0].tokens.shape[1])
 
-        def compute() -> dict[str, float]:
+        def of_block(block: Blocks, step: Callable[[], None]) -> dict[str, float]:
+            model, protocol = workspace.loaded.model, self.evaluator.protocol
             cache = self.evaluator.new_cache(spec, decode_once=True)
-            protocol = self.evaluator.protocol
-            feeding = feeding_of(protocol, blocks.tokens.shape[1])
-            with workspace.progress.stage("contributions of all sites", len(blocks)) as step:
-                model = workspace.loaded.model
-                found = site_contributions(model, blocks.tokens, feeding, cache.fresh, protocol.coded_after, step)
+            found = site_contributions(model, block.tokens, feeding, cache.fresh, protocol.coded_after, step)
             return {f"{site.layer}.{site.part}": value for site, value in found.items()}
 
-        depends_on = {"revision": CONTRIBUTION_REVISION, **self.evaluator.depends_on(spec, blocks)}
-        found = workspace.cells.get_or_compute("contributions", depends_on, compute)
-        return {Site(int(name.split(".")[0]), name.split(".")[1]): value for name, value in found.items()}
+        # A block a cell, so that workers share them, and a killed run loses one.
+        with workspace.progress.stage("contributions of all sites", len(blocks)) as step:
+            asked = [
+                (
+                    {"revision": CONTRIBUTION_REVISION, **self.evaluator.depends_on(spec, block)},
+                    partial(of_block, block, step),
+                )
+                for block in blocks
+            ]
+            found = list(workspace.cells.in_order("contributions", asked))
+        means = {name: math.fsum(own[name] for own in found) / len(found) for name in found[0]}
+        return {Site(int(name.split(".")[0]), name.split(".")[1]): value for name, value in means.items()}
 
     def start(self, wanted: float) -> Choice:
         """A uniform choice whose cost is about what is wanted: rates are tried on few blocks, from the middle one on.
@@ -159,7 +168,7 @@ class PlanSearch:
         if experiment.length_of("selection") == experiment.measured_length:
             return 1.0
         choice = self.start(wanted)
-        cost = compare(self.long.base(), self.long.nats(self.plan(choice), title="selection text in long blocks"))
+        cost = compare(self.long.base(), self.long.nats_by_batch(self.plan(choice), "selection text in long blocks"))
         factor = math.log1p(cost.delta_percent / 100) / max(self.path.cost(choice), 1e-9)
         return min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from leankv.cache.plan import PlanSpec
-from leankv.config.experiment import SelectionConfig
+from leankv.config.experiment import Experiment, SelectionConfig
 from leankv.config.notation import Budget, parse_budgets, parse_windows
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import compare
-from leankv.report.plans import write_plans_report
+from leankv.report.plans import PLANS_FILE, write_plans_report
 from leankv.report.summary import SUMMARY_FILE, Summary
 from leankv.search.certificate import Certificate
 from leankv.search.path import Measured
 from leankv.storage.files import read_json, write_json
+from leankv.storage.locks import locked
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.certify import certify_candidates
 from leankv.studies.plan_evaluator import PlanEvaluator
@@ -25,8 +26,6 @@ from leankv.studies.plan_search import Found, PlanSearch, search
 from leankv.studies.select import run_folder, save_bundle, write_manifest
 from leankv.studies.stored_bytes import bytes_of_plan
 from leankv.studies.summarize import Choosing, summarize
-
-PLANS_FILE = "plans.json"
 
 CANDIDATES = 3  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
 
@@ -72,6 +71,41 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     return summaries
 
 
+def read_selections(folder: Path, experiment: Experiment) -> list[Summary]:
+    """What finished selections of an experiment came to, a summary a budget, from its folder.
+
+    Raises:
+        UserError: one is not finished.
+    """
+    path = folder / PLANS_FILE
+    kept: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    summaries = []
+    for budget in parse_budgets(experiment.selection.budget):
+        asked = _asked(budget, experiment)
+        own = [entry for entry in kept if all(entry[name] == value for name, value in asked.items())]
+        if not own:
+            raise UserError(f"{folder} holds no finished selection under +{budget}; run leankv select again")
+        summaries.append(Summary.from_json(own[0]["summary"]))
+    return summaries
+
+
+def _asked(budget: Budget, experiment: Experiment) -> dict[str, Any]:
+    """What tells one selection in a folder from another."""
+    selection, protocol = experiment.selection, experiment.protocol
+    return {
+        "budget": str(budget),
+        "strategy": ",".join(_strategies(selection)),
+        "minimize": selection.minimize,
+        "refit": selection.refit,
+        "protocol": protocol.kind,
+        "sinks": protocol.sinks,
+    }
+
+
+def _strategies(selection: SelectionConfig) -> list[str]:
+    return [name.strip() for name in selection.strategy.split(",")]
+
+
 def bundle_name(budget: Budget, is_only: bool) -> str:
     """The folder of a budget's bundle in a run's."""
     return "bundle" if is_only else f"bundle-{str(budget).replace('%', 'pct')}"
@@ -95,7 +129,7 @@ def _select(
     base_ppl = evaluator.base().perplexity
     percent = budget.percent_of(base_ppl)
     wanted = math.log1p(percent / 100)
-    strategies = [name.strip() for name in selection.strategy.split(",")]
+    strategies = _strategies(selection)
     found = [_found(own, strategies, wanted, selection.target_ratio) for own in searches]
     candidates = _candidates(searches, found, wanted, selection)
     seconds = {f"search, {name}": sum(each.seconds[name] for each in found) for name in strategies}
@@ -111,11 +145,13 @@ def _select(
         certificate=certificate,
         seconds=seconds,
     )
-    summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
-    save_bundle(chosen.evaluator, chosen.spec, summary, folder / bundle_name(budget, is_only))
-    _keep(folder, budget, summary, chosen, candidates, certificates, found)
-    write_json(folder / SUMMARY_FILE, summary.to_json())
-    write_plans_report(folder)
+    # Workers that searched together write the same, one after another.
+    with locked(folder / "cells", "selection"):
+        summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
+        save_bundle(chosen.evaluator, chosen.spec, summary, folder / bundle_name(budget, is_only))
+        _keep(folder, budget, summary, chosen, candidates, certificates, found)
+        write_json(folder / SUMMARY_FILE, summary.to_json())
+        write_plans_report(folder)
     return summary
 
 
@@ -146,9 +182,8 @@ def _candidates(
     candidates = []
     for own, step, spec in frontier:
         evaluator = own.long_refitted if selection.refit == "sequential" else own.long
-        cost = compare(
-            evaluator.base(), evaluator.nats(spec, title=f"selection text in long blocks, {step.ratio:.1f}x")
-        )
+        title = f"selection text in long blocks, {step.ratio:.1f}x"
+        cost = compare(evaluator.base(), evaluator.nats_by_batch(spec, title))
         candidates.append(Candidate(evaluator, spec, step, math.log1p(cost.delta_percent / 100)))
     candidates.sort(key=lambda each: each.cost)
     smaller: list[Candidate] = []
@@ -178,14 +213,7 @@ def _keep(
     """Put what one selection came to into `plans.json`, in place of an earlier one that was asked the same."""
     path = folder / PLANS_FILE
     kept: list[dict[str, Any]] = read_json(path) if path.is_file() else []
-    asked: dict[str, Any] = {
-        "budget": str(budget),
-        "strategy": summary.strategy,
-        "minimize": summary.minimize,
-        "refit": summary.refit,
-        "protocol": summary.protocol,
-        "sinks": summary.sinks,
-    }
+    asked = _asked(budget, chosen.evaluator.workspace.experiment)
     entry = {
         **asked,
         "summary": summary.to_json(),
