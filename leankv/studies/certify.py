@@ -82,7 +82,7 @@ def clip_for(evaluator: PlanEvaluator, spec: PlanSpec, budget_percent: float) ->
         UserError: there is one selection block only.
     """
     base = evaluator.base("selection")
-    compressed = evaluator.nats(spec, "selection", "the plan on selection text")
+    compressed = evaluator.nats_by_batch(spec, "the plan on selection text")
     differences = [
         (after - before) / base.tokens_per_block for before, after in zip(base.nats, compressed.nats, strict=True)
     ]
