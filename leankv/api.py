@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 
 from leankv.cache.bundle import Bundle, load_bundle
+from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
 from leankv.codecs import Recipe
@@ -350,6 +351,8 @@ def Cache(  # noqa: N802 - reads as the class that it makes
 def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     """While this lasts, `model.generate` uses a fresh cache of the bundle wherever it is given none.
 
+    Attention reads the codes then (`leankv.cache.code_attention`), where the model's attention can be exchanged.
+
     Args:
         model: the model that the bundle was made for.
         bundle: of `fit` or `load`.
@@ -367,7 +370,8 @@ def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     had_its_own = "generate" in vars(model)
     model.generate = generate
     try:
-        yield model
+        with attention_over_codes(model):
+            yield model
     finally:
         if had_its_own:
             model.generate = stock

@@ -51,6 +51,15 @@ class CrossLayer:
         self._left, self._first = self.readers, first
         self._shown = torch.cat(list(pieces), dim=1) if len(pieces) > 1 else pieces[0] if pieces else None
 
+    def offer(self, shown: Shown | None, first: int) -> None:
+        """Show vectors, of which the first is token `first`, that are filled in while the sources are still read."""
+        self._left, self._first, self._shown = self.readers, first, shown
+
+    def end(self) -> None:
+        """Let go of the sources: what was offered is complete."""
+        for source in self.sources:
+            source.release()
+
     def release(self) -> None:
         """One of the readers has what it needs for this forward pass."""
         self._left -= 1

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from leankv.cache.key_space import KeySpace
 from leankv.cache.on_device import codec_on
 from leankv.cache.part_store import PartStore
+from leankv.cache.reading import LayerReading
 from leankv.codecs import Codec
 
 
@@ -38,6 +39,8 @@ class LeanLayer(DynamicLayer):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    hands_out_codes = False
+    """Whether `update` hands out a `LayerReading` in place of tensors: for `leankv.cache.code_attention` only."""
 
     def __init__(
         self,
@@ -70,15 +73,28 @@ class LeanLayer(DynamicLayer):
     @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in new keys and values `[B, heads, T, head_dim]`; return all that is held, as decoding gives it."""
+    ) -> tuple[Any, Any]:
+        """Take in new keys and values `[B, heads, T, head_dim]`; return all that is held, as decoding gives it.
+
+        Under attention over codes: the codes, as a `LayerReading` in place of either.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # Keys first: values may be predicted from what is read of them.
+        coded = self.parts["k"].n_codes
         self.parts["k"].append(key_states)
+        if self.hands_out_codes:
+            self.parts["k"].begin_reading(key_states, self.parts["k"].n_codes - coded)
+            self.parts["v"].append(value_states)
+            self.parts["v"].begin_reading(value_states)
+            reading = self._reading(key_states, value_states)
+            return reading, reading
         keys = self.parts["k"].read(key_states)
         self.parts["v"].append(value_states)
         return keys, self.parts["v"].read(value_states)
+
+    def _reading(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerReading:
+        return LayerReading(self.parts["k"], self.parts["v"], key_states, value_states)
 
     @torch.no_grad()
     def encode_all(self) -> None:
@@ -161,12 +177,23 @@ class LeanSlidingLayer(LeanLayer):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Any, Any]:
         keys, values = super().update(key_states, value_states)
+        if self.hands_out_codes:
+            return keys, values
         if not self.record_past:
             self._drop_unseen()
-        visible = self.sliding_window - 1 + key_states.shape[2]
+        visible = self._visible(key_states)
         return keys[:, :, -visible:], values[:, :, -visible:]
+
+    def _visible(self, key_states: torch.Tensor) -> int:
+        """Tokens that any of the new ones attends to, these included."""
+        return self.sliding_window - 1 + key_states.shape[2]
+
+    def _reading(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerReading:
+        start = max(0, len(self.parts["k"]) - self._visible(key_states))
+        on_end = None if self.record_past else self._drop_unseen
+        return LayerReading(self.parts["k"], self.parts["v"], key_states, value_states, start, on_end)
 
     def _drop_unseen(self) -> None:
         for part in self.parts.values():

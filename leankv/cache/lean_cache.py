@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from leankv.cache.code_attention import reads_codes
 from leankv.cache.decoded_once import DecodedOnceStore
 from leankv.cache.key_space import KeySpace
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
@@ -84,6 +85,16 @@ class LeanCache(Cache):
         super().__init__(layers=layers)
         self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
         self.first_layer, self.decode_once = first_layer, decode_once
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Take in new keys and values; see `LeanLayer.update`. Under attention over codes, the codes are handed out."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, LeanLayer):
+            # Caches that decode once have what attention wants already.
+            layer.hands_out_codes = not self.decode_once and reads_codes(self.config)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def encode_all(self) -> None:
         """Encode every token behind the sinks that is held exact: what was computed exactly is coded whole.

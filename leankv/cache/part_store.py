@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 
-from leankv.cache.cross_layer import CrossLayer
+from leankv.cache.cross_layer import CrossLayer, Shown
 from leankv.cache.key_space import KeySpace
 from leankv.codecs import Code, Codec
 from leankv.codecs.share import as_context
@@ -29,6 +29,8 @@ UNBOUNDED = sys.maxsize
 """As a window: every token behind the sinks stays exact until `encode_all`."""
 
 Rows = Float[torch.Tensor, "batch heads tokens head_dim"]
+Like = Float[torch.Tensor, "batch heads new head_dim"]
+"""Rows of a forward pass: dtype, device and heads are those of all that the store hands out."""
 
 
 class PartStore:
@@ -66,6 +68,7 @@ class PartStore:
         self.sink_rows: torch.Tensor | None = None
         self.code: Code | None = None  # [B, tokens]
         self.window_rows: torch.Tensor | None = None
+        self._buffer: Shown | None = None  # while pieces are read: what readers see of all codes
         self.cross_layer.clear()
         if self.space is not None:
             self.space.clear()
@@ -116,7 +119,7 @@ class PartStore:
         else:
             self.cross_layer.show([], self._first_coded())
 
-    def read(self, like: Float[torch.Tensor, "batch heads new head_dim"]) -> Rows:
+    def read(self, like: Like) -> Rows:
         """All tokens held, in the dtype of `like`."""
         sinks, coded, window = self._lengths()
         shown: list[torch.Tensor] = []
@@ -147,22 +150,79 @@ class PartStore:
         batch, coded = code.shape
         if self.cross_layer.readers:  # at once: pieces that are joined later stand in memory twice
             shown.append(torch.empty(batch, coded - start, codec.width, dtype=torch.float16, device=into.device))
-        # What vectors are predicted from stands beside them, so there are fewer at a time.
-        piece = max(1, PIECE // (1 + len(self.cross_layer.sources)))
+        piece = self.piece_length
         for first in range(start, coded, piece):
-            last, token = min(first + piece, coded), self._first_coded() + first
-            context = None
-            if codec.n_context_layers:
-                context = self.cross_layer.known(token, last - first, batch, into.device)
-            vectors = codec.decode(code.narrow(first, last).flatten(), context).unflatten(0, (batch, -1))
-            rows = vectors.unflatten(2, (into.shape[1], into.shape[3])).transpose(1, 2)
-            if self.cross_layer.readers:
-                seen = as_context(vectors) if self.code_space is self.space else self._shown(rows, token)
+            last = min(first + piece, coded)
+            rows, seen = self._decoded_codes(codec, code, first, last, into)
+            if seen is not None:
                 shown[0][:, first - start : last - start] = seen
-            if self.code_space is not None:
-                rows = self.code_space.leave(rows, token)
             # One copy casts, brings into the order of heads and puts in place.
             into[:, :, first:last] = rows
+
+    def _decoded_codes(self, codec: Codec, code: Code, first: int, last: int, like: Like) -> tuple[Rows, Shown | None]:
+        """Codes `first` to `last` as the cache has keys or values, float32; and as readers see them, where any do."""
+        batch, token = code.shape[0], self._first_coded() + first
+        context = None
+        if codec.n_context_layers:
+            context = self.cross_layer.known(token, last - first, batch, like.device)
+        vectors = codec.decode(code.narrow(first, last).flatten(), context).unflatten(0, (batch, -1))
+        rows = vectors.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
+        seen = None
+        if self.cross_layer.readers:
+            seen = as_context(vectors) if self.code_space is self.space else self._shown(rows, token)
+        if self.code_space is not None:
+            rows = self.code_space.leave(rows, token)
+        return rows, seen
+
+    # -- piece by piece, for attention that reads codes ---------------------------------------------------------------
+
+    def begin_reading(self, like: Like, added: int = 0) -> None:
+        """Show what readers see from now on: of codes, the last `added` at once, and others as pieces are read."""
+        self._buffer = None
+        if not self.cross_layer.readers:
+            return
+        if self.codec is None:
+            seen = [] if self.window_rows is None else [self._shown(self.window_rows, self._first_coded())]
+            self.cross_layer.offer(seen[0] if seen else None, self._first_coded())
+        elif self.code is not None:
+            batch, coded = self.code.shape
+            self._buffer = torch.empty(batch, coded, self.codec.width, dtype=torch.float16, device=like.device)
+            self.cross_layer.offer(self._buffer, self._first_coded())
+            if added:
+                _, seen_now = self._decoded_codes(self.codec, self.code, coded - added, coded, like)
+                assert seen_now is not None, "there are readers"
+                self._buffer[:, coded - added :] = seen_now
+
+    def piece(self, first: int, last: int, like: Like) -> Rows:
+        """Tokens `first` to `last` of those held, all of them sinks, codes, or in the window; in any float dtype."""
+        sinks, coded, _ = self._lengths()
+        if last <= sinks and self.sink_rows is not None:
+            return self.sink_rows[:, :, first:last]
+        if first >= sinks + coded and self.window_rows is not None:
+            return self.window_rows[:, :, first - sinks - coded : last - sinks - coded]
+        assert self.codec is not None
+        assert self.code is not None
+        assert sinks <= first
+        assert last <= sinks + coded
+        rows, seen = self._decoded_codes(self.codec, self.code, first - sinks, last - sinks, like)
+        if self._buffer is not None and seen is not None:
+            self._buffer[:, first - sinks : last - sinks] = seen
+        return rows
+
+    def end_reading(self) -> None:
+        """All pieces were read: let go of what this store predicts from."""
+        self.cross_layer.end()
+        self._buffer = None
+
+    def borders(self) -> set[int]:
+        """Numbers of tokens held at which sinks, codes or window begin or end."""
+        sinks, coded, window = self._lengths()
+        return {0, sinks, sinks + coded, sinks + coded + window}
+
+    @property
+    def piece_length(self) -> int:
+        """Tokens that are decoded at a time: what codes are predicted from stands beside them, so there are fewer."""
+        return max(1, PIECE // (1 + len(self.cross_layer.sources)))
 
     def _shown(self, rows: Rows, first: int) -> torch.Tensor:
         """What readers see of `rows` as cached, `[B, T, W]`, the first of them token `first`."""
@@ -178,8 +238,12 @@ class PartStore:
         return sum(self._lengths())
 
     def _lengths(self) -> tuple[int, int, int]:
-        coded = 0 if self.code is None else self.code.shape[1]
-        return _length(self.sink_rows), coded, _length(self.window_rows)
+        return _length(self.sink_rows), self.n_codes, _length(self.window_rows)
+
+    @property
+    def n_codes(self) -> int:
+        """Tokens held as codes."""
+        return 0 if self.code is None else self.code.shape[1]
 
     @property
     def batch(self) -> int:

@@ -10,6 +10,8 @@ from leankv.cli.options import FITTING, PROTOCOL, SEARCH, WORKERS, Asked
 from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
 
+NEW_TOKENS = 40  # of the completion at the end of a run, behind what a cache holds exact
+
 Prompt = Annotated[str, typer.Option(help="Completed at the end with the bundle.")]
 Executor = Annotated[
     str | None, typer.Option(help="Start workers: local, ray or slurm.", rich_help_panel=WORKERS, show_default=False)
@@ -235,7 +237,8 @@ def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) ->
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
     OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
-    completion = complete(loaded, cache, prompt, 40, 0.0, False, seed, print_piece)
+    length = NEW_TOKENS + cache.sinks + cache.window
+    completion = complete(loaded, cache, prompt, length, 0.0, False, seed, print_piece)
     OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
     write_json(folder / COMPLETION_FILE, {"prompt": prompt, **asdict(completion)})
 

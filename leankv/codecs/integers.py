@@ -116,8 +116,13 @@ class Integers(Codec):
         return Code({"q": pack(q, self.bits), **side})
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        low, step = self._grid({name: code[name] for name in ("low", "step") if self.ranges is None})
-        return low + step * unpack(code["q"], self.bits, self.width)
+        q = unpack(code["q"], self.bits, self.width).float()
+        if self.ranges is not None:
+            low, step = self.ranges
+            return torch.addcmul(low, step, q)
+        low, step = (code[name].float()[:, :, None] for name in ("low", "step"))
+        groups = q.unflatten(1, (-1, self.group))
+        return torch.addcmul(low, step, groups, out=groups).flatten(1)
 
     def _grid(self, side: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`low` and `step` of every number, float32, `[N, W]` or `[W]`; never from more than was stored."""

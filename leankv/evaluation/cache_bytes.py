@@ -6,12 +6,14 @@ at. What it is counted against is always the 16-bit cache of the same tokens.
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
 
+from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.footprint import Footprint
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.memory import held_bytes
@@ -41,7 +43,7 @@ class CacheBytes:
         held: of the cache in memory between two steps.
         stored: of the cache serialized: codes entropy-coded where their codec can. As held, for baselines.
         peak_step: the most that one decoding step takes over `held`: what it decodes, and the model's own activations
-            of one token, which are the same for all caches.
+            of one token, which are the same for all caches. Ours are read by attention over codes, as `generate` does.
         codecs: of the codecs in memory, with what decoding builds and keeps.
         base_growth: of the compressed layers and parts of the 16-bit cache, over the tokens that the next two are of.
         held_growth: by how much `held` grew in those layers and parts; None where tokens are too few to be codes alone.
@@ -136,9 +138,10 @@ def measure_bytes(
     def decode_one() -> None:
         model.base_model(input_ids=last, past_key_values=cache, use_cache=True, **places)
 
-    with watched(device):
-        decode_one()  # what is built once is built now
-    peak = peak_bytes(decode_one, device)
+    with attention_over_codes(model) if isinstance(cache, LeanCache) else nullcontext():
+        with watched(device):
+            decode_one()  # what is built once is built now
+        peak = peak_bytes(decode_one, device)
     uncompressed = Footprint(geometry, {}, 0, 0)
     left_alone = _left_alone(geometry, plan, longer) - _left_alone(geometry, plan, shorter)
     exact = left_alone * model.dtype.itemsize // BYTES_16_BIT

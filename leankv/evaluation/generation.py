@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.lean_cache import LeanCache
 from leankv.config.plan_table import PARTS
 from leankv.models.loading import LoadedModel
@@ -76,14 +77,15 @@ def complete(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     started = time.monotonic()
-    output = loaded.model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        streamer=_Callback(tokenizer, on_text),
-        **sampling,
-    )
+    with attention_over_codes(loaded.model):
+        output = loaded.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=_Callback(tokenizer, on_text),
+            **sampling,
+        )
     seconds = time.monotonic() - started
     new = output[0, inputs["input_ids"].shape[1] :]
     tokens = cache.get_seq_length()

@@ -53,9 +53,10 @@ def _predicted_rise(evaluator: PlanEvaluator, layer: int, exact: GradientCache) 
     )
     for source in range(layer):
         if isinstance(alone.layers[source], LeanLayer):  # one that this layer's codecs predict from
-            alone.update(*states_of(source), source)
-    states, rise = states_of(layer), 0.0
-    for part, given, read in zip(PARTS, states, alone.update(*states, layer), strict=True):
+            keys, values = states_of(source)
+            alone.update(keys, values, source)
+    (keys, values), rise = states_of(layer), 0.0
+    for part, given, read in zip(PARTS, (keys, values), alone.update(keys, values, layer), strict=True):
         if (layer, part) not in plan:
             continue
         gradients = exact.states_and_gradients(layer, part)[1]

@@ -30,6 +30,10 @@ def pack(values: Shaped[torch.Tensor, "tokens count"], bits: int) -> UInt8[torch
 def unpack(packed: UInt8[torch.Tensor, "tokens bytes"], bits: int, count: int) -> UInt8[torch.Tensor, "tokens {count}"]:
     """The inverse of `pack`: uint8 `[N, count]`."""
     rows = packed.shape[0]
+    if 8 % bits == 0:  # no number lies in two bytes
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        values = (packed[:, :, None] >> shifts) & (2**bits - 1)
+        return values.flatten(1)[:, :count]
     words = torch.zeros(rows, -(-count // 8), dtype=torch.int64, device=packed.device)
     for place in range(bits):
         column = packed[:, place::bits]

@@ -1,0 +1,169 @@
+"""Attention over codes says what attention over rebuilt keys and values says: every architecture, codec, key space."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from leankv.cache.code_attention import NAME, code_attention
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import PlanSpec
+from leankv.cache.reading import LayerReading
+from leankv.codecs import parse_recipe
+from leankv.models.rope import find_rotation
+from tests import tiny
+from tests.test_codecs import SPECS
+from tests.test_decoded_once import fitted
+
+
+def suits(spec: str, width: int) -> bool:
+    try:
+        parse_recipe(spec).check_width(width)
+    except ValueError:
+        return False
+    return True
+
+
+PREDICTING = "resid(share:-2,transform:s0.2)"
+
+
+@pytest.fixture
+def over_codes(model: Any) -> Any:
+    """The same model under attention over codes."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(NAME)
+    return other
+
+
+def caches(model: Any, other: Any, spec: PlanSpec, **given: Any) -> list[LeanCache]:
+    plan, rotation = fitted(model, spec), find_rotation(model, False, lambda reason: None)
+    return [LeanCache(each.config, plan, rotation=rotation, **given) for each in (model, other)]
+
+
+def assert_pieces_are_what_update_hands_out(model: Any, plan: Any, rotation: Any, sinks: int, window: int) -> None:
+    """The same keys and values into two copies of a filled cache. Through a whole model, last bits may flip codes."""
+    # What is predicted from is seen in 16 bits, where a last bit of a product over other rows may round another way.
+    atol = 1e-2 if any(codec.n_context_layers for codec in plan.values()) else 3e-5
+    stock = LeanCache(model.config, plan, sinks=sinks, window=window, rotation=rotation)
+    with torch.no_grad():
+        for length in (1, 9, 14, 1):
+            ours = copy.deepcopy(stock)
+            piece = tiny.tokens(2, length, seed=length)
+            given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            handed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            update = stock.update
+
+            def watched(
+                k: Any, v: Any, layer: int, given: Any = given, handed: Any = handed, update: Any = update
+            ) -> Any:
+                given[layer] = k, v
+                handed[layer] = update(k, v, layer)
+                return handed[layer]
+
+            stock.update = watched  # type: ignore[method-assign]
+            model(input_ids=piece, past_key_values=stock, use_cache=True)
+            del stock.update
+            for number, (keys, values) in given.items():
+                layer: Any = ours.layers[number]
+                layer.hands_out_codes = True
+                reading, _ = ours.layers[number].update(keys, values)
+                if isinstance(reading, torch.Tensor):  # a layer that the plan leaves alone
+                    continue
+                assert len(reading) == handed[number][0].shape[2]
+                pieces = list(reading.pieces())
+                for place, expected in enumerate(handed[number]):
+                    found = torch.cat([each[1 + place] for each in pieces], dim=2)
+                    torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-5, atol=atol)
+            assert ours.nbytes() == stock.nbytes()
+            assert ours.get_seq_length() == stock.get_seq_length()
+
+
+@pytest.mark.parametrize("spec", ["int:4", PREDICTING, "resid(pca:4,int:4)"])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 3)])
+def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int) -> None:
+    plan = fitted(model, PlanSpec.uniform(spec).with_layers([2], v="none").with_layers([1], k="none"))
+    rotation = find_rotation(model, False, lambda reason: None)
+    assert_pieces_are_what_update_hands_out(model, plan, rotation, sinks, window)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if suits(spec, 32)])
+def test_pieces_of_every_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leankv.cache.part_store.PIECE", 6)
+    model = tiny.build("llama")
+    assert_pieces_are_what_update_hands_out(model, fitted(model, PlanSpec.uniform(spec)), None, 1, 4)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_is_that_of_sdpa(mask: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leankv.cache.part_store.PIECE", 7)
+    model = tiny.build("llama")
+    plan = fitted(model, PlanSpec.uniform("int:4"))
+    generator = torch.Generator().manual_seed(5)
+    keys, values = torch.randn(2, 2, 2, 30, 16, generator=generator).unbind()
+    query = 3 * torch.randn(2, 4, queries, 16, generator=generator)
+    shown = torch.rand(2, 1, queries, 30, generator=generator) > 0.3
+    shown[..., 0] = True
+    given = {"none": None, "bool": shown, "float": torch.zeros(shown.shape).masked_fill(~shown, -1e9)}[mask]
+    results = []
+    for hands_out in (False, True):
+        cache = LeanCache(model.config, plan, sinks=2, window=3)
+        layer: Any = cache.layers[1]
+        layer.hands_out_codes = hands_out
+        read = layer.update(keys, values)
+        module = model.model.layers[1].self_attn
+        if mask == "none" and not hands_out and queries > 1:
+            given_here: Any = torch.ones(queries, 30, dtype=torch.bool).tril(30 - queries)[None, None]
+        else:
+            given_here = given
+        results.append(code_attention(module, query, *read, given_here, scaling=0.4)[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_padded_batches_are_continued_the_same(model: Any, over_codes: Any, how: dict[str, Any]) -> None:
+    tokens, mask = tiny.tokens(2, 20, seed=3), torch.ones(2, 20, dtype=torch.long)
+    tokens[0, :7] = mask[0, :7] = 0
+    given = {"sinks": 2, "window": 3, "attention_mask": mask}
+    texts = [
+        each.generate(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False, **how
+        )
+        for each, cache in zip(
+            (model, over_codes), caches(model, over_codes, PlanSpec.uniform(PREDICTING), **given), strict=True
+        )
+    ]
+    assert torch.equal(*texts)
+
+
+def test_stock_caches_are_not_changed_by_it(model: Any, over_codes: Any) -> None:
+    tokens = tiny.tokens(2, 20, seed=4)
+    texts = [each.generate(input_ids=tokens, max_new_tokens=8, do_sample=False) for each in (model, over_codes)]
+    assert torch.equal(*texts)
+
+
+def test_pieces_are_all_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, each in one piece, none longer than a piece may be."""
+    monkeypatch.setattr("leankv.cache.part_store.PIECE", 6)
+    model = tiny.build("llama")
+    model.set_attn_implementation(NAME)
+    plan = fitted(model, PlanSpec.uniform("int:4").with_layers([0], v="none"))
+    cache = LeanCache(model.config, plan, sinks=2, window=3)
+    seen: list[tuple[int, int]] = []
+    stock = LayerReading.pieces
+
+    def watched(reading: LayerReading) -> Any:
+        for first, keys, values in stock(reading):
+            assert keys.shape[2] == values.shape[2]
+            seen.append((first, keys.shape[2]))
+            yield first, keys, values
+
+    monkeypatch.setattr(LayerReading, "pieces", watched)
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(1, 23), past_key_values=cache, use_cache=True)
+    layers = [seen[i : i + len(seen) // 4] for i in range(0, len(seen), len(seen) // 4)]
+    for pieces in layers:
+        assert [first for first, _ in pieces] == [sum(n for _, n in pieces[:i]) for i in range(len(pieces))]
+        assert sum(count for _, count in pieces) == 23
+        assert max(count for _, count in pieces) <= 6
