@@ -3,8 +3,9 @@
     python benchmarks/budget_coverage.py measure FOLDER [SECONDS]    writes results/budget-coverage/nats.json
     python benchmarks/budget_coverage.py                             draws from it: coverage.json and coverage.md
 
-FOLDER holds WikiText-2. Measuring takes half an hour on 2 cores; every document's nats are kept in `results/budget-coverage/
-work`, so it may be killed, or told to stop after SECONDS, and goes on where it was. Drawing takes a minute.
+FOLDER holds WikiText-2. Measuring takes half an hour on 2 cores; every document's nats are kept in
+`results/budget-coverage/work`, so it may be killed, or told to stop after SECONDS, and goes on where it was. Drawing
+takes a minute.
 
 The documents are the first 512 tokens of each article of WikiText-2 that no codec was fitted on, and of each article
 of the Wikipedia sample. All of them together are the source: a plan's true cost is what they give. A draw parts them

@@ -9,7 +9,7 @@ import torch
 from leankv.cache.code_attention import NAME, code_attention
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
-from leankv.cache.reading import LayerReading
+from leankv.cache.reading import Keys, LayerReading, Values
 from leankv.codecs import parse_recipe
 from leankv.models.rope import find_rotation
 from tests import tiny
@@ -41,7 +41,16 @@ def caches(model: Any, other: Any, spec: PlanSpec, **given: Any) -> list[LeanCac
     return [LeanCache(each.config, plan, rotation=rotation, **given) for each in (model, other)]
 
 
-def assert_pieces_are_what_update_hands_out(model: Any, plan: Any, rotation: Any, sinks: int, window: int) -> None:
+def dense(keys: Keys, values: Values, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys themselves: products with unit vectors; and values: sums in which one has all the weight."""
+    batch, heads, _, head_dim = like.shape
+    rows = keys.scores(torch.eye(head_dim).expand(batch, heads, head_dim, head_dim)).mT
+    return rows, values.weighted(torch.eye(len(keys)).expand(batch, heads, len(keys), len(keys)))
+
+
+def assert_pieces_are_what_update_hands_out(
+    model: Any, plan: Any, rotation: Any, sinks: int, window: int, queries: int
+) -> None:
     """The same keys and values into two copies of a filled cache. Through a whole model, last bits may flip codes."""
     # What is predicted from is seen in 16 bits, where a last bit of a product over other rows may round another way.
     atol = 1e-2 if any(codec.n_context_layers for codec in plan.values()) else 3e-5
@@ -71,9 +80,9 @@ def assert_pieces_are_what_update_hands_out(model: Any, plan: Any, rotation: Any
                 if isinstance(reading, torch.Tensor):  # a layer that the plan leaves alone
                     continue
                 assert len(reading) == handed[number][0].shape[2]
-                pieces = list(reading.pieces())
+                parts = [dense(k, v, keys) for _, k, v in reading.pieces(queries)]
                 for place, expected in enumerate(handed[number]):
-                    found = torch.cat([each[1 + place] for each in pieces], dim=2)
+                    found = torch.cat([each[place] for each in parts], dim=2)
                     torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-5, atol=atol)
             assert ours.nbytes() == stock.nbytes()
             assert ours.get_seq_length() == stock.get_seq_length()
@@ -84,22 +93,23 @@ def assert_pieces_are_what_update_hands_out(model: Any, plan: Any, rotation: Any
 def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int) -> None:
     plan = fitted(model, PlanSpec.uniform(spec).with_layers([2], v="none").with_layers([1], k="none"))
     rotation = find_rotation(model, False, lambda reason: None)
-    assert_pieces_are_what_update_hands_out(model, plan, rotation, sinks, window)
+    assert_pieces_are_what_update_hands_out(model, plan, rotation, sinks, window, queries=1000)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if suits(spec, 32)])
 def test_pieces_of_every_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leankv.cache.part_store.PIECE", 6)
     model = tiny.build("llama")
-    assert_pieces_are_what_update_hands_out(model, fitted(model, PlanSpec.uniform(spec)), None, 1, 4)
+    assert_pieces_are_what_update_hands_out(model, fitted(model, PlanSpec.uniform(spec)), None, 1, 4, queries=1)
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_attention_is_that_of_sdpa(mask: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", ["int:4", "transform:s0.2"])
+def test_attention_is_that_of_sdpa(spec: str, mask: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leankv.cache.part_store.PIECE", 7)
     model = tiny.build("llama")
-    plan = fitted(model, PlanSpec.uniform("int:4"))
+    plan = fitted(model, PlanSpec.uniform(spec))
     generator = torch.Generator().manual_seed(5)
     keys, values = torch.randn(2, 2, 2, 30, 16, generator=generator).unbind()
     query = 3 * torch.randn(2, 4, queries, 16, generator=generator)
@@ -153,10 +163,9 @@ def test_pieces_are_all_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     stock = LayerReading.pieces
 
-    def watched(reading: LayerReading) -> Any:
-        for first, keys, values in stock(reading):
-            assert keys.shape[2] == values.shape[2]
-            seen.append((first, keys.shape[2]))
+    def watched(reading: LayerReading, queries: int) -> Any:
+        for first, keys, values in stock(reading, queries):
+            seen.append((first, len(keys)))
             yield first, keys, values
 
     monkeypatch.setattr(LayerReading, "pieces", watched)

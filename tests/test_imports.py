@@ -29,6 +29,7 @@ STOREYS = [
     {"config"},
     {"search"},
     {"storage"},
+    {"compiled"},
     {"errors", "progress", "version"},
 ]
 """From the top down; `__init__` is the package's face. A package imports from its own and from those below; packages of

@@ -103,17 +103,17 @@ def _attend(
     queries = (query.float() * scaling).unflatten(1, (reading.heads, groups)).flatten(2, 3)
     highest = queries.new_full((*queries.shape[:3], 1), LEAST_SCORE)
     total, sums = torch.zeros_like(highest), None
-    for first, keys, values in reading.pieces():
-        scores = queries @ keys.float().mT
+    for first, keys, values in reading.pieces(groups * count):
+        scores = keys.scores(queries)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
-            part = mask[..., first : first + keys.shape[2]].expand(batch, -1, count, -1)
+            part = mask[..., first : first + len(keys)].expand(batch, -1, count, -1)
             scores = _masked(scores.unflatten(2, (groups, count)), part, reading.heads).flatten(2, 3)
         above = torch.maximum(highest, scores.amax(dim=3, keepdim=True))
         weights = torch.exp(scores.sub_(above))
         kept = torch.exp(highest - above)
-        weighted = weights @ values.float()
+        weighted = values.weighted(weights)
         sums = weighted if sums is None else sums.mul_(kept).add_(weighted)
         total = total * kept + weights.sum(dim=3, keepdim=True)
         highest = above

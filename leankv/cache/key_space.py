@@ -1,12 +1,9 @@
 """The key space: where key codecs take their vectors, and where in the text those stand."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int64
 
-Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Keys `[B, heads, T, head_dim]` and their positions `[B or 1, T]` -> keys in another key space."""
+from leankv.models.rope import KeyRotation, Table
 
 Keys = Float[torch.Tensor, "batch heads tokens head_dim"]
 
@@ -18,14 +15,13 @@ class KeySpace:
     padding the row has: so the padding is held here, and repeated and reordered as the rows are.
 
     Args:
-        remove: takes cached keys to the key space of codecs.
-        restore: takes them back.
+        rotation: takes cached keys to the key space of codecs, and back.
+        layer: whose keys.
         padding: `[B]`, tokens of left padding in the rows of the prompt; None for none.
     """
 
-    def __init__(self, remove: Rotate, restore: Rotate, padding: Int64[torch.Tensor, " batch"] | None):
-        self._remove = remove
-        self._restore = restore
+    def __init__(self, rotation: KeyRotation, layer: int, padding: Int64[torch.Tensor, " batch"] | None):
+        self._rotation, self._layer = rotation, layer
         self._of_prompt = padding
         self._of_rows: torch.Tensor | None = None  # once there are rows
 
@@ -50,11 +46,29 @@ class KeySpace:
 
     def enter(self, keys: Keys, first: int) -> Keys:
         """Cached keys, of which the first is token `first` of the sequence, as codecs take them."""
-        return self._remove(keys, self._positions(first, keys.shape[2]))
+        return self._rotation.remove(self._layer, keys, self._positions(first, keys.shape[2]))
 
     def leave(self, keys: Keys, first: int) -> Keys:
         """The way back."""
-        return self._restore(keys, self._positions(first, keys.shape[2]))
+        return self._rotation.restore(self._layer, keys, self._positions(first, keys.shape[2]))
+
+    # A score depends on how far a query is from a key. So pieces of codes are all rotated as if each began the text, by
+    # one table, and what turns them the rest of the way turns the few queries the other way.
+
+    def offsets(self, count: int, device: torch.device) -> Table | None:
+        """The table that rotates the tokens of a piece, `count` of them at most, from where it begins."""
+        return self._rotation.table_at(self._layer, torch.arange(count)[None], device)
+
+    def turned(self, keys: Keys, offsets: Table | None) -> Keys:
+        """Keys of one piece as codecs give them, rotated from where it begins."""
+        table = None if offsets is None else (offsets[0][:, : keys.shape[2]], offsets[1][:, : keys.shape[2]])
+        return self._rotation.turned(self._layer, keys, table)
+
+    def met(self, queries: Keys, first: int) -> Keys:
+        """Queries as they meet `turned` keys of a piece whose first token is `first` of the sequence."""
+        padding = torch.zeros(1, dtype=torch.int64) if self._of_rows is None else self._of_rows.cpu()
+        table = self._rotation.table_at(self._layer, (first - padding)[:, None], queries.device)
+        return self._rotation.turned_back(self._layer, queries, table)
 
     def _positions(self, first: int, count: int) -> torch.Tensor:
         """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""

@@ -1,7 +1,6 @@
 """The compressed transformers cache, made of a plan for one batch of sequences."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ class LeanCache(Cache):
             stock, space, codecs = layers[layer], None, by_layer.get(layer, {})
             sources = [layers[source] for source in earlier.get(layer, [])]
             if rotation is not None:
-                space = KeySpace(partial(rotation.remove, layer), partial(rotation.restore, layer), padding)
+                space = KeySpace(rotation, layer, padding)
             if type(stock) is DynamicSlidingWindowLayer:
                 layers[layer] = LeanSlidingLayer(
                     stock.sliding_window, codecs, sinks, window, space, sources, store_type

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from leankv.cache.cross_layer import CrossLayer, Shown
 from leankv.cache.key_space import KeySpace
-from leankv.codecs import Code, Codec
+from leankv.codecs import Code, Codec, Factored
 from leankv.codecs.share import as_context
 
 PIECE = 4096
@@ -156,11 +156,13 @@ class PartStore:
             rows, seen = self._decoded_codes(codec, code, first, last, into)
             if seen is not None:
                 shown[0][:, first - start : last - start] = seen
+            if self.code_space is not None:
+                rows = self.code_space.leave(rows, self._first_coded() + first)
             # One copy casts, brings into the order of heads and puts in place.
             into[:, :, first:last] = rows
 
     def _decoded_codes(self, codec: Codec, code: Code, first: int, last: int, like: Like) -> tuple[Rows, Shown | None]:
-        """Codes `first` to `last` as the cache has keys or values, float32; and as readers see them, where any do."""
+        """Codes `first` to `last` as their codec gives them, float32; and as readers see them, where any do."""
         batch, token = code.shape[0], self._first_coded() + first
         context = None
         if codec.n_context_layers:
@@ -170,8 +172,6 @@ class PartStore:
         seen = None
         if self.cross_layer.readers:
             seen = as_context(vectors) if self.code_space is self.space else self._shown(rows, token)
-        if self.code_space is not None:
-            rows = self.code_space.leave(rows, token)
         return rows, seen
 
     # -- piece by piece, for attention that reads codes ---------------------------------------------------------------
@@ -193,13 +193,16 @@ class PartStore:
                 assert seen_now is not None, "there are readers"
                 self._buffer[:, coded - added :] = seen_now
 
-    def piece(self, first: int, last: int, like: Like) -> Rows:
-        """Tokens `first` to `last` of those held, all of them sinks, codes, or in the window; in any float dtype."""
+    def piece(self, first: int, last: int, like: Like) -> tuple[Rows, int | None]:
+        """Tokens `first` to `last` of those held, all of them sinks, codes, or in the window; in any float dtype.
+
+        And, where these are in the key space of codes and not as cached, which token of the sequence they begin with.
+        """
         sinks, coded, _ = self._lengths()
         if last <= sinks and self.sink_rows is not None:
-            return self.sink_rows[:, :, first:last]
+            return self.sink_rows[:, :, first:last], None
         if first >= sinks + coded and self.window_rows is not None:
-            return self.window_rows[:, :, first - sinks - coded : last - sinks - coded]
+            return self.window_rows[:, :, first - sinks - coded : last - sinks - coded], None
         assert self.codec is not None
         assert self.code is not None
         assert sinks <= first
@@ -207,7 +210,17 @@ class PartStore:
         rows, seen = self._decoded_codes(self.codec, self.code, first - sinks, last - sinks, like)
         if self._buffer is not None and seen is not None:
             self._buffer[:, first - sinks : last - sinks] = seen
-        return rows
+        return rows, None if self.code_space is None else self._first_coded() + first - sinks
+
+    def factored(self, first: int, last: int) -> Factored | None:
+        """The same tokens as products, `[batch * tokens]` of them, where decoding is one and nobody else sees them."""
+        sinks, coded, _ = self._lengths()
+        is_code = first >= sinks and last <= sinks + coded
+        if not is_code or self.codec is None or self.code is None or self.code_space is not None:
+            return None
+        if self.cross_layer.readers or self.codec.n_context_layers:
+            return None
+        return self.codec.factored(self.code.narrow(first - sinks, last - sinks).flatten())
 
     def end_reading(self) -> None:
         """All pieces were read: let go of what this store predicts from."""

@@ -4,11 +4,63 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from jaxtyping import Float
 
+from leankv.cache.key_space import KeySpace
 from leankv.cache.part_store import PartStore, Rows
+from leankv.codecs import Factored
+from leankv.models.rope import Table
 
 PIECE = 1024
 """Tokens that are decoded at a time, at most: what stays in a processor's cache, and bounds what a step takes."""
+
+
+class Keys:
+    """Keys of some tokens, or what they are rotated from.
+
+    Args:
+        held: `[B, heads, n, head_dim]`.
+        space: where they were taken from, if they are not as the cache has them.
+        first: then, which token of the sequence they begin with.
+        offsets: then, what rotates them from there.
+    """
+
+    def __init__(self, held: Rows, space: KeySpace | None = None, first: int = 0, offsets: Table | None = None):
+        self._space, self._first = space, first
+        self._held = held.float() if space is None else space.turned(held, offsets)
+
+    def __len__(self) -> int:
+        return self._held.shape[2]
+
+    def scores(
+        self, queries: Float[torch.Tensor, "B heads queries head_dim"]
+    ) -> Float[torch.Tensor, "B heads queries _"]:
+        """Products with queries as the model has them, float32."""
+        if self._space is not None:
+            queries = self._space.met(queries, self._first)
+        return queries @ self._held.mT
+
+
+class Values:
+    """Values of some tokens, or what their codec makes them from.
+
+    Args:
+        held: `[B, heads, n, head_dim]`, or as products `[B * n]`.
+        heads: how many there are.
+    """
+
+    def __init__(self, held: Rows | Factored, heads: int):
+        self._held, self._heads = held, heads
+
+    def weighted(self, weights: Float[torch.Tensor, "B heads queries n"]) -> Float[torch.Tensor, "B heads queries _"]:
+        """Sums of values, each by its weight. Products are not multiplied out: their coefficients are summed."""
+        if isinstance(self._held, torch.Tensor):
+            return weights @ self._held.float()
+        coefficients = self._held.coefficients.unflatten(0, (len(weights), -1))
+        synthesis = self._held.synthesis.unflatten(1, (self._heads, -1)).transpose(0, 1)  # [heads, rank, head_dim]
+        mean = self._held.mean.unflatten(0, (self._heads, 1, -1))
+        summed = (weights.flatten(1, 2) @ coefficients).unflatten(1, weights.shape[1:3])
+        return summed @ synthesis + weights.sum(dim=3, keepdim=True) * mean
 
 
 class LayerReading:
@@ -40,22 +92,32 @@ class LayerReading:
         """Tokens that attention sees."""
         return len(self._parts[0][0]) - self.start
 
-    def pieces(self) -> Iterator[tuple[int, Rows, Rows]]:
+    def pieces(self, queries: int) -> Iterator[tuple[int, Keys, Values]]:
         """Number of a piece's first token among those that attention sees, its keys, and its values.
 
         Nothing of the whole context is made, but for what later layers predict from.
+
+        Args:
+            queries: that read a head's values: products are worth it for fewer of them than a head is wide.
         """
-        stores = [store for store, _ in self._parts]
+        (key_store, new_keys), (value_store, new_values) = self._parts
+        stores = (key_store, value_store)
         total, length = len(stores[0]), min(PIECE, *(store.piece_length for store in stores))
         borders = {self.start, total}.union(*(store.borders() for store in stores))
         is_shown = any(store.cross_layer.readers for store in stores)
+        space = key_store.code_space
+        offsets = None if space is None else space.offsets(min(length, total), new_keys.device)
         for first, end in itertools.pairwise(sorted(borders)):
             if first < self.start and not is_shown:
                 continue
             for begin in range(first, end, length):
-                keys, values = (store.piece(begin, min(begin + length, end), like) for store, like in self._parts)
+                last = min(begin + length, end)
+                rows, place = key_store.piece(begin, last, new_keys)
+                products = value_store.factored(begin, last) if queries < new_values.shape[3] else None
+                values = value_store.piece(begin, last, new_values)[0] if products is None else products
                 if begin >= self.start:
-                    yield begin - self.start, keys, values
+                    keys = Keys(rows) if place is None else Keys(rows, space, place, offsets)
+                    yield begin - self.start, keys, Values(values, self.heads)
         for store in stores:
             store.end_reading()
         if self._on_end is not None:

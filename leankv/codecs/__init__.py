@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from leankv.codecs.base import Codec, FitData, Recipe, TrainingSettings
+from leankv.codecs.base import Codec, Factored, FitData, Recipe, TrainingSettings
 from leankv.codecs.code import Code
 from leankv.codecs.registry import FAMILIES, codec_from_tensors, parse_recipe, register
 from leankv.codecs.statistics import fraction_of_variance_unexplained
@@ -15,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "Code",
     "Codec",
+    "Factored",
     "FitData",
     "Recipe",
     "TrainingSettings",

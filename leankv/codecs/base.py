@@ -32,6 +32,25 @@ NOTHING = torch.empty(0, 0, 0)
 
 
 @dataclass(frozen=True)
+class Factored:
+    """Vectors as a product, `mean + coefficients @ synthesis`: what is linear in them need not multiply it out.
+
+    Attributes:
+        coefficients: of each token, float32.
+        synthesis: float32.
+        mean: float32.
+    """
+
+    coefficients: Float32[torch.Tensor, "tokens rank"]
+    synthesis: Float32[torch.Tensor, "rank width"]
+    mean: Float32[torch.Tensor, " width"]
+
+    def product(self) -> Float32[torch.Tensor, "tokens width"]:
+        """The vectors."""
+        return torch.addmm(self.mean, self.coefficients, self.synthesis)
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """What a trained family needs to know beside its data; `leankv.config.experiment.FitConfig` has the meanings."""
 
@@ -118,6 +137,10 @@ class Codec(torch.nn.Module, ABC):
     @abstractmethod
     def decode(self, code: Code, context: Context = None) -> Vectors:
         """The way back, given the same context; the caller casts to the dtype it wants."""
+
+    def factored(self, code: Code) -> "Factored | None":
+        """What `decode` gives as a product, where it is one and needs no context; None where it is not."""
+        return None
 
     def serialize(self, code: Code) -> bytes:
         """The code of some tokens as it is stored when it is not in use: losslessly, in as few bytes as may be."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
+from leankv import compiled
 from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
 from leankv.codecs.code import Code
 from leankv.codecs.coding.packing import pack, packed_bytes, unpack
@@ -116,13 +117,18 @@ class Integers(Codec):
         return Code({"q": pack(q, self.bits), **side})
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        q = unpack(code["q"], self.bits, self.width).float()
-        if self.ranges is not None:
-            low, step = self.ranges
+        packed = code["q"]
+        if self.ranges is None:
+            low, step, group = code["low"], code["step"], self.group
+        else:
+            (low, step), group = self.ranges, 1
+        if compiled.serves(packed):
+            return compiled.affine_levels(packed, self.bits, low, step, self.width, group)
+        q = unpack(packed, self.bits, self.width).float()
+        if group == 1:
             return torch.addcmul(low, step, q)
-        low, step = (code[name].float()[:, :, None] for name in ("low", "step"))
-        groups = q.unflatten(1, (-1, self.group))
-        return torch.addcmul(low, step, groups, out=groups).flatten(1)
+        groups = q.unflatten(1, (-1, group))
+        return torch.addcmul(low.float()[:, :, None], step.float()[:, :, None], groups, out=groups).flatten(1)
 
     def _grid(self, side: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`low` and `step` of every number, float32, `[N, W]` or `[W]`; never from more than was stored."""

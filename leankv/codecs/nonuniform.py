@@ -9,7 +9,7 @@ from jaxtyping import Float
 from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
 from leankv.codecs.code import Code
 from leankv.codecs.coding.lloyd_max import lloyd_levels, nearest_level
-from leankv.codecs.coding.packing import pack, packed_bytes, unpack
+from leankv.codecs.coding.packing import looked_up, pack, packed_bytes
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS, mean_of, sampled
 
@@ -127,7 +127,7 @@ class NonUniform(Codec):
         return Code(columns)
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        centred = self.levels[unpack(code["q"], self.bits, self.width).int()] * self.deviation
+        centred = looked_up(self.levels, code["q"], self.bits, self.width).mul_(self.deviation)
         if self.slots:
             centred.scatter_(1, code["index"].long() & 0xFFFF, code["value"].float())
         return self.mean + centred

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
+from leankv.codecs.base import Codec, Context, Factored, FitData, Recipe, Vectors, as_float16
 from leankv.codecs.code import Code
 from leankv.codecs.coding.principal_components import principal_components
 from leankv.codecs.registry import register
@@ -93,6 +93,9 @@ class PCA(Codec):
 
     def encode(self, x: Vectors, context: Context = None) -> Code:
         return projected(x, self.mean, self.analysis, self.scale)
+
+    def factored(self, code: Code) -> Factored:
+        return Factored(code["z"].float() * self.scale, self.synthesis.float(), self.mean.float())
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
         return reconstructed(code, self.mean, self.synthesis, self.scale)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int8
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, Vectors, as_float16
+from leankv.codecs.base import Codec, Context, Factored, FitData, Recipe, Vectors, as_float16
 from leankv.codecs.code import Code
 from leankv.codecs.coding.lloyd_max import gaussian_levels, nearest_level
-from leankv.codecs.coding.packing import pack, packed_bytes, unpack
+from leankv.codecs.coding.packing import looked_up, pack, packed_bytes, unpack
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import mean_of
 
@@ -124,20 +124,28 @@ class Rotated(Codec):
         q = nearest_level(y * (math.sqrt(self.width) / norm.clamp_min(SMALLEST_NORM)), self.levels)
         columns = {"q": pack(q, self.bits), "norm": as_float16(norm)}
         if self.sketch is not None:
-            left = y - self._rounded(q, columns["norm"])
+            left = y - self._scale(columns["norm"]) * self.levels[q]
             columns["signs"] = pack(left @ self.sketch.float().T >= 0, 1)
             columns["left"] = as_float16(left.norm(dim=1, keepdim=True))
         return Code(columns)
 
+    def factored(self, code: Code) -> Factored:
+        rotation = self.rotate_back(torch.eye(self.width, device=self.mean.device))
+        return Factored(self._turned(code), rotation, self.mean)
+
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        y = self._rounded(unpack(code["q"], self.bits, self.width).int(), code["norm"])
+        return self.mean + self.rotate_back(self._turned(code))
+
+    def _turned(self, code: Code) -> torch.Tensor:
+        """`R (x - mean)` as the code has it."""
+        y = looked_up(self.levels, code["q"], self.bits, self.width).mul_(self._scale(code["norm"]))
         if self.sketch is not None:
             signs = 2.0 * unpack(code["signs"], 1, self.width) - 1
             y += math.sqrt(math.pi / 2) / self.width * code["left"].float() * (signs @ self.sketch.float())
-        return self.mean + self.rotate_back(y)
+        return y
 
-    def _rounded(self, q: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        return norm.float() / math.sqrt(self.width) * self.levels[q]
+    def _scale(self, norm: torch.Tensor) -> torch.Tensor:
+        return norm.float() / math.sqrt(self.width)
 
     def rotate(self, x: Vectors) -> Vectors:
         """`R x`, float32."""

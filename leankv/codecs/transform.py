@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
-from leankv.codecs.base import Codec, Context, FitData, Recipe, Shapes, Vectors, length_in
+from leankv import compiled
+from leankv.codecs.base import Codec, Context, Factored, FitData, Recipe, Shapes, Vectors, length_in
 from leankv.codecs.code import Code
 from leankv.codecs.coding.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
 from leankv.codecs.coding.integer_matrix import IntegerMatrix, rounded
@@ -216,13 +217,19 @@ class Transform(Codec):
         """The integers of a code, `[N, J]`, float32."""
         escapes = code.ragged("escapes")
         q = self._layout().values(code["q"])
+        if compiled.serves(q):
+            compiled.put_escapes(q, escapes.counts, escapes.items(), ESCAPE_VALUES)
+            return q
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
         q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
         return q
 
+    def factored(self, code: Code) -> Factored:
+        return Factored(self._values(code), self.synthesis.widened().T, self.mean)
+
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        return torch.addmm(self.mean, self._values(code), self.synthesis.widened().T)
+        return self.factored(code).product()
 
     def _layout(self) -> MixedRadix:
         if self._radix is None or self._radix.low.device != self.low.device:
@@ -360,3 +367,6 @@ def _escape_value(byte: torch.Tensor) -> torch.Tensor:
     size = (byte % 128).float()
     coarse = (LINEAR * torch.exp2((size - LINEAR) / FINE)).round()
     return torch.where(size <= LINEAR, size, coarse) * (1 - 2 * (byte >= 128).float())
+
+
+ESCAPE_VALUES = _escape_value(torch.arange(256, dtype=torch.uint8))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from leankv.compiled import compiler
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError
 from leankv.models.fingerprint import fingerprint
@@ -97,6 +98,7 @@ def numerics(model: Any) -> dict[str, str]:
         "attention": str(model.config._attn_implementation),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "compiler": compiler(),
     }
 
 

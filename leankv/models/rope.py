@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float32, Int
 
+from leankv import compiled
 from leankv.errors import UserError
 from leankv.models.observers import RecordingCache
 from leankv.models.structure import rope_types, rotary_modules, text_config
@@ -55,6 +56,8 @@ def rotate(
         cos, sin: as the model's rotary embedding gives them, doubled to the rotated dimensions.
         pairing: the convention.
     """
+    if compiled.serves(k):
+        return compiled.rotated(k, cos, sin, halves=pairing is _halves)
     k = k.float()
     rotated = torch.empty_like(k)
     rotary = cos.shape[-1]
@@ -96,14 +99,14 @@ class _Call:
         kept = {name: emptied(argument) for name, argument in keywords.items()}
         return cls(module, tuple(emptied(argument) for argument in arguments), kept)
 
-    def table_of(self, positions: torch.Tensor) -> Table:
-        """cos and sin of `positions` `[1, T]`."""
+    def table_of(self, positions: torch.Tensor, dtype: torch.dtype | None = None) -> Table:
+        """cos and sin of `positions` `[1, T]`, in the model's dtype unless another is given."""
 
         def exchanged(argument: Any) -> Any:
             # Hidden states give the tables their dtype and device, positions are the whole numbers.
-            if not isinstance(argument, torch.Tensor) or argument.is_floating_point():
+            if not isinstance(argument, torch.Tensor):
                 return argument
-            return positions.to(argument.device)
+            return argument.to(dtype) if argument.is_floating_point() else positions.to(argument.device)
 
         arguments = [exchanged(argument) for argument in self.arguments]
         cos, sin = self.module.forward(*arguments, **{name: exchanged(a) for name, a in self.keywords.items()})
@@ -155,6 +158,32 @@ class KeyRotation:
     def restore(self, layer: int, keys: Keys, positions: Positions) -> Float32[torch.Tensor, "B heads T head_dim"]:
         """The way back: keys pre-RoPE -> keys as the model caches them, float32."""
         return self._rotated(rotate, layer, keys, positions)
+
+    def table_at(self, layer: int, positions: Positions, device: torch.device) -> Table | None:
+        """Float32 cos and sin of positions, each `[B or 1, T, rotary]`; None where keys do not depend on them."""
+        call = self._found[layer].call
+        if call is None:
+            return None
+        # As one row: the model's module need not know in how many rows the positions stand.
+        table = call.table_of(positions.reshape(1, -1), torch.float32)
+        cos, sin = (part[0].unflatten(0, positions.shape).to(device) for part in table)
+        return cos, sin
+
+    def turned(self, layer: int, vectors: Keys, table: Table | None) -> Float32[torch.Tensor, "B heads T head_dim"]:
+        """Vectors rotated by a table of `table_at`, float32."""
+        if table is None:
+            return vectors.float()
+        return rotate(vectors, *table, CONVENTIONS[self._found[layer].convention])
+
+    def turned_back(
+        self, layer: int, vectors: Keys, table: Table | None
+    ) -> Float32[torch.Tensor, "B heads T head_dim"]:
+        """Vectors rotated the other way and never scaled, so that queries may meet keys that were not turned so far."""
+        if table is None:
+            return vectors.float()
+        cos, sin = table
+        size = (cos.square() + sin.square()).sqrt()
+        return rotate(vectors, cos / size, -sin / size, CONVENTIONS[self._found[layer].convention])
 
     def remove_from_gradient(
         self, layer: int, gradients: Keys, positions: Positions

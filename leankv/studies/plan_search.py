@@ -35,7 +35,7 @@ LARGEST_FACTOR = 4.0  # assumption: a factor beyond this between two lengths of 
 
 BANDS = 5  # assumption: keys and values of a fifth of the layers move together in `refine`
 
-FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.9)
+FRONTIER = (0.35, 0.5, 0.65, 0.8, 0.9)
 """Parts of the wanted cost at which a plan is measured too: a certificate may ask for one that costs less."""
 
 

@@ -27,7 +27,9 @@ from leankv.studies.select import run_folder, save_bundle, write_manifest
 from leankv.studies.stored_bytes import bytes_of_plan
 from leankv.studies.summarize import Choosing, summarize
 
-CANDIDATES = 3  # assumption: plans that go to certification, from safe to bold; each may take tens of documents
+TESTED = (0.35, 0.6, 0.8, 1.0)
+"""Of the cost that the best plan has on selection text: the smallest plans within these parts of it are tested.
+Assumption: other text shows the same plan at up to twice the cost (log of 2026-11-26), so the first has room for it."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,9 @@ def _candidates(
     """
     frontier: list[tuple[PlanSearch, Measured, PlanSpec]] = []
     for own, each in zip(searches, found, strict=True):
-        inside = [(own, step, spec) for step, spec in each.frontier() if step.cost <= each.best.cost]
-        frontier += inside[-CANDIDATES:] if selection.target_ratio is None else inside[-1:]
+        for part in TESTED if selection.target_ratio is None else (1.0,):
+            inside = [(own, step, spec) for step, spec in each.frontier() if step.cost <= part * each.best.cost]
+            frontier += [last for last in inside[-1:] if last not in frontier]
     candidates = []
     for own, step, spec in frontier:
         evaluator = own.long_refitted if selection.refit == "sequential" else own.long
@@ -198,7 +201,7 @@ def _candidates(
             f"{100 * math.expm1(nearest.cost):+.2f} % at a ratio of {nearest.step.ratio:.1f}; raise the budget, or "
             "allow finer recipes"
         )
-    return within[-CANDIDATES:]
+    return within
 
 
 def _keep(

@@ -3,6 +3,8 @@
 import torch
 from jaxtyping import Float, UInt8
 
+from leankv import compiled
+
 BYTE = 256
 
 
@@ -46,6 +48,8 @@ class MixedRadix:
 
     def values(self, packed: UInt8[torch.Tensor, "tokens n_bytes"]) -> Float[torch.Tensor, "tokens integers"]:
         """The way back."""
+        if compiled.serves(packed):
+            return compiled.radix_values(packed, self._byte, self._packed, self._factor, self.levels, self.low)
         # Quotients by a reciprocal, rounded down: half a unit keeps them from where an inexact one would matter.
         left = packed.float().index_select(1, self._byte).add_(0.5).div_(self._factor).floor_()
         levels = self.levels[self._packed]

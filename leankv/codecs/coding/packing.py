@@ -4,7 +4,9 @@ Little-endian throughout: number j of a row occupies bits `b j` to `b j + b - 1`
 """
 
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
+
+from leankv import compiled
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -44,3 +46,12 @@ def unpack(packed: UInt8[torch.Tensor, "tokens bytes"], bits: int, count: int) -
         # Shifting a negative word brings ones in from the left; the mask drops them.
         column.copy_((words[:, : column.shape[1]] >> (bits * place)) & (2**bits - 1))
     return values
+
+
+def looked_up(
+    table: Float[torch.Tensor, " levels"], packed: UInt8[torch.Tensor, "tokens bytes"], bits: int, count: int
+) -> Float[torch.Tensor, "tokens {count}"]:
+    """`table[q]` of packed numbers `q`."""
+    if compiled.serves(packed):
+        return compiled.table_levels(packed, bits, table, count)
+    return table[unpack(packed, bits, count).int()]

@@ -1,0 +1,111 @@
+"""Inner loops that numba compiles for the CPU, where it is installed (`pip install 'leankv[cpu]'`).
+
+Torch runs decoding as many small operations, each a pass over memory. Every loop here has its twin of torch operations
+beside its caller, which serves where numba is missing, and on other devices. Twins agree to the last bits of float32.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+@cache
+def _kernels() -> Any:
+    # Numba takes half a second to import; nothing needs it before something is decoded.
+    return import_module("leankv.compiled.kernels")
+
+
+@cache
+def compiler() -> str:
+    """Which compiler these loops go through, for the key of what is measured; `none` where it is missing."""
+    return f"numba {version('numba')}" if find_spec("numba") else "none"
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether compiled loops can work on a tensor like this: on the CPU, and no gradient is wanted."""
+    is_differentiated = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor.device.type == "cpu" and not is_differentiated and compiler() != "none"
+
+
+def affine_levels(
+    packed: torch.Tensor, bits: int, low: torch.Tensor, step: torch.Tensor, width: int, group: int
+) -> torch.Tensor:
+    """`low + step q` of packed numbers: `[N, width]`, float32.
+
+    Args:
+        packed: uint8 `[N, bytes]`, as `leankv.codecs.coding.packing.pack` makes it.
+        bits: of a number.
+        low, step: `[N, width / group]`, of each group of neighbouring numbers; or one row for all.
+        width: numbers in a row.
+        group: numbers in a group.
+    """
+    out = torch.empty(len(packed), width)
+    low, step = (side.detach().float().contiguous().reshape(-1, width // group) for side in (low, step))
+    _kernels().affine_levels(_array(packed), bits, low.numpy(), step.numpy(), group, out.numpy())
+    return out
+
+
+def table_levels(packed: torch.Tensor, bits: int, table: torch.Tensor, width: int) -> torch.Tensor:
+    """`table[q]` of packed numbers: `[N, width]`, float32."""
+    out = torch.empty(len(packed), width)
+    _kernels().table_levels(_array(packed), bits, _array(table), out.numpy())
+    return out
+
+
+def radix_values(
+    packed: torch.Tensor,
+    places: torch.Tensor,
+    columns: torch.Tensor,
+    factor: torch.Tensor,
+    levels: torch.Tensor,
+    low: torch.Tensor,
+) -> torch.Tensor:
+    """What `leankv.codecs.coding.mixed_radix.MixedRadix.values` gives, token by token neighbours in memory.
+
+    Args:
+        packed: uint8 `[N, bytes]`.
+        places: int32 `[P]`, the byte that each packed integer lies in.
+        columns: int32 `[P]`, which of the J integers it is.
+        factor: float32 `[P]`, what it is multiplied by in its byte.
+        levels: float32 `[J]`.
+        low: float32 `[J]`.
+    """
+    out = torch.empty(len(low), len(packed))
+    arrays = [_array(tensor) for tensor in (packed, places, columns, factor, levels, low)]
+    _kernels().radix_values(*arrays, out.numpy())
+    return out.T
+
+
+def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Set the integers that escapes say, in place.
+
+    Args:
+        q: float32 `[N, J]`, as `radix_values` gives it.
+        counts: uint8 `[N]`, escapes of each token.
+        items: uint8 `[total, 2 or 3]`: which integer, in one byte or two, and a byte for its value.
+        sizes: float32 `[256]`, the value that each such byte means.
+    """
+    _kernels().put_escapes(q.T.numpy(), _array(counts), _array(items), _array(sizes))
+
+
+def rotated(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
+    """What `leankv.models.rope.rotate` gives.
+
+    Args:
+        k: `[B, heads, T, head_dim]`.
+        cos, sin: `[B or 1, T or 1, rotary]`.
+        halves: whether the pairs are halves of the rotated dimensions, or else neighbours.
+    """
+    by_token = k.detach().float().transpose(1, 2).contiguous()
+    out = torch.empty_like(by_token)
+    tables = [table.float().expand(-1, by_token.shape[1], -1).contiguous().numpy() for table in (cos, sin)]
+    _kernels().rotate(by_token.numpy(), *tables, halves, out.numpy())
+    return out.transpose(1, 2)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
