@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from leankv.cache.bundle import Bundle as Bundle
     from leankv.cache.lean_cache import LeanCache as LeanCache
     from leankv.cache.plan import PlanSpec as PlanSpec
+    from leankv.cache.saved_cache import load_cache as load_cache
     from leankv.codecs import Codec as Codec
     from leankv.codecs import FitData as FitData
     from leankv.codecs import Recipe as Recipe
@@ -40,6 +41,7 @@ _HOME = {
     "ModelConfig": "leankv.config.experiment",
     "PlanSpec": "leankv.cache.plan",
     "UserError": "leankv.errors",
+    "load_cache": "leankv.cache.saved_cache",
     "load_model": "leankv.models.loading",
 }
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "compressed",
     "fit",
     "load",
+    "load_cache",
     "load_model",
     "perplexity",
     "register",

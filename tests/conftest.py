@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # torch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import jaxtyping
 import pytest
 import yaml
 
@@ -17,6 +18,16 @@ from tests import tiny
 # hooks up after it has read this file.
 if TYPE_CHECKING:
     from tests.run_folders import Sweep
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes at every call, but in tests marked `whole_runs`.
+
+    Those take a model through whole texts, some a token at a time: a million calls of small functions, each checked in
+    50 microseconds. The tests of the functions themselves check them.
+    """
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("whole_runs") is not None)
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))

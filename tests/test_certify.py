@@ -23,6 +23,8 @@ from leankv.studies.workspace import Workspace
 from tests import tiny
 from tests.run_folders import evaluator_of, folder_of
 
+pytestmark = pytest.mark.whole_runs
+
 LENGTH = 48
 SAFE, BOLD, BOLDER = (PlanSpec.uniform(recipe) for recipe in ("int:8", "int:2", "pca:1"))
 SETTINGS = CertificationConfig(least_tokens=20, clip=0.2, max_documents=20)

@@ -1,5 +1,6 @@
 """What codecs code with: packing, levels, and the measure of error."""
 
+import contextlib
 import math
 
 import hypothesis
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from leankv import compiled
 from leankv.codecs import fraction_of_variance_unexplained
 from leankv.codecs.coding.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
 from leankv.codecs.coding.integer_matrix import LARGEST, IntegerMatrix, rounded
@@ -113,8 +115,38 @@ def test_every_table_of_probabilities_is_one_and_can_be_coded_with() -> None:
     assert torch.equal(tables[:, :127], tables[:, :127].flip(1))
     assert (tables > 2**-24).all()
     torch.testing.assert_close(tables.sum(dim=1), torch.ones(len(tables), dtype=torch.float64), rtol=0, atol=3e-4)
-    q = torch.tensor([[0], [63], [-64], [1000]]).expand(-1, len(tables))
+    q = torch.tensor([[0.0], [63], [-64], [1000]]).expand(-1, len(tables))
     assert torch.equal(decode_columns(encode_columns(q, tables), 4, tables), q)
+
+
+whole_numbers = st.integers(-70, 70) | st.integers(-(2**15), 2**15 - 1) | st.just(0)
+
+
+@a_few_times
+@hypothesis.given(st.data(), st.integers(0, 30), st.integers(0, 11), st.integers(1, 63))
+def test_streams_are_those_of_constriction(data: st.DataObject, tokens: int, columns: int, largest: int) -> None:
+    """Compiled or not, to the last bit; columns of zeros, values outside of the table, and nothing at all included."""
+    numbers = st.lists(whole_numbers, min_size=tokens, max_size=tokens)
+    rows = [data.draw(numbers | st.just([0] * tokens)) for _ in range(columns)]
+    q = torch.tensor(rows, dtype=torch.float32).reshape(columns, tokens).T
+    grid = st.lists(st.integers(0, SCALES - 1), min_size=columns, max_size=columns)
+    scale = torch.tensor(data.draw(grid), dtype=torch.uint8)
+    tables = probabilities(scale, scale % len(SHAPES), largest)
+    assert compiled.compiler() != "none"
+    stream = encode_columns(q, tables)
+    assert torch.equal(decode_columns(stream, tokens, tables), q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "serves", lambda tensor: False)
+        assert encode_columns(q, tables) == stream
+        assert torch.equal(decode_columns(stream, tokens, tables), q)
+
+
+@a_few_times
+@hypothesis.given(st.binary(max_size=80), st.integers(0, 20))
+def test_what_is_no_stream_is_read_as_something_or_refused(stream: bytes, tokens: int) -> None:
+    tables = probabilities(torch.arange(0, 200, 20).to(torch.uint8), torch.zeros(10, dtype=torch.uint8), 63)
+    with contextlib.suppress(ValueError):
+        assert decode_columns(stream, tokens, tables).shape == (tokens, 10)
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 3.0, 20.0])

@@ -24,6 +24,8 @@ from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.rate_map import parse_recipes
 from tests.run_folders import evaluator_of, folder_of, invoke, write_factory
 
+pytestmark = pytest.mark.whole_runs
+
 SPECS = ["int:4g8", "transform:1"]
 PLANS = plans_of(parse_recipes(SPECS))
 CONTEXT = 512  # so long that half of it is two groups of the baselines

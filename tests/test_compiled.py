@@ -32,6 +32,16 @@ def test_codecs_decode_alike(spec: str) -> None:
     torch.testing.assert_close(*both(lambda: codec.decode(code).float()), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "transform" in spec])
+@pytest.mark.parametrize("scale", [1, 10, 1e6])
+def test_transforms_encode_alike(spec: str, scale: float) -> None:
+    """So far out, too, that tokens have more escapes than a byte counts."""
+    codec = fit(spec, vectors())[0]
+    x = scale * vectors(seed=1)[0]
+    fast, slow = both(lambda: torch.cat([t.flatten() for t in codec.encode(x).tensors()]))
+    assert torch.equal(fast, slow)
+
+
 @given(
     ranges=st.lists(st.tuples(st.integers(-200, 200), st.integers(1, 256)), min_size=1, max_size=40),
     tokens=st.integers(0, 130),

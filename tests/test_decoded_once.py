@@ -14,6 +14,8 @@ from leankv.models.observers import RecordingCache
 from leankv.models.rope import find_rotation
 from tests import tiny
 
+pytestmark = pytest.mark.whole_runs
+
 SPECS = ("identity", "int:4", "nuq:3+5", "transform:s0.2", "resid(share:-2,transform:s0.2)", "resid(pca:4,int:4)")
 TOKENS = 40
 

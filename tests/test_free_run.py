@@ -14,6 +14,8 @@ from leankv.report.evaluation import free_run_rows
 from tests import tiny
 from tests.oracles import Rounding, SlowCache, identity_plan, plan_of
 
+pytestmark = pytest.mark.whole_runs
+
 NEW_TOKENS = 12
 
 

@@ -28,6 +28,8 @@ from leankv.studies.rate_map import check_measure, map_rates, parse_recipes
 from leankv.studies.spectra import spectra, variances_of
 from tests.run_folders import evaluator_of, folder_of
 
+pytestmark = pytest.mark.whole_runs
+
 SPECS = ["transform:1", "int:2"]
 RECIPES = parse_recipes(SPECS)
 PNG = b"\x89PNG"

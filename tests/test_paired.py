@@ -27,6 +27,8 @@ from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of
 from tests.run_folders import evaluator_of
 
+pytestmark = pytest.mark.whole_runs
+
 PROTOCOLS = [
     ProtocolConfig("strict", sinks=0),
     ProtocolConfig("strict", batch_size=2),

@@ -16,6 +16,8 @@ from leankv.evaluation.perplexity import BlockNats, compare, measure_nats
 from tests import tiny
 from tests.oracles import Rounding, SlowCache, fitted_plan, identity_plan, plan_of
 
+pytestmark = pytest.mark.whole_runs
+
 PROTOCOLS = {
     "strict": ProtocolConfig("strict"),
     "stream": ProtocolConfig("stream", sinks=2, window=5, chunk=7),

@@ -27,6 +27,8 @@ from leankv.studies.sweep import sweep
 from leankv.studies.workspace import Workspace
 from tests.run_folders import evaluator_of, folder_of
 
+pytestmark = pytest.mark.whole_runs
+
 SHARE = "resid(share:-1,int:4)"
 MIXED = PlanSpec.uniform("int:3").with_layers([0], k="none", v="pca:8").with_layers([2, 3], k=SHARE, v=SHARE)
 """Of four layers: exact, closed form, integers, and codecs that predict from codes and from one another."""

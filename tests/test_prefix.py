@@ -24,6 +24,8 @@ from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of
 from tests.test_encode_all import CONTINUATION, PREFIX, PROTOCOL, RECIPES, bundle_of
 
+pytestmark = pytest.mark.whole_runs
+
 
 @pytest.fixture
 def blocks() -> Blocks:

@@ -23,6 +23,8 @@ from tests.test_data import source
 from tests.test_encode_all import CONTINUATION, PREFIX, PROTOCOL, bundle_of
 from tests.test_wikitext import n_tokens, write_wikitext
 
+pytestmark = pytest.mark.whole_runs
+
 FLAGS = ("--protocol", "prefix", "--prefix-length", 40, "--continuation", 16)
 CHAIN = "resid(share:-2,transform:s0.3)"
 

@@ -19,6 +19,8 @@ from leankv.storage.files import DISK_SHARE
 from tests import tiny
 from tests.oracles import fitted_plan
 
+pytestmark = pytest.mark.whole_runs
+
 PROTOCOLS = [
     ProtocolConfig(kind="strict"),
     ProtocolConfig(kind="strict", sinks=2, batch_size=2),

@@ -28,6 +28,8 @@ from leankv.studies.workspace import Workspace
 from tests import tiny
 from tests.run_folders import finished_files, refuse, start, succeed, succeed_json, wait_for
 
+pytestmark = pytest.mark.whole_runs
+
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -164,9 +166,9 @@ def test_a_smaller_memory_for_codecs_is_kept(run, config, tmp_path):
 def test_a_ratio_may_be_the_target(config, tmp_path):
     (summary,) = succeed_json(
         *("select", "--config", config, "--budget", "80%", "-o", tmp_path / "run", "--strategy", "waterfill"),
-        *("--recipes", "int", "--target-ratio", "2.2"),
+        *("--recipes", "int", "--target-ratio", "2.2", "--dtype", "bfloat16"),  # what is exact counts with 16 bits
     )
-    assert summary["cache_ratio"] == pytest.approx(2.2, rel=0.1)
+    assert 0.98 * 2.2 <= summary["cache_ratio"] < 3
 
 
 def test_windows_are_part_of_the_plan(config, tmp_path):

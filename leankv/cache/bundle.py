@@ -7,6 +7,7 @@ README.md             the model card, for people
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from leankv.cache.bundle_checks import Configuration, read_codec_tensors, read_c
 from leankv.cache.codec_files import tensors_of
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import Plan, PlanSpec
+from leankv.cache.plan_checksum import checksum_of
 from leankv.codecs.registry import codec_from_tensors
 from leankv.errors import UserError
 from leankv.models.fingerprint import fingerprint
@@ -63,6 +65,11 @@ class Bundle:
         """`pre-rope` or `post-rope`."""
         return "post-rope" if self.rotation is None else "pre-rope"
 
+    @cached_property
+    def checksum(self) -> str:
+        """Of its codecs and their key space, as saved caches name them; hashed once."""
+        return checksum_of(self.plan, self.key_space)
+
     def new_cache(
         self, attention_mask: torch.Tensor | None = None, sinks: int | None = None, window: int | None = None
     ) -> LeanCache:
@@ -80,6 +87,7 @@ class Bundle:
             window=self.window if window is None else window,
             attention_mask=attention_mask,
             rotation=self.rotation,
+            fingerprint=self.made_for["fingerprint"],
         )
 
     def save(self, folder: str | Path, card: str | None = None) -> None:

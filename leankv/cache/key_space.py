@@ -30,6 +30,15 @@ class KeySpace:
         if self._of_rows is None and self._of_prompt is not None:
             self._of_rows = self._of_prompt.repeat_interleave(batch // len(self._of_prompt))
 
+    @property
+    def padding(self) -> Int64[torch.Tensor, " batch"] | None:
+        """Tokens of left padding in each row; None where there is none, or there are no rows."""
+        return self._of_rows
+
+    def restore(self, padding: Int64[torch.Tensor, " batch"] | None) -> None:
+        """Have such rows."""
+        self._of_rows = padding
+
     def clear(self) -> None:
         """Forget the rows."""
         self._of_rows = None

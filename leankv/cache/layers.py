@@ -53,21 +53,22 @@ class LeanLayer(DynamicLayer):
     ):
         super().__init__()
         self.codecs = dict(codecs)
-
-        def store(part: str, space: KeySpace | None, own: list[PartStore]) -> PartStore:
+        self.parts: dict[str, PartStore] = {}
+        for part, space in (("k", key_space), ("v", None)):
             codec = codecs.get(part)
-            layers = codec.n_context_layers if codec else 0
-            sources = [layer.parts[each] for layer in earlier[:layers] for each in ("k", "v")]
-            return store_type(codec, sinks, window, space, sources + own if layers else [])
-
-        keys = store("k", key_space, [])
-        self.parts = {"k": keys, "v": store("v", None, [keys])}
+            back = codec.n_context_layers if codec else 0
+            sources = [layer.parts[each] for layer in earlier[:back] for each in ("k", "v")]
+            # Values may be predicted from the layer's own keys too.
+            own = list(self.parts.values()) if back else []
+            self.parts[part] = store_type(codec, sinks, window, space, sources + own)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Note dtype and device, and take the codecs on the device where this layer's keys are."""
+        """Note dtype and device, and take codecs and what was restored to the device where this layer's keys are."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        for part, codec in self.codecs.items():
-            self.parts[part].codec = codec_on(codec, self.device)
+        for part, store in self.parts.items():
+            store.to(self.device)
+            if part in self.codecs:
+                store.codec = codec_on(self.codecs[part], self.device)
         self.is_initialized = True
 
     @torch.no_grad()

@@ -1,20 +1,29 @@
 """The compressed transformers cache, made of a plan for one batch of sequences."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from leankv.cache.code_attention import reads_codes
+from leankv.cache.contents import hash_of_tokens, held_by, tensors_of
 from leankv.cache.decoded_once import DecodedOnceStore
 from leankv.cache.key_space import KeySpace
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
 from leankv.cache.memory import held_bytes
 from leankv.cache.part_store import PartStore
 from leankv.cache.plan import Plan, Site, codecs_by_layer
+from leankv.cache.plan_checksum import checksum_of
+from leankv.cache.tensor_file import write_tensors
+from leankv.errors import UserError
 from leankv.models.rope import KeyRotation
 from leankv.models.structure import earlier_layers
+
+SAVED_FORMAT = 1
+"""Of the files that `LeanCache.save` writes; `leankv.cache.saved_cache` says what stands in them."""
 
 
 class LeanCache(Cache):
@@ -37,6 +46,7 @@ class LeanCache(Cache):
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
+        fingerprint: of the model, for saving; `leankv.Bundle.new_cache` knows it.
         decode_once: keep what was decoded beside its code: faster where a text is fed in many chunks, but no memory is
             saved. For measuring.
     """
@@ -51,6 +61,7 @@ class LeanCache(Cache):
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
+        fingerprint: str | None = None,
         decode_once: bool = False,
     ):
         padding = None
@@ -83,6 +94,7 @@ class LeanCache(Cache):
             layers[layer] = SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
         self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
+        self.fingerprint = fingerprint
         self.first_layer, self.decode_once = first_layer, decode_once
 
     def update(
@@ -109,18 +121,15 @@ class LeanCache(Cache):
 
     def fresh(self) -> "LeanCache":
         """An empty cache, made as this one was: the same plan, sharing its codecs, and the same padding."""
-        mask = None
-        if self.padding is not None:
-            longest = int(self.padding.max())
-            mask = torch.arange(longest + 1, device=self.padding.device) >= self.padding[:, None]
         return LeanCache(
             self.config,
             self.plan,
             sinks=self.sinks,
             window=self.window,
-            attention_mask=mask,
+            attention_mask=None if self.padding is None else mask_of(self.padding),
             first_layer=self.first_layer,
             rotation=self.rotation,
+            fingerprint=self.fingerprint,
             decode_once=self.decode_once,
         )
 
@@ -132,6 +141,48 @@ class LeanCache(Cache):
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def save(self, path: str | Path, tokens: Int[torch.Tensor, "B T"] | None = None) -> None:
+        """Write all that is held to a file: codes serialized, all else as it is. `leankv.load_cache` reads it back.
+
+        Args:
+            path: of the file; a saved cache that is there is replaced once the new one is whole.
+            tokens: the token ids that it was filled with, so that whoever loads it can be sure of them; more may follow
+                behind.
+
+        Raises:
+            UserError: it was not made of a bundle, or the file cannot be written.
+        """
+        if self.fingerprint is None:
+            raise UserError(
+                "this cache was not made of a bundle, so nothing could read it back; make one with leankv.fit, and the "
+                "cache with bundle.new_cache()"
+            )
+        if self.decode_once or self.first_layer:
+            raise UserError("a cache that measures is not saved; make one with bundle.new_cache()")
+        seen, held = self.get_seq_length(), held_by(self.layers)
+        codecs = {f"{site.layer}.{site.part}": codec for site, codec in self.codecs.items()}
+        tensors, streams = tensors_of(held, codecs)
+        for name, padding in (("padding", self.padding), ("rows", self._padding_of_rows())):
+            if padding is not None:
+                tensors[name] = padding.cpu()
+        about = {
+            "format": SAVED_FORMAT,
+            "codecs": checksum_of(self.plan, "post-rope" if self.rotation is None else "pre-rope"),
+            "model": self.fingerprint,
+            "tokens": None if tokens is None else hash_of_tokens(tokens[:, :seen]),
+            "seen": seen,
+            "batch": max((own.batch for own in held.values()), default=0),
+            "sinks": self.sinks,
+            "window": self.window,
+            "streams": streams,
+        }
+        write_tensors(Path(path), tensors, about)
+
+    def _padding_of_rows(self) -> torch.Tensor | None:
+        stores = [store for layer in self.layers if isinstance(layer, LeanLayer) for store in layer.parts.values()]
+        found = [store.space.padding for store in stores if store.space is not None]
+        return found[0] if found else None
 
     @property
     def codecs(self) -> Plan:
@@ -162,3 +213,9 @@ class LeanCache(Cache):
         ]
         stock = [layer for layer in self.layers if not isinstance(layer, LeanLayer) and layer.is_initialized]
         return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
+
+
+def mask_of(padding: Int[torch.Tensor, " batch"]) -> Int[torch.Tensor, "batch longest"]:
+    """An attention mask of rows with so much left padding, one token longer than the longest."""
+    longest = int(padding.max())
+    return (torch.arange(longest + 1, device=padding.device) >= padding[:, None]).long()

@@ -29,6 +29,7 @@ UNBOUNDED = sys.maxsize
 """As a window: every token behind the sinks stays exact until `encode_all`."""
 
 Rows = Float[torch.Tensor, "batch heads tokens head_dim"]
+Some = Float[torch.Tensor, "batch heads _ head_dim"]
 Like = Float[torch.Tensor, "batch heads new head_dim"]
 """Rows of a forward pass: dtype, device and heads are those of all that the store hands out."""
 
@@ -72,6 +73,11 @@ class PartStore:
         self.cross_layer.clear()
         if self.space is not None:
             self.space.clear()
+
+    def restore(self, seen: int, sinks: Some | None, code: Code | None, window: Some | None) -> None:
+        """Hold what another store of the same kind held, after `seen` tokens of its sequence."""
+        self.clear()
+        self.seen, self.sink_rows, self.code, self.window_rows = seen, sinks, code, window
 
     def append(self, rows: Rows) -> None:
         """Take in new tokens, and encode what leaves the window."""
@@ -269,23 +275,14 @@ class PartStore:
         sinks, coded, _ = self._lengths()
         self.seen -= max(len(self) - stop, 0)
 
-        def part_of(tokens: int, offset: int) -> tuple[int, int]:
-            first = min(max(start - offset, 0), tokens)
-            return first, min(max(stop - offset, first), tokens)
-
-        # Views would keep all of the storage alive: hence copies.
-        def cut(rows: torch.Tensor | None, offset: int) -> torch.Tensor | None:
-            first, last = part_of(_length(rows), offset)
-            if rows is None or last == first:
-                return None
-            return rows if last - first == rows.shape[2] else rows[:, :, first:last].clone()
-
-        first, last = part_of(coded, sinks)
+        first, last = _overlap(start - sinks, stop - sinks, coded)
         if last == first:
             self.code = None
         elif self.code is not None and last - first < coded:
             self.code = self.code.narrow(first, last).clone()
-        self.sink_rows, self.window_rows = cut(self.sink_rows, 0), cut(self.window_rows, sinks + coded)
+        behind = sinks + coded
+        self.sink_rows = _cut(self.sink_rows, start, stop)
+        self.window_rows = _cut(self.window_rows, start - behind, stop - behind)
 
     def index(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch, by number (any number of times) or by mask, in this order."""
@@ -325,6 +322,21 @@ def _as_vectors(rows: Rows) -> Float[torch.Tensor, "batch tokens width"]:
 
 def _length(rows: torch.Tensor | None) -> int:
     return 0 if rows is None else rows.shape[2]
+
+
+def _overlap(start: int, stop: int, count: int) -> tuple[int, int]:
+    """What of `start` to `stop` lies within the first `count`."""
+    first = min(max(start, 0), count)
+    return first, min(max(stop, first), count)
+
+
+def _cut(rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+    """Tokens `start` to `stop` of those there are; None for none."""
+    first, last = _overlap(start, stop, _length(rows))
+    if rows is None or last == first:
+        return None
+    # A view would keep all of the storage alive: hence a copy.
+    return rows if last - first == rows.shape[2] else rows[:, :, first:last].clone()
 
 
 def _behind(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS
 
 ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
+MOST_ESCAPES = 255  # of a token: a byte counts them
 LINEAR, FINE = 96, 4  # escape values up to 96 are exact, larger ones stand 2^(1/4) apart
 SEEN_AT_LEAST = 2e-4
 """Coordinates that are not zero in fewer vectors are always zero: they would cost more than they bring."""
@@ -202,10 +203,15 @@ class Transform(Codec):
 
     def _packed(self, q: torch.Tensor) -> Code:
         layout = self._layout()
+        if compiled.serves(q):
+            item = _escape_bits(q.shape[1]) // 8
+            items, counts = compiled.escapes_of(q, layout.low, layout.levels, item, LINEAR, FINE)
+            if not counts.numel() or int(counts.max()) <= MOST_ESCAPES:
+                return Code({"q": layout.pack(q), "escapes": Ragged.of(items, counts)})
         outside = (q < layout.low) | (q >= layout.low + layout.levels)
         counts = outside.sum(dim=1)
-        if counts.numel() and int(counts.max()) > 255:  # more than a byte counts: the largest ones stay
-            order = torch.where(outside, q.abs(), -1.0).argsort(dim=1, descending=True)[:, :255]
+        if counts.numel() and int(counts.max()) > MOST_ESCAPES:  # the largest ones stay
+            order = torch.where(outside, q.abs(), -1.0).argsort(dim=1, descending=True)[:, :MOST_ESCAPES]
             outside &= torch.zeros_like(outside).scatter_(1, order, value=True)
             counts = outside.sum(dim=1)
         _, which = outside.nonzero(as_tuple=True)
@@ -242,11 +248,11 @@ class Transform(Codec):
         return probabilities(self.scale, self.shape, LARGEST_TABLE)
 
     def serialize(self, code: Code) -> bytes:
-        return encode_columns(self._values(code).to(torch.int64).cpu(), self._probabilities())
+        return encode_columns(self._values(code), self._probabilities())
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
         q = decode_columns(data, tokens, self._probabilities())
-        return self._packed(q.float().to(self.mean.device))
+        return self._packed(q.to(self.mean.device))
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 

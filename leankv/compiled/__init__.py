@@ -10,6 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -17,6 +18,11 @@ import torch
 def _kernels() -> Any:
     # Numba takes half a second to import; nothing needs it before something is decoded.
     return import_module("leankv.compiled.kernels")
+
+
+@cache
+def _ans() -> Any:
+    return import_module("leankv.compiled.ans")
 
 
 @cache
@@ -80,6 +86,43 @@ def radix_values(
     return out.T
 
 
+def radix_packed(
+    q: torch.Tensor,
+    places: torch.Tensor,
+    columns: torch.Tensor,
+    factor: torch.Tensor,
+    levels: torch.Tensor,
+    low: torch.Tensor,
+    n_bytes: int,
+) -> torch.Tensor:
+    """What `leankv.codecs.coding.mixed_radix.MixedRadix.pack` gives, of float32 `[N, J]`; see `radix_values`."""
+    packed = torch.zeros(len(q), n_bytes, dtype=torch.uint8)
+    arrays = [_array(tensor) for tensor in (q.T, places, columns, factor, levels, low)]
+    _kernels().pack_radix(*arrays, packed.numpy())
+    return packed
+
+
+def escapes_of(
+    q: torch.Tensor, low: torch.Tensor, levels: torch.Tensor, item: int, linear: int, fine: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Items `[total, item]` of what is out of its range in float32 `[N, J]`, and how many each token has, int32 `[N]`.
+
+    Args:
+        q: whole numbers that an item can say.
+        low, levels: float32 `[J]`, the ranges.
+        item: bytes of one, 2 or 3: which integer, in one byte or two, and a byte for its value.
+        linear: sizes up to it are exact.
+        fine: larger ones stand `2^(1/fine)` apart.
+    """
+    counts = torch.zeros(len(q), dtype=torch.int32)
+    columns, ends = _array(q.T), [_array(tensor) for tensor in (low, levels)]
+    _kernels().count_outside(columns, *ends, counts.numpy())
+    starts = counts.cumsum(0) - counts
+    items = torch.empty(int(counts.sum()), item, dtype=torch.uint8)
+    _kernels().take_escapes(columns, *ends, starts.numpy(), linear, fine, items.numpy())
+    return items, counts
+
+
 def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, sizes: torch.Tensor) -> None:
     """Set the integers that escapes say, in place.
 
@@ -90,6 +133,41 @@ def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, size
         sizes: float32 `[256]`, the value that each such byte means.
     """
     _kernels().put_escapes(q.T.numpy(), _array(counts), _array(items), _array(sizes))
+
+
+Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+
+def encode_symbols(q: torch.Tensor, probabilities: Array, others: Array) -> Array:
+    """The words that constriction's `AnsCoder` would write: columns, the first on top, above what is outside of tables.
+
+    Args:
+        q: float32 `[N, J]`, whole numbers.
+        probabilities: float32 `[J, 2 K + 2]`, of -K to K and of all others.
+        others: uint16, those, token by token, in the order in which they are read.
+    """
+    largest = probabilities.shape[1] // 2 - 1
+    return numpy.asarray(_ans().encode(_array(q.T), largest, _borders(probabilities), others))
+
+
+def decode_symbols(words: Array, tokens: int, n_others: int, probabilities: Array) -> tuple[torch.Tensor, Array]:
+    """The way back: `[N, J]`, in which K + 1 stands for what is outside of the table, and the others, uint16."""
+    largest = probabilities.shape[1] // 2 - 1
+    q, others = torch.empty(len(probabilities), tokens), numpy.empty(n_others, numpy.uint16)
+    _ans().decode(words, largest, _borders(probabilities), q.numpy(), others)
+    return q.T, others
+
+
+def _borders(probabilities: Array) -> Array:
+    """What lies before each symbol, of 2^24, as constriction rounds it (`fast_quantized_cdf`): in float32, one added
+    for each symbol so that none is impossible."""
+    symbols = probabilities.shape[1]
+    sums = numpy.cumsum(probabilities, axis=1, dtype=numpy.float32)
+    before = numpy.concatenate([numpy.zeros_like(sums[:, :1]), sums[:, :-1]], axis=1)
+    scale = numpy.float32((1 << _ans().PRECISION) - symbols) / sums[:, -1:]
+    left = (before * scale).astype(numpy.uint32) + numpy.arange(symbols, dtype=numpy.uint32)
+    end = numpy.full((len(left), 1), 1 << _ans().PRECISION, dtype=numpy.uint32)
+    return numpy.concatenate([left, end], axis=1)
 
 
 def rotated(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The loops themselves; `leankv.compiled` says what they do. They run on one core, and let go of Python's lock."""
 
+import math
+
 import numpy
 from numba import njit
 
@@ -72,6 +74,44 @@ def radix_values(packed, places, columns, factor, levels, low, out):  # type: ig
                 # Rounded down: half a unit keeps quotients from where an inexact reciprocal would matter.
                 left = numpy.floor((row[n] + HALF) * above)
                 into[n] = bottom + (left - radix * numpy.floor((left + HALF) * over))
+
+
+@njit(nogil=True, cache=True)
+def count_outside(q, low, levels, counts):  # type: ignore[no-untyped-def]
+    for j in range(len(q)):
+        bottom, top = low[j], low[j] + levels[j]
+        for n in range(q.shape[1]):
+            if q[j, n] < bottom or q[j, n] >= top:
+                counts[n] += 1
+
+
+@njit(nogil=True, cache=True)
+def pack_radix(q, places, columns, factor, levels, low, packed):  # type: ignore[no-untyped-def]
+    for p in range(len(places)):
+        j, byte = columns[p], places[p]
+        most, bottom, weight = levels[j] - ONE, low[j], factor[p]
+        for n in range(q.shape[1]):
+            packed[n, byte] += numpy.uint8(min(max(q[j, n] - bottom, numpy.float32(0)), most) * weight)
+
+
+@njit(nogil=True, cache=True)
+def take_escapes(q, low, levels, starts, linear, fine, items):  # type: ignore[no-untyped-def]
+    wide = items.shape[1] == 3
+    for j in range(len(q)):
+        bottom, top = low[j], low[j] + levels[j]
+        for n in range(q.shape[1]):
+            value = q[j, n]
+            if bottom <= value < top:
+                continue
+            size = abs(value)
+            if size > linear:
+                size = linear + round(fine * math.log2(size / linear))
+            place = starts[n]
+            items[place, 0] = j % 256
+            if wide:
+                items[place, 1] = j // 256
+            items[place, items.shape[1] - 1] = int(size) + (128 if value < 0 else 0)
+            starts[n] += 1
 
 
 @njit(nogil=True, cache=True)

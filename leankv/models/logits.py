@@ -64,18 +64,23 @@ def logits_of(model: Any, inputs: Int[torch.Tensor, "B T"], output: Any, count: 
         yield logits
 
 
+class _Given:
+    """Stands for a body's forward pass: gives the same output whatever it is called with, and counts the calls."""
+
+    def __init__(self, output: Any):
+        self.output, self.calls = output, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.output
+
+
 @contextmanager
 def _giving(body: Any, output: Any) -> Iterator[None]:
     """For the time of one call, `body` gives `output` whatever it is called with."""
-    calls = 0
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return output
-
+    given = _Given(output)
     own = body.__dict__.get("forward")  # where accelerate spreads a model over devices, it puts its own there
-    body.forward = forward
+    body.forward = given
     try:
         yield
     finally:
@@ -83,4 +88,4 @@ def _giving(body: Any, output: Any) -> Iterator[None]:
             del body.forward
         else:
             body.forward = own
-    assert calls == 1, "the model's forward pass calls its body once"
+    assert given.calls == 1, "the model's forward pass calls its body once"

@@ -91,26 +91,26 @@ class _Call:
 
     @classmethod
     def like(cls, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> "_Call":
-        def emptied(argument: Any) -> Any:
-            if not isinstance(argument, torch.Tensor):
-                return argument
-            return argument.new_empty(*argument.shape[:-1], 0)
-
-        kept = {name: emptied(argument) for name, argument in keywords.items()}
-        return cls(module, tuple(emptied(argument) for argument in arguments), kept)
+        kept = {name: _emptied(argument) for name, argument in keywords.items()}
+        return cls(module, tuple(_emptied(argument) for argument in arguments), kept)
 
     def table_of(self, positions: torch.Tensor, dtype: torch.dtype | None = None) -> Table:
         """cos and sin of `positions` `[1, T]`, in the model's dtype unless another is given."""
-
-        def exchanged(argument: Any) -> Any:
-            # Hidden states give the tables their dtype and device, positions are the whole numbers.
-            if not isinstance(argument, torch.Tensor):
-                return argument
-            return argument.to(dtype) if argument.is_floating_point() else positions.to(argument.device)
-
-        arguments = [exchanged(argument) for argument in self.arguments]
-        cos, sin = self.module.forward(*arguments, **{name: exchanged(a) for name, a in self.keywords.items()})
+        arguments = [_exchanged(argument, positions, dtype) for argument in self.arguments]
+        keywords = {name: _exchanged(argument, positions, dtype) for name, argument in self.keywords.items()}
+        cos, sin = self.module.forward(*arguments, **keywords)
         return cos, sin
+
+
+def _emptied(argument: Any) -> Any:
+    return argument.new_empty(*argument.shape[:-1], 0) if isinstance(argument, torch.Tensor) else argument
+
+
+def _exchanged(argument: Any, positions: torch.Tensor, dtype: torch.dtype | None) -> Any:
+    # Hidden states give the tables their dtype and device, positions are the whole numbers.
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument.to(dtype) if argument.is_floating_point() else positions.to(argument.device)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Lossless entropy coding of integers by static probabilities, with constriction's asymmetric numeral systems (ANS).
 
 Each column of a chunk has a table of probabilities of the values -K to K and of "another value", which is then written
-in 16 bits (`leankv.codecs.coding.shapes` makes them). One chunk is one stream: its overhead is some 4 bytes, not some
-bits a value.
+in 16 bits (`leankv.codecs.coding.shapes` makes them). One chunk is one stream: its overhead is 4 to 8 bytes, and a bit
+a column. Where numba is installed, the same streams are written and read by compiled loops (`leankv.compiled.ans`).
 """
 
 import math
@@ -12,6 +12,8 @@ from typing import Any
 import numpy
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
+
+from leankv import compiled
 
 OTHER_OFFSET, OTHER_RANGE = 1 << 15, 1 << 16  # values outside of a table: -32768 to 32767
 
@@ -47,49 +49,76 @@ def _symbols(q: torch.Tensor, largest: int) -> torch.Tensor:
 
 
 def encode_columns(
-    q: Int64[torch.Tensor, "tokens integers"], probabilities: Float64[torch.Tensor, "integers symbols"]
+    q: Float32[torch.Tensor, "tokens integers"], probabilities: Float[torch.Tensor, "integers symbols"]
 ) -> bytes:
-    """Bytes of `q`, coded column by column."""
-    import constriction
-
+    """Bytes of whole numbers `q`, coded column by column; of those that are zero throughout a bit says so."""
+    q = q.cpu()
+    is_used = (q != 0).any(dim=0)
+    tables = probabilities[is_used].numpy().astype(numpy.float32)
     largest = probabilities.shape[1] // 2 - 1
-    coder = constriction.stream.stack.AnsCoder()
-    symbols = q.numpy()
-    outside = numpy.abs(symbols) > largest
-    others = symbols[outside].astype(numpy.int32) + OTHER_OFFSET
-    coded = numpy.where(outside, 2 * largest + 1, symbols + largest).astype(numpy.int32)
-    # A stack: what is written last is read first.
-    if len(others):
-        coder.encode_reverse(others, _uniform())
-    for column in reversed(range(q.shape[1])):
-        coder.encode_reverse(numpy.ascontiguousarray(coded[:, column]), _model(probabilities[column]))
-    return struct.pack("<I", len(others)) + coder.get_compressed().tobytes()
+    q = q[:, is_used]
+    outside = q[q.abs() > largest].numpy().astype(numpy.int32)
+    head = struct.pack("<I", len(outside)) + numpy.packbits(is_used.numpy()).tobytes()
+    others = (outside + OTHER_OFFSET).astype(numpy.uint16)
+    encode = compiled.encode_symbols if compiled.serves(q) else _encode_symbols
+    return head + encode(q, tables, others).astype("<u4").tobytes()
 
 
 def decode_columns(
-    data: bytes, tokens: int, probabilities: Float64[torch.Tensor, "integers symbols"]
-) -> Int64[torch.Tensor, "{tokens} integers"]:
-    """The way back."""
-    import constriction
-
-    largest = probabilities.shape[1] // 2 - 1
+    data: bytes, tokens: int, probabilities: Float[torch.Tensor, "integers symbols"]
+) -> Float32[torch.Tensor, "{tokens} integers"]:
+    """The way back; what is no stream gives some numbers or others, or a ValueError."""
+    count, symbols = probabilities.shape
+    largest, start = symbols // 2 - 1, 4 + (count + 7) // 8
+    if len(data) < start or (len(data) - start) % 4:
+        raise ValueError("a stream is cut off")
     (n_others,) = struct.unpack_from("<I", data)
-    coder = constriction.stream.stack.AnsCoder(numpy.frombuffer(data, dtype=numpy.uint32, offset=4))
-    if not len(probabilities):
-        return torch.empty(tokens, 0, dtype=torch.int64)
-    columns = [coder.decode(_model(row), tokens) for row in probabilities]
-    symbols = numpy.stack(columns, axis=1).astype(numpy.int64)
-    outside = symbols == 2 * largest + 1
-    symbols -= largest
-    if n_others:
-        symbols[outside] = coder.decode(_uniform(), n_others) - OTHER_OFFSET
-    return torch.from_numpy(symbols)
+    if n_others > tokens * count:
+        raise ValueError("a stream names more values than it has")
+    is_used = numpy.unpackbits(numpy.frombuffer(data, numpy.uint8, start - 4, 4), count=count).astype(bool)
+    words = numpy.frombuffer(data, "<u4", offset=start).astype(numpy.uint32)
+    tables = probabilities[torch.from_numpy(is_used)].numpy().astype(numpy.float32)
+    decode = compiled.decode_symbols if compiled.serves(probabilities) else _decode_symbols
+    found, others = decode(words, tokens, n_others, tables)
+    outside = found == largest + 1
+    if int(outside.sum()) != n_others:
+        raise ValueError("a stream names other values than it has")
+    found[outside] = torch.from_numpy(others.astype(numpy.float32) - OTHER_OFFSET)
+    # As decoders have them, the tokens of an integer beside each other.
+    q = torch.zeros(count, tokens).T
+    q[:, torch.from_numpy(is_used)] = found
+    return q
 
 
-def _model(probabilities: torch.Tensor) -> Any:
+def _encode_symbols(q: torch.Tensor, tables: Any, others: Any) -> Any:
     import constriction
 
-    return constriction.stream.model.Categorical(probabilities.numpy().astype(numpy.float32), perfect=False)
+    largest = tables.shape[1] // 2 - 1
+    coder = constriction.stream.stack.AnsCoder()
+    symbols = torch.where(q.abs() <= largest, q + largest, 2 * largest + 1).numpy().astype(numpy.int32)
+    # A stack: what is written last is read first.
+    if len(others):
+        coder.encode_reverse(others.astype(numpy.int32), _uniform())
+    for column, table in reversed(list(zip(symbols.T, tables, strict=True))):
+        coder.encode_reverse(numpy.ascontiguousarray(column), _model(table))
+    return coder.get_compressed()
+
+
+def _decode_symbols(words: Any, tokens: int, n_others: int, tables: Any) -> tuple[torch.Tensor, Any]:
+    import constriction
+
+    largest = tables.shape[1] // 2 - 1
+    coder = constriction.stream.stack.AnsCoder(words)
+    columns = [coder.decode(_model(table), tokens) for table in tables]
+    q = numpy.stack(columns).astype(numpy.float32) - largest if columns else numpy.empty((0, tokens), numpy.float32)
+    others = coder.decode(_uniform(), n_others) if n_others else numpy.empty(0)
+    return torch.from_numpy(q).T, others
+
+
+def _model(table: Any) -> Any:
+    import constriction
+
+    return constriction.stream.model.Categorical(table, perfect=False)
 
 
 def _uniform() -> Any:

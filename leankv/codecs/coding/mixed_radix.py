@@ -42,6 +42,9 @@ class MixedRadix:
 
     def pack(self, q: Float[torch.Tensor, "tokens integers"]) -> UInt8[torch.Tensor, "tokens n_bytes"]:
         """The bytes of such integers; what is out of its range goes to the nearer end of it."""
+        if compiled.serves(q) and q.dtype == torch.float32:
+            own = self._byte, self._packed, self._factor, self.levels, self.low
+            return compiled.radix_packed(q, *own, self.n_bytes)
         above = (q - self.low).clamp_min(0).minimum(self.levels - 1)[:, self._packed]
         packed = q.new_zeros(len(q), self.n_bytes)
         return packed.index_add_(1, self._byte, above * self._factor).to(torch.uint8)

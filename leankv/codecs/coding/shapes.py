@@ -2,7 +2,8 @@
 
 The distributions are Student's t at whole numbers, `p(k) ~ (1 + (k / s)^2 / (2 m - 1))^(-m)`: from `m = 1`, where rare
 values are frequent (Cauchy), to a large `m`, which is nearly a Gaussian. Both parameters stand on a grid, so two bytes
-a coordinate say which one it is; tables are worked out where codes are written or read, and not kept.
+a coordinate say which one it is; the tables of all points are worked out once a process, where codes are written or
+read.
 """
 
 import functools
@@ -42,9 +43,14 @@ def probabilities(
     scale: UInt8[torch.Tensor, " integers"], shape: UInt8[torch.Tensor, " integers"], largest: int
 ) -> Float64[torch.Tensor, "integers {2*largest+2}"]:
     """Of the values -K to K (K is `largest`), and of all others together, in each column; on the CPU."""
-    numbers = scale.cpu().long()
-    scales = _scales()[numbers]
-    m = torch.tensor(SHAPES, dtype=torch.float64)[shape.cpu().long()]
+    return _tables(largest)[shape.cpu().long() * SCALES + scale.cpu().long()]
+
+
+@functools.lru_cache(maxsize=1)
+def _tables(largest: int) -> Float64[torch.Tensor, "tables symbols"]:
+    """Of every point of the grid, scale by scale: 2.6 MB for all codecs of a process, where K is 63."""
+    scales = _scales().repeat(len(SHAPES))
+    m = torch.tensor(SHAPES, dtype=torch.float64).repeat_interleave(SCALES)
     half = torch.stack([_density(torch.tensor(float(k)), scales, m) for k in range(largest + 1)], dim=1)
     tail = torch.zeros_like(scales)
     for step in range(OCTAVES * PARTS):

@@ -1,0 +1,172 @@
+"""Caches on disk: what `LeanCache.save` wrote, checked and read back, so that a sequence goes on as if it never ended.
+
+The file is safetensors under one checksum (`leankv.cache.tensor_file`). Its table says
+
+    format    of the file
+    codecs    checksum of the fitted codecs and their key space; model, its fingerprint
+    tokens    hash of the token ids, where the writer gave them
+    seen      tokens of each row so far, left padding and what sliding windows dropped included
+    batch     rows
+    sinks     first tokens kept exact; window, latest ones
+    streams   store (`LAYER.PART`) -> its tokens that are codes, and the bytes of each row's stream
+
+and its tensors are the streams, each store's exact vectors in the model's dtype, and the rows' left padding.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from leankv.cache.bundle import Bundle
+from leankv.cache.contents import DamagedError, Held, Room, hash_of_tokens, held_in
+from leankv.cache.layers import LeanLayer
+from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache, mask_of
+from leankv.cache.part_store import UNBOUNDED
+from leankv.cache.plan import Site
+from leankv.cache.tensor_file import read_tensors
+from leankv.config.plan_table import PARTS
+from leankv.errors import UserError
+from leankv.models.geometry import LayerGeometry
+
+WHAT, WAY_OUT = "the saved cache", "make it again from its text"
+
+MOST_ROWS = 2**16  # assumption: of a batch
+
+
+def load_cache(
+    path: str | Path,
+    bundle: Bundle,
+    tokens: Int[torch.Tensor, "B T"] | None = None,
+    device: torch.device | str = "cpu",
+) -> LeanCache:
+    """A cache that `LeanCache.save` wrote. It goes on as the one that was saved would: the same logits, bit for bit.
+
+    Args:
+        path: of the file.
+        bundle: that made the cache.
+        tokens: the ids of what it should hold; more may follow behind.
+        device: where its exact layers are held; compressed ones follow the keys that come.
+
+    Raises:
+        UserError: there is no such file, it is damaged, another bundle, model or version made it, or it holds other
+            tokens.
+    """
+    path = Path(path)
+    tensors, about = read_tensors(path, WHAT, WAY_OUT)
+    try:
+        cache = _restored(path, tensors, about, bundle, torch.device(device))
+    except DamagedError as error:
+        raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
+    if tokens is not None and about["tokens"] != hash_of_tokens(tokens[:, : about["seen"]]):
+        raise UserError(
+            f"{WHAT} {path} was not made of these tokens; {WAY_OUT}, or give those that it was saved with"
+            if about["tokens"] is not None
+            else f"{WHAT} {path} does not say which tokens it was made of; save it with `tokens`"
+        )
+    return cache
+
+
+def _restored(
+    path: Path, tensors: dict[str, torch.Tensor], about: Mapping[str, Any], bundle: Bundle, device: torch.device
+) -> LeanCache:
+    if about.get("format") != SAVED_FORMAT:
+        raise UserError(
+            f"{WHAT} {path} has format {about.get('format')!r}, this version reads {SAVED_FORMAT}; {WAY_OUT}"
+        )
+    check_origin(path, WHAT, about, bundle)
+    numbers = {"seen": 2**31 - 1, "batch": MOST_ROWS, "sinks": 2**31 - 1, "window": UNBOUNDED}
+    for name, most in numbers.items():
+        if type(about.get(name)) is not int or not 0 <= about[name] <= most:
+            raise DamagedError(f"{name} is {about.get(name)!r}")
+    if not isinstance(about.get("tokens"), str | None) or not isinstance(about.get("streams"), dict):
+        raise DamagedError("its table lacks tokens or streams")
+    seen, batch = about["seen"], about["batch"]
+    padding, rows = (_padding(tensors.pop(name, None), seen) for name in ("padding", "rows"))
+    if rows is not None and len(rows) != batch:
+        raise DamagedError(f"it has the padding of {len(rows)} rows, not of {batch}")
+    mask = None if padding is None else mask_of(padding)
+    cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"])
+    held = held_in(tensors, about["streams"], _rooms(cache, bundle), batch)
+    for number, layer in enumerate(cache.layers):
+        own: dict[str, Held] = {part: held[f"{number}.{part}"] for part in PARTS}
+        if isinstance(layer, LeanLayer):
+            for part, store in layer.parts.items():
+                _check_length(f"{number}.{part}", own[part], seen, layer)
+                store.restore(seen, own[part].sinks, own[part].code, own[part].window)
+                if store.space is not None:
+                    store.space.restore(None if rows is None else rows.clone())
+        elif seen:
+            _restore_stock(number, layer, own, seen, device)
+    return cache
+
+
+def check_origin(path: Path, what: str, about: Mapping[str, Any], bundle: Bundle) -> None:
+    """Refuse what was written with another model's bundle, or another bundle's codecs.
+
+    Raises:
+        UserError: it was.
+    """
+    if about.get("model") != bundle.made_for["fingerprint"]:
+        raise UserError(
+            f"{what} {path} is of another model than {bundle.made_for['name']} (its fingerprint differs); load it with "
+            "the bundle that made it"
+        )
+    if about.get("codecs") != bundle.checksum:
+        raise UserError(
+            f"{what} {path} was made with other codecs than this bundle's (their checksum differs); load it with the "
+            f"bundle that made it, or {WAY_OUT}"
+        )
+
+
+def _rooms(cache: LeanCache, bundle: Bundle) -> dict[str, Room]:
+    rooms: dict[str, Room] = {}
+    for number, layer in enumerate(bundle.made_for["layers"]):
+        own = LayerGeometry(layer["kv_heads"], layer["head_dim"], None, layer.get("v_head_dim"))
+        for part in PARTS:
+            codec = cache.plan.get(Site(number, part))
+            sinks = _sinks_of(cache, number)
+            rooms[f"{number}.{part}"] = Room(codec, own.kv_heads, own.width_of(part) // own.kv_heads, sinks)
+    return rooms
+
+
+def _sinks_of(cache: LeanCache, number: int) -> int:
+    layer = cache.layers[number]
+    return layer.parts["k"].sinks if isinstance(layer, LeanLayer) else 0
+
+
+def _padding(padding: torch.Tensor | None, seen: int) -> torch.Tensor | None:
+    if padding is None:
+        return None
+    is_padding = padding.dtype == torch.int64 and padding.ndim == 1 and 1 <= len(padding) <= MOST_ROWS
+    if not is_padding or int(padding.min()) < 0 or int(padding.max()) > seen:
+        raise DamagedError("its left padding cannot be")
+    return padding
+
+
+def _length(held: Held) -> int:
+    exact = sum(rows.shape[2] for rows in (held.sinks, held.window) if rows is not None)
+    return exact + (0 if held.code is None else held.code.shape[1])
+
+
+def _check_length(name: str, held: Held, seen: int, layer: Any) -> None:
+    length = _length(held)
+    least = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
+    if not least <= length <= seen:
+        raise DamagedError(f"{name} holds {length} tokens of {seen}")
+
+
+def _restore_stock(number: int, layer: DynamicLayer, own: Mapping[str, Held], seen: int, device: torch.device) -> None:
+    """Fill a layer that no codec compresses, as transformers fills it."""
+    keys, values = own["k"].window, own["v"].window
+    if keys is None or values is None:
+        raise DamagedError(f"it lacks layer {number}")
+    for part in PARTS:
+        _check_length(f"{number}.{part}", own[part], seen, layer)
+    layer.lazy_initialization(keys.to(device), values.to(device))
+    layer.keys, layer.values = keys.to(device), values.to(device)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = seen

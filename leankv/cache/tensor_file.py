@@ -1,0 +1,72 @@
+"""Tensors and what is said of them in one file: a safetensors file under one checksum, written whole or not at all."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from leankv.errors import UserError
+from leankv.storage.files import hash_of, write_bytes
+
+ABOUT, CHECKSUM = "leankv", "sha256"
+"""Names in the header's metadata."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write contiguous tensors on the CPU, and a JSON table about them.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    metadata = {ABOUT: json.dumps(about, allow_nan=False), CHECKSUM: _checksum(tensors, about)}
+    write_bytes(path, safetensors.torch.save(dict(tensors), metadata=metadata))
+
+
+def read_tensors(path: Path, what: str, way_out: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The way back. Nothing is handed out unless every bit of it is as it was written.
+
+    Args:
+        path: the file.
+        what: it is, for the sentences.
+        way_out: what to do where it is none, likewise.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, cut off, or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} {path} does not exist; {way_out}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        about = json.loads(metadata[ABOUT])
+        is_whole = isinstance(about, dict) and metadata[CHECKSUM] == _checksum(tensors, about)
+    # Nothing in a file that is no longer what was written is sure to be of any kind.
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is damaged ({_short(error)}); {way_out}") from error
+    if not is_whole:
+        raise UserError(f"{what} {path} was changed since it was written (its sha256 differs); {way_out}")
+    return tensors, about
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(hash_of(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 100 else f"{text[:100]}..."
