@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from leankv.codecs import register as register
     from leankv.config.experiment import ModelConfig as ModelConfig
     from leankv.errors import UserError as UserError
+    from leankv.evaluation.prefix_store import PrefixStore as PrefixStore
     from leankv.models.loading import load_model as load_model
 
 _HOME = {
@@ -40,6 +41,7 @@ _HOME = {
     "LeanCache": "leankv.cache.lean_cache",
     "ModelConfig": "leankv.config.experiment",
     "PlanSpec": "leankv.cache.plan",
+    "PrefixStore": "leankv.evaluation.prefix_store",
     "UserError": "leankv.errors",
     "load_cache": "leankv.cache.saved_cache",
     "load_model": "leankv.models.loading",
@@ -54,6 +56,7 @@ __all__ = [
     "ModelConfig",
     "PerplexityReport",
     "PlanSpec",
+    "PrefixStore",
     "Recipe",
     "UserError",
     "__version__",

@@ -134,7 +134,9 @@ def test_train_layer_tells_error_and_cost(experiment: Path, tmp_path: Path) -> N
 
 def test_generate_streams_text_and_tells_the_bytes(bundle: Path) -> None:
     told = succeed_json("generate", "once there was", "--bundle", bundle, "--max-new-tokens", 12)
-    assert set(told) == {"text", "tokens", "cache_bytes", "uncompressed_bytes", "tokens_per_second"}
+    speeds = {"seconds_to_first_token", "tokens_per_second"}
+    assert set(told) == {"text", "tokens", "tokens_at_start", "cache_bytes", "uncompressed_bytes", *speeds}
+    assert 0 < told["seconds_to_first_token"] < 12 / told["tokens_per_second"]
     assert told["tokens"] == 14 + 12 - 1  # the last token is never fed
     assert told["cache_bytes"] < told["uncompressed_bytes"]
     output = succeed("generate", "once there was", "--bundle", bundle, "--max-new-tokens", 12).stdout

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ from tests.test_encode_all import bundle_of
 RECIPES = ["int:4", "transform:s0.3", "resid(share:-2,transform:s0.3)", "k=none v=resid(share:-1,int:3)"]
 
 
+pytestmark = pytest.mark.whole_runs
+
+
+@functools.cache
+def fitted(architecture: str, recipe: str) -> tuple[Any, Bundle]:
+    """A model and a bundle of it."""
+    model = tiny.build(architecture)
+    return model, bundle_of(model, recipe)
+
+
 @torch.no_grad()
 def fed(model: Any, cache: Any, tokens: torch.Tensor, **given: Any) -> torch.Tensor:
     """Logits of all tokens but the first, some at a time, after these."""
@@ -52,9 +63,9 @@ def goes_on_alike(model: Any, bundle: Bundle, cache: LeanCache, path: Path, **gi
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("window", [0, 3, UNBOUNDED])
-def test_what_is_read_back_goes_on_alike(model: Any, tmp_path: Path, recipe: str, window: int) -> None:
+def test_what_is_read_back_goes_on_alike(architecture: str, tmp_path: Path, recipe: str, window: int) -> None:
     """On every architecture, rows of two, and also when all was coded whole."""
-    bundle = bundle_of(model, recipe)
+    model, bundle = fitted(architecture, recipe)
     cache = bundle.new_cache(window=window)
     fed(model, cache, tiny.tokens(2, 30))
     if window == UNBOUNDED:
@@ -75,8 +86,8 @@ def test_of_every_codec(tmp_path: Path, spec: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int:4", "resid(share:-2,transform:s0.3)"])
-def test_with_left_padding_and_rows_in_another_order(model: Any, tmp_path: Path, recipe: str) -> None:
-    bundle = bundle_of(model, recipe)
+def test_with_left_padding_and_rows_in_another_order(architecture: str, tmp_path: Path, recipe: str) -> None:
+    model, bundle = fitted(architecture, recipe)
     padding = torch.tensor([4, 0])
     mask = (torch.arange(20) >= padding[:, None]).long()
     cache = bundle.new_cache(mask, window=3)

@@ -41,6 +41,12 @@ class Held:
     window: torch.Tensor | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens."""
+        exact = sum(rows.shape[2] for rows in (self.sinks, self.window) if rows is not None)
+        return exact + (0 if self.code is None else self.code.shape[1])
+
+    @property
     def batch(self) -> int:
         """Rows; 0 where nothing is held."""
         exact = [len(rows) for rows in (self.sinks, self.window) if rows is not None]

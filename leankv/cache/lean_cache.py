@@ -70,6 +70,7 @@ class LeanCache(Cache):
         self.sinks, self.padding = sinks, padding
         if sinks and padding is not None:
             sinks += int(padding.max())
+        self.sinks_with_padding = sinks
         layers = DynamicCache(config=config).layers
         store_type = DecodedOnceStore if decode_once else PartStore
         windows = [getattr(layer, "sliding_window", None) for layer in layers]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Room, hash_of_tokens, held_in
@@ -90,18 +90,31 @@ def _restored(
         raise DamagedError(f"it has the padding of {len(rows)} rows, not of {batch}")
     mask = None if padding is None else mask_of(padding)
     cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"])
-    held = held_in(tensors, about["streams"], _rooms(cache, bundle), batch)
+    held = held_in(tensors, about["streams"], rooms_of(bundle, cache.sinks_with_padding), batch)
+    for number, layer in enumerate(cache.layers):
+        for part in PARTS:
+            _check_length(f"{number}.{part}", held[f"{number}.{part}"], seen, layer)
+    fill(cache, held, seen, device)
+    for layer in cache.layers:
+        if isinstance(layer, LeanLayer):
+            for store in layer.parts.values():
+                if store.space is not None:
+                    store.space.restore(None if rows is None else rows.clone())
+    return cache
+
+
+def fill(cache: LeanCache, held: Mapping[str, Held], seen: int, device: torch.device) -> None:
+    """Have an empty cache hold what was held after `seen` tokens, store by store."""
     for number, layer in enumerate(cache.layers):
         own: dict[str, Held] = {part: held[f"{number}.{part}"] for part in PARTS}
         if isinstance(layer, LeanLayer):
             for part, store in layer.parts.items():
-                _check_length(f"{number}.{part}", own[part], seen, layer)
                 store.restore(seen, own[part].sinks, own[part].code, own[part].window)
-                if store.space is not None:
-                    store.space.restore(None if rows is None else rows.clone())
-        elif seen:
-            _restore_stock(number, layer, own, seen, device)
-    return cache
+        elif (keys := own["k"].window) is not None and (values := own["v"].window) is not None:
+            layer.lazy_initialization(keys.to(device), values.to(device))
+            layer.keys, layer.values = keys.to(device), values.to(device)
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = seen
 
 
 def check_origin(path: Path, what: str, about: Mapping[str, Any], bundle: Bundle) -> None:
@@ -122,20 +135,16 @@ def check_origin(path: Path, what: str, about: Mapping[str, Any], bundle: Bundle
         )
 
 
-def _rooms(cache: LeanCache, bundle: Bundle) -> dict[str, Room]:
+def rooms_of(bundle: Bundle, sinks: int) -> dict[str, Room]:
+    """What each store of a bundle's caches can hold, with at most so many sinks."""
     rooms: dict[str, Room] = {}
     for number, layer in enumerate(bundle.made_for["layers"]):
         own = LayerGeometry(layer["kv_heads"], layer["head_dim"], None, layer.get("v_head_dim"))
         for part in PARTS:
-            codec = cache.plan.get(Site(number, part))
-            sinks = _sinks_of(cache, number)
-            rooms[f"{number}.{part}"] = Room(codec, own.kv_heads, own.width_of(part) // own.kv_heads, sinks)
+            codec = bundle.plan.get(Site(number, part))
+            head_dim = own.width_of(part) // own.kv_heads
+            rooms[f"{number}.{part}"] = Room(codec, own.kv_heads, head_dim, 0 if codec is None else sinks)
     return rooms
-
-
-def _sinks_of(cache: LeanCache, number: int) -> int:
-    layer = cache.layers[number]
-    return layer.parts["k"].sinks if isinstance(layer, LeanLayer) else 0
 
 
 def _padding(padding: torch.Tensor | None, seen: int) -> torch.Tensor | None:
@@ -147,26 +156,8 @@ def _padding(padding: torch.Tensor | None, seen: int) -> torch.Tensor | None:
     return padding
 
 
-def _length(held: Held) -> int:
-    exact = sum(rows.shape[2] for rows in (held.sinks, held.window) if rows is not None)
-    return exact + (0 if held.code is None else held.code.shape[1])
-
-
 def _check_length(name: str, held: Held, seen: int, layer: Any) -> None:
-    length = _length(held)
+    length = held.length
     least = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
     if not least <= length <= seen:
         raise DamagedError(f"{name} holds {length} tokens of {seen}")
-
-
-def _restore_stock(number: int, layer: DynamicLayer, own: Mapping[str, Held], seen: int, device: torch.device) -> None:
-    """Fill a layer that no codec compresses, as transformers fills it."""
-    keys, values = own["k"].window, own["v"].window
-    if keys is None or values is None:
-        raise DamagedError(f"it lacks layer {number}")
-    for part in PARTS:
-        _check_length(f"{number}.{part}", own[part], seen, layer)
-    layer.lazy_initialization(keys.to(device), values.to(device))
-    layer.keys, layer.values = keys.to(device), values.to(device)
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = seen

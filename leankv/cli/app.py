@@ -29,17 +29,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def command(name: str, *setting_names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, *setting_names: str, group: typer.Typer = app
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command with its settings; what a user can mend ends in one sentence and exit code 2."""
-    return lambda function: _registered(name, settings(*setting_names)(function))
+    return lambda function: _registered(name, settings(*setting_names)(function), group)
 
 
 def reading_command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command that reads finished files only, and so takes no settings of an experiment."""
-    return lambda function: _registered(name, function)
+    return lambda function: _registered(name, function, app)
 
 
-def _registered(name: str, function: Callable[..., None]) -> Callable[..., None]:
+def _registered(name: str, function: Callable[..., None], group: typer.Typer) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(**given: Any) -> None:
         try:
@@ -53,7 +55,7 @@ def _registered(name: str, function: Callable[..., None]) -> Callable[..., None]
 
     guarded.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     del guarded.__wrapped__
-    return app.command(name)(guarded)
+    return group.command(name)(guarded)
 
 
 def fail(sentence: str) -> None:

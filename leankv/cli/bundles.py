@@ -10,6 +10,8 @@ from leankv.cli.options import PROTOCOL, Asked
 from leankv.errors import UserError
 from leankv.progress import Progress
 
+TITLE = 40  # characters of a prompt that names it in a store
+
 Register = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,17 +71,47 @@ def generate_command(
     asked: Asked,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     bundle: Annotated[Path, typer.Option(help="The bundle.", show_default=False)],
+    file: Annotated[Path | None, typer.Option(help="Text file to put before the prompt.", show_default=False)] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps prompts as codes: what is there is not computed.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; else sampled.", min=0.0)] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = False,
     register: Register = None,
     json_: Json = False,
 ) -> None:
-    """Stream a completion through the compressed cache; report the bytes it held and tokens a second."""
+    """Stream a completion through the compressed cache; report the bytes it held and tokens a second.
+
+    With a store, the longest beginning of the prompt that lies there is read instead of computed. A prompt of which
+    nothing lies there is computed exactly once and stored, as protocol `prefix` measures it.
+    """
     from dataclasses import asdict
 
+    from leankv.evaluation.generation import complete, encoded, format_completion
+
+    loaded, opened, experiment, progress = open_bundle(asked, bundle, register)
+    ids = encoded(loaded, text_of(file) + prompt, chat)
+    kept = None if store is None else open_store(store, opened, loaded, progress, None)
+    if kept is not None and not kept.stored_tokens(ids):
+        with progress.stage("computing and storing the prompt", 1) as step:
+            kept.add(ids, title_of(file, prompt))
+            step()
+    cache = opened.new_cache() if kept is None else kept.cache_for(ids)
+    show = (lambda text: None) if json_ else print_piece
+    completion = complete(loaded, cache, ids, max_new_tokens, temperature, experiment.seed, show)
+    if kept is not None:
+        kept.put(cache, torch_row(completion.ids), title_of(file, prompt))
+    if json_:
+        print_json({name: value for name, value in asdict(completion).items() if name != "ids"})
+    else:
+        OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+
+
+def open_bundle(asked: Asked, bundle: Path, register: list[str] | None) -> tuple[Any, Any, Any, Progress]:
+    """The model that a bundle was made for (or the one that is asked for), the bundle, the experiment; and progress."""
     from leankv.cache.bundle import load_bundle, read_bundle_config
-    from leankv.evaluation.generation import complete, format_completion
     from leankv.models.loading import load_model
 
     _register(register)
@@ -88,17 +120,38 @@ def generate_command(
     progress = Progress()
     progress.say(f"loading {experiment.model.name}")
     loaded = load_model(experiment.model)
-    if not loaded.tokenizer(prompt)["input_ids"]:
-        raise UserError("the prompt is empty; give some text to go on from")
-    if chat and loaded.tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {experiment.model.name} has no chat template; leave --chat out")
-    cache = load_bundle(bundle, loaded.model).new_cache()
-    show = (lambda text: None) if json_ else print_piece
-    completion = complete(loaded, cache, prompt, max_new_tokens, temperature, chat, experiment.seed, show)
-    if json_:
-        print_json(asdict(completion))
-    else:
-        OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
+    return loaded, load_bundle(bundle, loaded.model), experiment, progress
+
+
+def open_store(folder: Path, bundle: Any, loaded: Any, progress: Progress, max_size: str | None) -> Any:
+    """The prefix store in a folder."""
+    from leankv.config.notation import parse_bytes
+    from leankv.evaluation.prefix_store import PrefixStore
+
+    limit = None if max_size is None else parse_bytes(max_size)
+    return PrefixStore(folder, bundle, loaded.model, limit, progress.say)
+
+
+def text_of(file: Path | None) -> str:
+    """A text file; nothing for none."""
+    if file is None:
+        return ""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the text file {file} cannot be read ({error}); give a file of UTF-8 text") from error
+
+
+def title_of(file: Path | None, prompt: str) -> str:
+    """What a prompt is called in a store."""
+    return file.name if file is not None else " ".join(prompt.split())[:TITLE]
+
+
+def torch_row(ids: list[int]) -> Any:
+    """Token ids as a batch of one."""
+    import torch
+
+    return torch.tensor([ids])
 
 
 def _register(names: list[str] | None) -> None:

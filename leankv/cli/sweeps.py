@@ -231,16 +231,17 @@ def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) ->
     from dataclasses import asdict
 
     from leankv.cache.bundle import load_bundle
-    from leankv.evaluation.generation import complete, format_completion
+    from leankv.evaluation.generation import complete, encoded, format_completion
     from leankv.report.runs import COMPLETION_FILE
     from leankv.storage.files import write_json
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
     OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
     length = NEW_TOKENS + cache.sinks + cache.window
-    completion = complete(loaded, cache, prompt, length, 0.0, False, seed, print_piece)
+    completion = complete(loaded, cache, encoded(loaded, prompt, False), length, 0.0, seed, print_piece)
     OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
-    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **asdict(completion)})
+    told = {name: value for name, value in asdict(completion).items() if name != "ids"}
+    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **told})
 
 
 def _default_output_dir() -> str:

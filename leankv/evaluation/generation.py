@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from transformers import TextStreamer
 
 from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.lean_cache import LeanCache
 from leankv.config.plan_table import PARTS
+from leankv.errors import UserError
 from leankv.models.loading import LoadedModel
 
 
@@ -20,16 +22,22 @@ class Completion:
 
     Attributes:
         text: what was generated, the prompt left out.
+        ids: token ids of prompt and completion.
         tokens: tokens that the cache held at the end.
+        tokens_at_start: tokens that it held when the prompt came.
         cache_bytes: bytes that the compressed cache held then (measured).
         uncompressed_bytes: what the stock cache holds for as many tokens in the model's dtype.
+        seconds_to_first_token: from the call to the first generated token.
         tokens_per_second: generated tokens over the time of the whole call, prompt included.
     """
 
     text: str
+    ids: list[int]
     tokens: int
+    tokens_at_start: int
     cache_bytes: int
     uncompressed_bytes: int
+    seconds_to_first_token: float
     tokens_per_second: float
 
 
@@ -39,70 +47,94 @@ class _Callback(TextStreamer):
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
+        self.first_token: float | None = None  # when it came, on the monotonic clock
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.first_token is None and not self.next_tokens_are_prompt:
+            self.first_token = time.monotonic()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.on_text(text)
+
+
+def encoded(loaded: LoadedModel, prompt: str, chat: bool) -> Int[torch.Tensor, "1 T"]:
+    """Token ids of a prompt, plain or as the user's turn in the tokenizer's chat template.
+
+    Raises:
+        UserError: it has no tokens, or there is no template.
+    """
+    tokenizer = loaded.tokenizer
+    if chat and tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {loaded.name} has no chat template; leave --chat out")
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty; give some text to go on from")
+    return torch.tensor([ids])
 
 
 @torch.no_grad()
 def complete(
     loaded: LoadedModel,
     cache: LeanCache,
-    prompt: str,
+    input_ids: Int[torch.Tensor, "1 T"],
     max_new_tokens: int,
     temperature: float,
-    chat: bool,
     seed: int,
     on_text: Callable[[str], None],
 ) -> Completion:
-    """Generate a completion of `prompt` through `cache`, handing text to `on_text` as it comes.
+    """Generate a completion through `cache`, handing text to `on_text` as it comes.
 
     Args:
         loaded: the model.
-        cache: a fresh cache.
-        prompt: plain text, or with `chat` the user's turn in the tokenizer's chat template.
+        cache: a fresh cache, or one that holds the first tokens of the prompt.
+        input_ids: of the prompt; the last is not in the cache yet.
         max_new_tokens: at most so many tokens.
         temperature: 0 takes the likeliest token; otherwise samples.
-        chat: see `prompt`.
         seed: for sampling.
         on_text: gets pieces of text.
     """
-    tokenizer = loaded.tokenizer
-    if chat:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(loaded.model.device)
+    tokenizer, inputs = loaded.tokenizer, input_ids.to(loaded.model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
+    held_at_start = cache.get_seq_length()
+    callback = _Callback(tokenizer, on_text)
     started = time.monotonic()
     with attention_over_codes(loaded.model):
         output = loaded.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
-            streamer=_Callback(tokenizer, on_text),
+            streamer=callback,
             **sampling,
         )
     seconds = time.monotonic() - started
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, inputs.shape[1] :]
     tokens = cache.get_seq_length()
     held = sum(layer.width_of(part) * layer.tokens_held(tokens) for layer in loaded.geometry.layers for part in PARTS)
     return Completion(
         text=tokenizer.decode(new, skip_special_tokens=True),
+        ids=output[0].tolist(),
         tokens=tokens,
+        tokens_at_start=held_at_start,
         cache_bytes=cache.nbytes(),
         uncompressed_bytes=held * loaded.model.dtype.itemsize,
+        seconds_to_first_token=(callback.first_token or time.monotonic()) - started,
         tokens_per_second=len(new) / seconds,
     )
 
 
 def format_completion(completion: Completion, dtype: str) -> str:
-    """One sentence on what the cache held."""
+    """One sentence on what the cache held, and where it began."""
     ratio = completion.uncompressed_bytes / completion.cache_bytes
     return (
         f"{completion.tokens} tokens: the compressed cache held {completion.cache_bytes:,} bytes, the uncompressed one "
-        f"({dtype}) holds {completion.uncompressed_bytes:,} ({ratio:.2f}x); {completion.tokens_per_second:.1f} tokens/s"
+        f"({dtype}) holds {completion.uncompressed_bytes:,} ({ratio:.2f}x); {completion.tokens_at_start} tokens were "
+        f"there at the start, first token after {completion.seconds_to_first_token:.2f} s, "
+        f"{completion.tokens_per_second:.1f} tokens/s"
     )

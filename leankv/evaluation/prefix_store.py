@@ -1,0 +1,269 @@
+"""A prefix store: prompts kept on disk as codes, so that whoever begins alike need not compute it again.
+
+    store = leankv.PrefixStore("prefixes", bundle, model, max_bytes=10**9)
+    store.add(system_prompt_ids)                       # computed exactly once, coded whole
+    cache = store.cache_for(ids)                       # holds the longest stored prefix of them
+    model.generate(ids, past_key_values=cache)         # computes the rest
+
+What a stored prefix costs in quality is what the protocol `prefix` measures (`leankv.evaluation.perplexity`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from leankv.cache.bundle import Bundle
+from leankv.cache.contents import Held, held_by
+from leankv.cache.layers import LeanSlidingLayer
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.pages import PAGE, About, about_page, joined, names_of, part_of, read_page, root_of, write_page
+from leankv.cache.part_store import UNBOUNDED
+from leankv.cache.saved_cache import fill
+from leankv.errors import UserError
+from leankv.evaluation.exact_prefixes import ExactPrefixes
+from leankv.models.structure import max_positions
+from leankv.storage.files import check_output_dir
+from leankv.storage.page_folder import PageFolder
+
+Ids = Int[torch.Tensor, "1 T"]
+
+
+@dataclass(frozen=True)
+class StoredPrefix:
+    """A prompt in a store: pages up to one that no other follows.
+
+    Attributes:
+        title: what it was called when it was added.
+        tokens: in its pages.
+        nbytes: of its pages, those included that it shares with others.
+        shared: tokens in pages that another prompt begins with too.
+    """
+
+    title: str
+    tokens: int
+    nbytes: int
+    shared: int
+
+
+class PrefixStore:
+    """Prefixes of one bundle in a folder. Many processes may use it, and many bundles may lie in one folder.
+
+    Args:
+        folder: made where it is missing.
+        bundle: codes and decodes; its window plays no part in what is stored.
+        model: the model that the bundle was made for.
+        max_bytes: of all pages; what was used longest ago goes first. None for no limit.
+        on_damage: told in a sentence of each page that is damaged; it is removed, and computed again.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        bundle: Bundle,
+        model: Any,
+        max_bytes: int | None = None,
+        on_damage: Callable[[str], None] = lambda sentence: None,
+    ):
+        check_output_dir(Path(folder))
+        self.pages = PageFolder(Path(folder), max_bytes)
+        self.bundle, self.model, self.on_damage = bundle, model, on_damage
+        self._root = root_of(bundle)
+
+    def stored_tokens(self, input_ids: Ids) -> int:
+        """How many of these tokens, from the first on, lie in the store."""
+        return PAGE * len(self._stored(self._names(input_ids)))
+
+    def stored_bytes(self, input_ids: Ids) -> int:
+        """Bytes of their pages."""
+        return sum(self.pages.path(name).stat().st_size for name in self._stored(self._names(input_ids)))
+
+    def cache_for(self, input_ids: Ids) -> LeanCache:
+        """A cache that holds the longest stored prefix of a prompt; `model.generate` computes the rest.
+
+        The last token is always left to be computed, since it makes the first prediction.
+        """
+        names = self._names(input_ids)
+        found: list[Mapping[str, Held]] = []
+        for number, name in enumerate(self._stored(names)):
+            try:
+                found.append(read_page(self.pages.path(name), number, names[number], self.bundle))
+            except UserError as error:
+                self.on_damage(str(error))
+                self.pages.drop([name])
+                break
+        cache = self.bundle.new_cache()
+        tokens = min(PAGE * len(found), input_ids.shape[1] - 1)
+        if tokens <= 0:
+            return cache
+        self.pages.used(names[1 : len(found) + 1])
+        held = {name: part_of(joined([page[name] for page in found]), 0, tokens) for name in found[0]}
+        device = self.model.device
+        fill(cache, held, tokens, device)
+        for layer in cache.layers:
+            _forget_unseen(layer)
+        return cache
+
+    def add(self, input_ids: Ids, title: str = "") -> int:
+        """Compute a prompt exactly, and store all its whole pages; how many were not there.
+
+        Pages that `put` made through codes are made anew.
+
+        Raises:
+            UserError: it is longer than the model allows, a page has no room, or the folder cannot be written.
+        """
+        names, length = self._names(input_ids), input_ids.shape[1]
+        limit = max_positions(self.model.config)
+        if limit is not None and length > limit:
+            raise UserError(f"a prompt of {length} tokens is longer than the model's {limit} positions; shorten it")
+        if len(names) == 1:
+            return 0
+        with self.pages.working_on(names[-1]):
+            missing = [number for number, name in enumerate(names[1:]) if not self._is_exact(name)]
+            if missing:
+                whole = input_ids[:, : PAGE * (len(names) - 1)].to(self.model.device)
+                held = held_by(self._computed(whole).layers)
+                for number in missing:
+                    self._write(names, number, held, is_exact=True, title=title)
+        self.pages.used(names[1:])
+        return len(missing)
+
+    def put(self, cache: LeanCache, input_ids: Ids, title: str = "") -> int:
+        """Store the whole pages of a cache that are codes already, and are not there; how many those were.
+
+        What a cache computed after codes was computed through them, so it may say other things than `add` would; and
+        tokens in its exact window, or behind a sliding window, are not there to be stored.
+
+        Args:
+            cache: of this bundle, with one row and no padding.
+            input_ids: that it was filled with; more may follow behind.
+            title: as in `add`.
+        """
+        held, seen = held_by(cache.layers), cache.get_seq_length()
+        if cache.padding is not None or any(own.batch != 1 for own in held.values()) or seen > input_ids.shape[1]:
+            raise UserError("a store takes the cache of one row, without padding, with all the tokens that it holds")
+        compressed = {f"{site.layer}.{site.part}" for site in self.bundle.plan}
+        coded = [_coded_tokens(own, seen, name in compressed) for name, own in held.items()]
+        names = self._names(input_ids[:, : min(coded, default=0)])
+        written = [
+            self._write(names, number, held, is_exact=False, title=title)
+            for number, name in enumerate(names[1:])
+            if name not in self.pages
+        ]
+        self.pages.used(names[1:])
+        return sum(written)
+
+    def prefixes(self) -> list[StoredPrefix]:
+        """What lies in the store, the prompts used last first. Damaged pages are told of, and left out."""
+        about: dict[str, About] = {}
+        for name in self.pages.keys():  # noqa: SIM118 - no mapping
+            try:
+                about[name] = about_page(self.pages.path(name))
+            except UserError as error:
+                self.on_damage(str(error))
+        children: dict[str, int] = {}
+        for own in about.values():
+            children[own.parent] = children.get(own.parent, 0) + 1
+        found = []
+        for name in reversed(about):
+            if name in children:
+                continue
+            chain = [name]
+            while (parent := about[chain[-1]].parent) in about:
+                chain.append(parent)
+            if about[chain[-1]].parent != self._root:
+                continue  # another bundle's, or its beginning is gone
+            shared = [place for place, own in enumerate(chain) if children.get(own, 0) > 1]
+            tokens_shared = PAGE * (len(chain) - shared[0]) if shared else 0
+            sizes = [self.pages.path(own).stat().st_size for own in chain]
+            found.append(StoredPrefix(about[name].title, PAGE * len(chain), sum(sizes), tokens_shared))
+        return found
+
+    def drop(self, input_ids: Ids | None = None) -> int:
+        """Remove a prompt's pages but for those that other prompts begin with, or all pages; the bytes that were freed.
+
+        Args:
+            input_ids: of the prompt; None for everything, other bundles' pages too.
+        """
+        if input_ids is None:
+            return self.pages.drop(self.pages.keys())
+        names = self._stored(self._names(input_ids))
+        parents = [about_page(self.pages.path(name)).parent for name in self.pages.keys()]  # noqa: SIM118 - no mapping
+        freed = 0
+        while names and parents.count(names[-1]) == 0:
+            if len(names) > 1:
+                parents.remove(names[-2])
+            freed += self.pages.drop([names.pop()])
+        return freed
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _names(self, input_ids: Ids) -> list[str]:
+        if len(input_ids) != 1:
+            raise UserError(f"a store takes one prompt at a time, not {len(input_ids)}")
+        return names_of(self._root, input_ids[0].tolist())
+
+    def _stored(self, names: list[str]) -> list[str]:
+        """The names of pages from the first on that are there, without a gap."""
+        found = []
+        for name in names[1:]:
+            if name not in self.pages:
+                break
+            found.append(name)
+        return found
+
+    def _is_exact(self, name: str) -> bool:
+        if name not in self.pages:
+            return False
+        try:
+            return about_page(self.pages.path(name)).is_exact
+        except UserError as error:
+            self.on_damage(str(error))
+            return False
+
+    @torch.no_grad()
+    def _computed(self, tokens: Ids) -> LeanCache:
+        """A cache that computed these tokens exactly, and then coded them whole."""
+        cache = self.bundle.new_cache(window=UNBOUNDED)
+        for layer in cache.layers:
+            if isinstance(layer, LeanSlidingLayer | DynamicSlidingWindowLayer):
+                layer.activate_past_recording()  # or tokens that nobody sees any more would be missing
+        ExactPrefixes(self.model, 0).fill(cache, tokens)
+        cache.encode_all()
+        return cache
+
+    def _write(self, names: list[str], number: int, held: Mapping[str, Held], is_exact: bool, title: str) -> bool:
+        first = PAGE * number
+        own = {name: part_of(each, first, first + PAGE) for name, each in held.items()}
+        about = About(number, names[number], is_exact, title)
+        return self.pages.add(
+            names[number + 1],
+            lambda path: write_page(path, about, own, self.bundle),
+            replace=is_exact,
+            kept=names,
+        )
+
+
+def _coded_tokens(held: Held, seen: int, is_compressed: bool) -> int:
+    """Tokens from the first on that stand as pages have them: sinks and codes, or exact where nothing is compressed."""
+    if held.length < seen:
+        return 0  # a sliding window has dropped the first
+    return held.length - (held.window.shape[2] if is_compressed and held.window is not None else 0)
+
+
+def _forget_unseen(layer: Any) -> None:
+    """Drop what lies behind a sliding window, as the layer itself would have."""
+    if isinstance(layer, LeanSlidingLayer):
+        for part in layer.parts.values():
+            part.keep(len(part) - layer.sliding_window + 1, len(part))
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        layer.keys, layer.values = (
+            rows[:, :, -layer.sliding_window + 1 :].clone() for rows in (layer.keys, layer.values)
+        )
