@@ -34,7 +34,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/screening.py $(WIKITEXT)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/decode.py $(WIKITEXT)
+	$(BIN)/python benchmarks/saved_cache.py $(WIKITEXT)
 	$(BIN)/python benchmarks/claimed_bits.py $(WIKITEXT)
+	$(BIN)/python benchmarks/budget_coverage.py measure $(WIKITEXT)
+	$(BIN)/python benchmarks/budget_coverage.py
 	$(BIN)/python benchmarks/gpu_70b_shape.py
 
 clean:

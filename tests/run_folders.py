@@ -23,6 +23,7 @@ from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.sweep import sweep
 from leankv.studies.workspace import Workspace
 from tests import tiny
+from tests.forked import CommandProcess
 
 Files = dict[str, tuple[int, int]]
 """Name -> inode and time of its last change."""
@@ -147,7 +148,8 @@ class Sweep:
     table: pd.DataFrame
 
     def command(self, folder: Path, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "leankv", "sweep", "--config", str(self.config), "-o", str(folder), *arguments]
+        """What `leankv` is called with."""
+        return ["sweep", "--config", str(self.config), "-o", str(folder), *arguments]
 
     def evaluator(self, folder: Path, shard: str = "1/1", **changes: Any) -> PlanEvaluator:
         """A worker in this process."""
@@ -178,7 +180,7 @@ def assert_swept(folder: Path, expected: Sweep) -> None:
     assert not list(folder.glob("activations-*"))
 
 
-def wait_for(point: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(point: Callable[[], bool], process: subprocess.Popen[str] | CommandProcess) -> None:
     deadline = time.monotonic() + TIME_OUT
     while not point():
         assert process.poll() is None, process.communicate()[1]

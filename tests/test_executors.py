@@ -22,6 +22,7 @@ from leankv.executors.slurm import slurm_workers
 from leankv.executors.worker import work
 from leankv.progress import Progress, Silent
 from leankv.studies.sweep_table import gather
+from tests.forked import CommandProcess
 from tests.run_folders import TIME_OUT, Sweep, assert_swept, finished_files, layers_measured, refuse, start, wait_for
 
 
@@ -38,7 +39,7 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     serial: Sweep, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = serial.command(tmp_path, "--executor", "local", "--workers", "2")
-    interrupted = start(command)
+    interrupted = CommandProcess(command)
     wait_for(lambda: layers_measured(tmp_path) >= 1 and len(worker_processes(tmp_path)) == 2, interrupted)
     interrupted.send_signal(signal.SIGINT)
     _, stderr = interrupted.communicate(timeout=TIME_OUT)
@@ -73,7 +74,8 @@ def kill_the_first_worker(folder: Path, known: int | None) -> None:
 
 def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    process = start(serial.command(tmp_path, "--executor", "ray", "--workers", "2"))
+    command = serial.command(tmp_path, "--executor", "ray", "--workers", "2")
+    process = start([sys.executable, "-m", "leankv", *command])  # Ray does not outlive a fork
     kill_the_first_worker(tmp_path, None)
     stdout, stderr = process.communicate(timeout=TIME_OUT)
     assert process.returncode == 0, stderr

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import run_folders
+from tests.forked import CommandProcess
 from tests.run_folders import LAYERS, TIME_OUT, Files, evaluator_of, finished_files, write_experiment
 
 
@@ -63,9 +61,8 @@ class Stop:
     complete: bool
 
 
-def start(experiment: Path, folder: Path) -> subprocess.Popen[str]:
-    command = str(Path(sys.executable).with_name("leankv"))
-    return run_folders.start([command, "run", str(experiment), "-o", str(folder)])
+def start(experiment: Path, folder: Path) -> CommandProcess:
+    return CommandProcess(["run", str(experiment), "-o", str(folder)])
 
 
 def run_to_the_end(experiment: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from leankv.studies.plan_options import search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
 from leankv.studies.workspace import Workspace
 from tests import tiny
-from tests.run_folders import finished_files, refuse, start, succeed, succeed_json, wait_for
+from tests.forked import CommandProcess
+from tests.run_folders import finished_files, refuse, succeed, succeed_json, wait_for
 
 pytestmark = pytest.mark.whole_runs
 
@@ -58,7 +58,7 @@ def trained(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(trained: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {
-        "model": {"name": str(trained), "device": "cpu"},
+        "model": {"name": str(trained), "device": "cpu", "dtype": "float32"},
         "data": {
             "dataset": str(documents),
             "block_length": 48,
@@ -246,7 +246,7 @@ def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):
     finished, (expected,) = run
     folder = tmp_path / "run"
     command = ["select", "--config", str(config), "--budget", "20%", "-o", str(folder), "--json"]
-    process = start([sys.executable, "-m", "leankv", *command])
+    process = CommandProcess(command)
     wait_for(lambda: len(list(folder.glob("cells/nats-selection-*.json"))) >= 2, process)
     process.kill()
     process.communicate()

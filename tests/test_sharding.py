@@ -15,6 +15,7 @@ from leankv.calibration.capture import capture
 from leankv.config.notation import Shard
 from leankv.errors import UserError
 from leankv.studies.sweep import sweep
+from tests.forked import CommandProcess
 from tests.run_folders import (
     LAYERS,
     TIME_OUT,
@@ -49,7 +50,7 @@ def test_more_shards_than_layers(serial: Sweep, tmp_path: Path) -> None:
 
 def test_workers_at_once_make_the_same_sweep_and_nothing_twice(serial: Sweep, tmp_path: Path) -> None:
     """Every stage shows in one log only."""
-    processes = [start(serial.command(tmp_path, "--shard", shard)) for shard in ("1/3", "2/3", "3/3")]
+    processes = [CommandProcess(serial.command(tmp_path, "--shard", shard)) for shard in ("1/3", "2/3", "3/3")]
     logs = [process.communicate(timeout=TIME_OUT)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 3, logs
     assert_swept(tmp_path, serial)
@@ -98,7 +99,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 def test_a_worker_killed_in_mid_sweep_goes_on_where_it_was(serial: Sweep, tmp_path: Path) -> None:
-    process = start(serial.command(tmp_path, "--shard", "1/2"))
+    process = CommandProcess(serial.command(tmp_path, "--shard", "1/2"))
     wait_for(lambda: layers_measured(tmp_path) >= 2, process)
     process.kill()
     process.communicate()

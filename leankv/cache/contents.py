@@ -110,8 +110,7 @@ def tensors_of(
         tensors |= {f"{name}.{kind}": rows.cpu().contiguous() for kind, rows in exact.items() if rows is not None}
         if own.code is not None:
             coded[name] = own.code.shape[1]
-            rows_of_one = torch.arange(own.code.shape[0]).split(1)
-            work += [_serializing(codecs[name], own.code.index(row).flatten()) for row in rows_of_one]
+            work += [_serializing(codecs[name], row) for row in _rows_of(own.code)]
     streams = iter(_on_all_cores(work))
     table, pieces = {}, []
     for name, tokens in coded.items():
@@ -199,6 +198,13 @@ def _codes(streams: torch.Tensor, lengths: Mapping[str, Sequence[int]], rooms: M
     except (ValueError, RuntimeError, IndexError) as error:  # of a codec's reader, on what no codec has written
         raise DamagedError(f"a stream cannot be read: {error}") from error
     return {name: _stacked([next(codes) for _ in sizes]) for name, (_, *sizes) in lengths.items()}
+
+
+def _rows_of(code: Code) -> list[Code]:
+    """The codes `[T]` of the rows of `[B, T]`."""
+    if code.shape[0] == 1:
+        return [code.flatten()]
+    return [code.index(row).flatten() for row in torch.arange(code.shape[0]).split(1)]
 
 
 def _stacked(rows: Sequence[Code]) -> Code:

@@ -138,24 +138,24 @@ def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, size
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 
-def encode_symbols(q: torch.Tensor, probabilities: Array, others: Array) -> Array:
+def encode_symbols(columns: torch.Tensor, probabilities: Array, others: Array) -> Array:
     """The words that constriction's `AnsCoder` would write: columns, the first on top, above what is outside of tables.
 
     Args:
-        q: float32 `[N, J]`, whole numbers.
+        columns: float32 `[J, N]`, whole numbers.
         probabilities: float32 `[J, 2 K + 2]`, of -K to K and of all others.
         others: uint16, those, token by token, in the order in which they are read.
     """
     largest = probabilities.shape[1] // 2 - 1
-    return numpy.asarray(_ans().encode(_array(q.T), largest, _borders(probabilities), others))
+    return numpy.asarray(_ans().encode(_array(columns), largest, _borders(probabilities), others))
 
 
 def decode_symbols(words: Array, tokens: int, n_others: int, probabilities: Array) -> tuple[torch.Tensor, Array]:
-    """The way back: `[N, J]`, in which K + 1 stands for what is outside of the table, and the others, uint16."""
+    """The way back: `[J, N]`, in which K + 1 stands for what is outside of the table, and the others, uint16."""
     largest = probabilities.shape[1] // 2 - 1
     q, others = torch.empty(len(probabilities), tokens), numpy.empty(n_others, numpy.uint16)
     _ans().decode(words, largest, _borders(probabilities), q.numpy(), others)
-    return q.T, others
+    return q, others
 
 
 def _borders(probabilities: Array) -> Array:

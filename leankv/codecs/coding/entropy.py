@@ -52,16 +52,17 @@ def encode_columns(
     q: Float32[torch.Tensor, "tokens integers"], probabilities: Float[torch.Tensor, "integers symbols"]
 ) -> bytes:
     """Bytes of whole numbers `q`, coded column by column; of those that are zero throughout a bit says so."""
-    q = q.cpu()
-    is_used = (q != 0).any(dim=0)
+    columns = q.cpu().T.contiguous()
+    is_used = (columns != 0).any(dim=1)
     tables = probabilities[is_used].numpy().astype(numpy.float32)
     largest = probabilities.shape[1] // 2 - 1
-    q = q[:, is_used]
-    outside = q[q.abs() > largest].numpy().astype(numpy.int32)
+    columns = columns[is_used]
+    is_outside = columns.abs() > largest
+    outside = columns.T[is_outside.T] if is_outside.any() else columns.new_empty(0)  # token by token
     head = struct.pack("<I", len(outside)) + numpy.packbits(is_used.numpy()).tobytes()
-    others = (outside + OTHER_OFFSET).astype(numpy.uint16)
-    encode = compiled.encode_symbols if compiled.serves(q) else _encode_symbols
-    return head + encode(q, tables, others).astype("<u4").tobytes()
+    others = (outside.numpy().astype(numpy.int32) + OTHER_OFFSET).astype(numpy.uint16)
+    encode = compiled.encode_symbols if compiled.serves(columns) else _encode_symbols
+    return head + encode(columns, tables, others).astype("<u4").tobytes()
 
 
 def decode_columns(
@@ -80,27 +81,30 @@ def decode_columns(
     tables = probabilities[torch.from_numpy(is_used)].numpy().astype(numpy.float32)
     decode = compiled.decode_symbols if compiled.serves(probabilities) else _decode_symbols
     found, others = decode(words, tokens, n_others, tables)
-    outside = found == largest + 1
-    if int(outside.sum()) != n_others:
-        raise ValueError("a stream names other values than it has")
-    found[outside] = torch.from_numpy(others.astype(numpy.float32) - OTHER_OFFSET)
+    if n_others or bool((found == largest + 1).any()):
+        is_outside = (found == largest + 1).T
+        if int(is_outside.sum()) != n_others:
+            raise ValueError("a stream names other values than it has")
+        found.T[is_outside] = torch.from_numpy(others.astype(numpy.float32) - OTHER_OFFSET)
+    if is_used.all():
+        return found.T
     # As decoders have them, the tokens of an integer beside each other.
-    q = torch.zeros(count, tokens).T
-    q[:, torch.from_numpy(is_used)] = found
-    return q
+    columns = torch.zeros(count, tokens)
+    columns[torch.from_numpy(is_used)] = found
+    return columns.T
 
 
-def _encode_symbols(q: torch.Tensor, tables: Any, others: Any) -> Any:
+def _encode_symbols(columns: torch.Tensor, tables: Any, others: Any) -> Any:
     import constriction
 
     largest = tables.shape[1] // 2 - 1
     coder = constriction.stream.stack.AnsCoder()
-    symbols = torch.where(q.abs() <= largest, q + largest, 2 * largest + 1).numpy().astype(numpy.int32)
+    symbols = torch.where(columns.abs() <= largest, columns + largest, 2 * largest + 1).numpy().astype(numpy.int32)
     # A stack: what is written last is read first.
     if len(others):
         coder.encode_reverse(others.astype(numpy.int32), _uniform())
-    for column, table in reversed(list(zip(symbols.T, tables, strict=True))):
-        coder.encode_reverse(numpy.ascontiguousarray(column), _model(table))
+    for own, table in reversed(list(zip(symbols, tables, strict=True))):
+        coder.encode_reverse(own, _model(table))
     return coder.get_compressed()
 
 
@@ -109,10 +113,11 @@ def _decode_symbols(words: Any, tokens: int, n_others: int, tables: Any) -> tupl
 
     largest = tables.shape[1] // 2 - 1
     coder = constriction.stream.stack.AnsCoder(words)
-    columns = [coder.decode(_model(table), tokens) for table in tables]
-    q = numpy.stack(columns).astype(numpy.float32) - largest if columns else numpy.empty((0, tokens), numpy.float32)
+    columns = torch.empty(len(tables), tokens)
+    for own, table in zip(columns, tables, strict=True):
+        own.copy_(torch.from_numpy(coder.decode(_model(table), tokens) - largest))
     others = coder.decode(_uniform(), n_others) if n_others else numpy.empty(0)
-    return torch.from_numpy(q).T, others
+    return columns, others
 
 
 def _model(table: Any) -> Any:
