@@ -22,7 +22,7 @@ from transformers import DynamicCache
 import leankv
 from leankv.cache.bundle import Bundle
 from leankv.cache.code_attention import attention_over_codes
-from leankv.cache.contents import held_by, held_in, tensors_of
+from leankv.cache.contents import held_by, opened, sealed_in, tensors_of
 from leankv.cache.plan import PlanSpec
 from leankv.cache.saved_cache import load_cache, rooms_of
 from leankv.models.loading import describe
@@ -86,7 +86,9 @@ def main() -> None:
             codecs = {f"{site.layer}.{site.part}": codec for site, codec in plan.items()}
             write_seconds, (tensors, table) = best(lambda held=held, codecs=codecs: tensors_of(held, codecs))
             rooms = rooms_of(bundle, 4)
-            read_seconds, _ = best(lambda t=tensors, table=table, rooms=rooms: held_in(t, table, rooms, 1))
+            read_seconds, _ = best(
+                lambda t=tensors, table=table, rooms=rooms: opened([sealed_in(t, table, rooms, 1)], rooms)
+            )
             path = folder / "cache.safetensors"
             cache.save(path)
             row = {

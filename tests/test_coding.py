@@ -116,7 +116,7 @@ def test_every_table_of_probabilities_is_one_and_can_be_coded_with() -> None:
     assert (tables > 2**-24).all()
     torch.testing.assert_close(tables.sum(dim=1), torch.ones(len(tables), dtype=torch.float64), rtol=0, atol=3e-4)
     q = torch.tensor([[0.0], [63], [-64], [1000]]).expand(-1, len(tables))
-    assert torch.equal(decode_columns(encode_columns(q, tables), 4, tables), q)
+    assert torch.equal(decode_columns([encode_columns(q, tables)], [4], tables), q)
 
 
 whole_numbers = st.integers(-70, 70) | st.integers(-(2**15), 2**15 - 1) | st.just(0)
@@ -134,11 +134,11 @@ def test_streams_are_those_of_constriction(data: st.DataObject, tokens: int, col
     tables = probabilities(scale, scale % len(SHAPES), largest)
     assert compiled.compiler() != "none"
     stream = encode_columns(q, tables)
-    assert torch.equal(decode_columns(stream, tokens, tables), q)
+    assert torch.equal(decode_columns([stream, stream], [tokens] * 2, tables), torch.cat([q, q]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "serves", lambda tensor: False)
         assert encode_columns(q, tables) == stream
-        assert torch.equal(decode_columns(stream, tokens, tables), q)
+        assert torch.equal(decode_columns([stream], [tokens], tables), q)
 
 
 @a_few_times
@@ -146,7 +146,7 @@ def test_streams_are_those_of_constriction(data: st.DataObject, tokens: int, col
 def test_what_is_no_stream_is_read_as_something_or_refused(stream: bytes, tokens: int) -> None:
     tables = probabilities(torch.arange(0, 200, 20).to(torch.uint8), torch.zeros(10, dtype=torch.uint8), 63)
     with contextlib.suppress(ValueError):
-        assert decode_columns(stream, tokens, tables).shape == (tokens, 10)
+        assert decode_columns([stream], [tokens], tables).shape == (tokens, 10)
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 3.0, 20.0])

@@ -122,10 +122,32 @@ def tensors_of(
     return tensors, table
 
 
-def held_in(
+@dataclass(frozen=True)
+class Sealed:
+    """What a file has of one store, checked, and not yet decoded.
+
+    Attributes:
+        sinks: as in `Held`.
+        streams: of the rows of a batch; empty where nothing is coded.
+        tokens: in each stream.
+        window: as in `Held`.
+    """
+
+    sinks: torch.Tensor | None
+    streams: tuple[bytes, ...]
+    tokens: int
+    window: torch.Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self.tokens + sum(rows.shape[2] for rows in (self.sinks, self.window) if rows is not None)
+
+
+def sealed_in(
     tensors: Mapping[str, torch.Tensor], table: Mapping[str, Any], rooms: Mapping[str, Room], batch: int
-) -> dict[str, Held]:
-    """The way back, checked before memory is taken for it.
+) -> dict[str, Sealed]:
+    """What `tensors_of` made, checked before memory is taken for what it stands for.
 
     Args:
         tensors: as a file has them.
@@ -154,13 +176,39 @@ def held_in(
         raise DamagedError(f"it claims more tokens than its {file_bytes} bytes can hold")
     if sum(sum(own[1:]) for own in lengths.values()) != len(streams):
         raise DamagedError("its streams have other lengths than it says")
-    codes = _codes(streams, lengths, rooms)
-    found: dict[str, Held] = {}
+    data, place = streams.numpy(), 0
+    cut: dict[str, tuple[bytes, ...]] = {}
+    for name, (_, *sizes) in lengths.items():
+        ends = [place + sum(sizes[: number + 1]) for number in range(batch)]
+        cut[name] = tuple(data[end - size : end].tobytes() for end, size in zip(ends, sizes, strict=True))
+        place = ends[-1]
+    found: dict[str, Sealed] = {}
     for name, room in rooms.items():
         sinks, window = (_checked_rows(name, kind, exact, room, batch) for kind in ("sinks", "window"))
         if sinks is not None and sinks.shape[2] > room.sinks:
             raise DamagedError(f"{name} has {sinks.shape[2]} sinks, more than {room.sinks}")
-        found[name] = Held(sinks, codes.get(name), window)
+        tokens = lengths[name][0] if name in lengths else 0
+        found[name] = Sealed(sinks, cut.get(name, ()), tokens, window)
+    return found
+
+
+def opened(pages: Sequence[Mapping[str, Sealed]], rooms: Mapping[str, Room]) -> dict[str, Held]:
+    """What files have of each store, decoded; several are pages of one row, behind each other.
+
+    Raises:
+        DamagedError: a stream cannot be read.
+    """
+    coded = {name: [page[name] for page in pages if page[name].streams] for name in rooms}
+    work = {name: _deserializing(rooms[name], own) for name, own in coded.items() if own}
+    try:
+        codes = dict(zip(work, _on_all_cores(work.values()), strict=True))
+    except (ValueError, RuntimeError, IndexError) as error:  # of a codec's reader, on what no codec has written
+        raise DamagedError(f"a stream cannot be read: {error}") from error
+    found: dict[str, Held] = {}
+    for name in rooms:
+        windows = [rows for page in pages if (rows := page[name].window) is not None]
+        window = torch.cat(windows, dim=2) if len(windows) > 1 else windows[0] if windows else None
+        found[name] = Held(pages[0][name].sinks, codes.get(name), window)
     return found
 
 
@@ -184,22 +232,6 @@ def _checked_rows(
     return rows
 
 
-def _codes(streams: torch.Tensor, lengths: Mapping[str, Sequence[int]], rooms: Mapping[str, Room]) -> dict[str, Code]:
-    data, place = streams.numpy(), 0
-    work: list[Callable[[], Code]] = []
-    for name, (tokens, *sizes) in lengths.items():
-        codec = rooms[name].codec
-        assert codec is not None
-        for size in sizes:
-            work.append(_deserializing(codec, data[place : place + size].tobytes(), tokens))
-            place += size
-    try:
-        codes = iter(_on_all_cores(work))
-    except (ValueError, RuntimeError, IndexError) as error:  # of a codec's reader, on what no codec has written
-        raise DamagedError(f"a stream cannot be read: {error}") from error
-    return {name: _stacked([next(codes) for _ in sizes]) for name, (_, *sizes) in lengths.items()}
-
-
 def _rows_of(code: Code) -> list[Code]:
     """The codes `[T]` of the rows of `[B, T]`."""
     if code.shape[0] == 1:
@@ -207,20 +239,16 @@ def _rows_of(code: Code) -> list[Code]:
     return [code.index(row).flatten() for row in torch.arange(code.shape[0]).split(1)]
 
 
-def _stacked(rows: Sequence[Code]) -> Code:
-    """Codes `[T]` of the rows of a batch -> `[B, T]`."""
-    whole = rows[0].unflatten(1)
-    for row in rows[1:]:
-        whole = whole.append(row.unflatten(1))
-    return whole.flatten().unflatten(len(rows))
-
-
 def _serializing(codec: Codec, code: Code) -> Callable[[], bytes]:
     return lambda: codec.serialize(code)
 
 
-def _deserializing(codec: Codec, stream: bytes, tokens: int) -> Callable[[], Code]:
-    return lambda: codec.deserialize(stream, tokens)
+def _deserializing(room: Room, pages: Sequence[Sealed]) -> Callable[[], Code]:
+    assert room.codec is not None, "no codec, no streams"
+    codec, batch = room.codec, len(pages[0].streams)
+    streams = [stream for page in pages for stream in page.streams]
+    tokens = [page.tokens for page in pages for _ in page.streams]
+    return lambda: codec.deserialize_all(streams, tokens).unflatten(batch)
 
 
 def _on_all_cores(work: Iterable[Callable[[], Any]]) -> list[Any]:

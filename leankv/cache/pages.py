@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from leankv.cache.bundle import Bundle
-from leankv.cache.contents import DamagedError, Held, held_in, tensors_of
+from leankv.cache.contents import DamagedError, Held, Sealed, sealed_in, tensors_of
 from leankv.cache.saved_cache import check_origin, rooms_of
 from leankv.cache.tensor_file import read_tensors, write_tensors
 from leankv.errors import UserError
@@ -79,8 +79,8 @@ def write_page(path: Path, about: About, held: Mapping[str, Held], bundle: Bundl
     write_tensors(path, tensors, table)
 
 
-def read_page(path: Path, number: int, parent: str, bundle: Bundle) -> dict[str, Held]:
-    """The way back, for the page that follows `parent`.
+def read_page(path: Path, number: int, parent: str, bundle: Bundle) -> dict[str, Sealed]:
+    """What stores hold of the page that follows `parent`, not yet decoded: `opened` decodes all pages together.
 
     Raises:
         UserError: it is damaged, or another page than it should be.
@@ -92,13 +92,13 @@ def read_page(path: Path, number: int, parent: str, bundle: Bundle) -> dict[str,
         if (about.number, about.parent) != (number, parent):
             raise DamagedError("it is another page than its name says")
         rooms = rooms_of(bundle, bundle.sinks if number == 0 else 0)
-        held = held_in(tensors, table["streams"], rooms, 1)
-        for name, own in held.items():
+        sealed = sealed_in(tensors, table["streams"], rooms, 1)
+        for name, own in sealed.items():
             if own.length != PAGE or (rooms[name].codec is not None and own.window is not None):
                 raise DamagedError(f"{name} holds {own.length} tokens of {PAGE}, or exact ones among them")
     except DamagedError as error:
         raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
-    return held
+    return sealed
 
 
 def about_page(path: Path) -> About:
@@ -141,14 +141,3 @@ def _cut(rows: torch.Tensor | None, first: int, last: int) -> torch.Tensor | Non
         return None
     part = rows[:, :, max(first, 0) : max(last, 0)]
     return part.clone() if part.shape[2] else None
-
-
-def joined(pages: Sequence[Held]) -> Held:
-    """Pages of one store, behind each other."""
-    codes = [page.code for page in pages if page.code is not None]
-    code = codes[0] if codes else None
-    for other in codes[1:]:
-        assert code is not None
-        code = code.append(other)
-    windows = [page.window for page in pages if page.window is not None]
-    return Held(pages[0].sinks, code, torch.cat(windows, dim=2) if windows else None)

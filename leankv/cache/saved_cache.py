@@ -22,7 +22,7 @@ from jaxtyping import Int
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
-from leankv.cache.contents import DamagedError, Held, Room, hash_of_tokens, held_in
+from leankv.cache.contents import DamagedError, Held, Room, Sealed, hash_of_tokens, opened, sealed_in
 from leankv.cache.layers import LeanLayer
 from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache, mask_of
 from leankv.cache.part_store import UNBOUNDED
@@ -90,11 +90,12 @@ def _restored(
         raise DamagedError(f"it has the padding of {len(rows)} rows, not of {batch}")
     mask = None if padding is None else mask_of(padding)
     cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"])
-    held = held_in(tensors, about["streams"], rooms_of(bundle, cache.sinks_with_padding), batch)
+    rooms = rooms_of(bundle, cache.sinks_with_padding)
+    sealed = sealed_in(tensors, about["streams"], rooms, batch)
     for number, layer in enumerate(cache.layers):
         for part in PARTS:
-            _check_length(f"{number}.{part}", held[f"{number}.{part}"], seen, layer)
-    fill(cache, held, seen, device)
+            _check_length(f"{number}.{part}", sealed[f"{number}.{part}"], seen, layer)
+    fill(cache, opened([sealed], rooms), seen, device)
     for layer in cache.layers:
         if isinstance(layer, LeanLayer):
             for store in layer.parts.values():
@@ -156,8 +157,8 @@ def _padding(padding: torch.Tensor | None, seen: int) -> torch.Tensor | None:
     return padding
 
 
-def _check_length(name: str, held: Held, seen: int, layer: Any) -> None:
-    length = held.length
+def _check_length(name: str, sealed: Sealed, seen: int, layer: Any) -> None:
+    length = sealed.length
     least = min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
     if not least <= length <= seen:
         raise DamagedError(f"{name} holds {length} tokens of {seen}")

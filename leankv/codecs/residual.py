@@ -147,9 +147,13 @@ class Residual(Codec):
         return struct.pack("<I", len(first)) + first + second
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
-        (length,) = struct.unpack_from("<I", data)
-        first, second = data[4 : 4 + length], data[4 + length :]
-        return _together(self.first.deserialize(first, tokens), self.second.deserialize(second, tokens))
+        return self.deserialize_all([data], [tokens])
+
+    def deserialize_all(self, streams: Sequence[bytes], tokens: Sequence[int]) -> Code:
+        lengths = [struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0 for data in streams]
+        firsts = [data[4 : 4 + length] for data, length in zip(streams, lengths, strict=True)]
+        seconds = [data[4 + length :] for data, length in zip(streams, lengths, strict=True)]
+        return _together(self.first.deserialize_all(firsts, tokens), self.second.deserialize_all(seconds, tokens))
 
 
 def _together(first: Code, second: Code) -> Code:

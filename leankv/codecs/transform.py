@@ -251,7 +251,10 @@ class Transform(Codec):
         return encode_columns(self._values(code), self._probabilities())
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
-        q = decode_columns(data, tokens, self._probabilities())
+        return self.deserialize_all([data], [tokens])
+
+    def deserialize_all(self, streams: Sequence[bytes], tokens: Sequence[int]) -> Code:
+        q = decode_columns(streams, tokens, self._probabilities())
         return self._packed(q.to(self.mean.device))
 
     # -- fitting -------------------------------------------------------------------------------------------------------

@@ -147,20 +147,30 @@ def encode_symbols(columns: torch.Tensor, probabilities: Array, others: Array) -
         others: uint16, those, token by token, in the order in which they are read.
     """
     largest = probabilities.shape[1] // 2 - 1
-    return numpy.asarray(_ans().encode(_array(columns), largest, _borders(probabilities), others))
+    return numpy.asarray(_ans().encode(_array(columns), largest, borders_of(probabilities), others))
 
 
-def decode_symbols(words: Array, tokens: int, n_others: int, probabilities: Array) -> tuple[torch.Tensor, Array]:
-    """The way back: `[J, N]`, in which K + 1 stands for what is outside of the table, and the others, uint16."""
-    largest = probabilities.shape[1] // 2 - 1
-    q, others = torch.empty(len(probabilities), tokens), numpy.empty(n_others, numpy.uint16)
-    _ans().decode(words, largest, _borders(probabilities), q.numpy(), others)
+def decode_symbols(words: Array, tokens: int, n_others: int, borders: Array) -> tuple[torch.Tensor, Array]:
+    """The way back: `[J, N]`, in which K + 1 stands for what is outside of the table, and the others, uint16.
+
+    Args:
+        words: uint32.
+        tokens: N.
+        n_others: how many are outside of their tables.
+        borders: `borders_of` the probabilities.
+    """
+    largest = (borders.shape[1] - 3) // 2
+    q, others = torch.empty(len(borders), tokens), numpy.empty(n_others, numpy.uint16)
+    _ans().decode(words, largest, borders, q.numpy(), others)
     return q, others
 
 
-def _borders(probabilities: Array) -> Array:
-    """What lies before each symbol, of 2^24, as constriction rounds it (`fast_quantized_cdf`): in float32, one added
-    for each symbol so that none is impossible."""
+def borders_of(probabilities: Array) -> Array:
+    """What lies before each symbol, of 2^24, and the end, uint32 `[J, 2 K + 3]`.
+
+    As constriction rounds probabilities (`fast_quantized_cdf`): in float32, with one added for each symbol, so that
+    none is impossible.
+    """
     symbols = probabilities.shape[1]
     sums = numpy.cumsum(probabilities, axis=1, dtype=numpy.float32)
     before = numpy.concatenate([numpy.zeros_like(sums[:, :1]), sums[:, :-1]], axis=1)

@@ -18,12 +18,12 @@ from jaxtyping import Int
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
-from leankv.cache.contents import Held, held_by
+from leankv.cache.contents import DamagedError, Held, Sealed, held_by, opened
 from leankv.cache.layers import LeanSlidingLayer
 from leankv.cache.lean_cache import LeanCache
-from leankv.cache.pages import PAGE, About, about_page, joined, names_of, part_of, read_page, root_of, write_page
+from leankv.cache.pages import PAGE, About, about_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
-from leankv.cache.saved_cache import fill
+from leankv.cache.saved_cache import fill, rooms_of
 from leankv.errors import UserError
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.structure import max_positions
@@ -91,25 +91,34 @@ class PrefixStore:
         The last token is always left to be computed, since it makes the first prediction.
         """
         names = self._names(input_ids)
-        found: list[Mapping[str, Held]] = []
+        found: list[dict[str, Sealed]] = []
         for number, name in enumerate(self._stored(names)):
             try:
                 found.append(read_page(self.pages.path(name), number, names[number], self.bundle))
             except UserError as error:
-                self.on_damage(str(error))
-                self.pages.drop([name])
+                self._damaged(name, error)
                 break
         cache = self.bundle.new_cache()
         tokens = min(PAGE * len(found), input_ids.shape[1] - 1)
         if tokens <= 0:
             return cache
+        try:
+            held = opened(found, rooms_of(self.bundle, self.bundle.sinks))
+        except DamagedError as error:  # of a page whose checksum is right: no way to tell which
+            for name in names[1 : len(found) + 1]:
+                self._damaged(name, error)
+            return cache
         self.pages.used(names[1 : len(found) + 1])
-        held = {name: part_of(joined([page[name] for page in found]), 0, tokens) for name in found[0]}
-        device = self.model.device
-        fill(cache, held, tokens, device)
+        if tokens < PAGE * len(found):
+            held = {name: part_of(own, 0, tokens) for name, own in held.items()}
+        fill(cache, held, tokens, self.model.device)
         for layer in cache.layers:
             _forget_unseen(layer)
         return cache
+
+    def _damaged(self, name: str, error: Exception) -> None:
+        self.on_damage(str(error))
+        self.pages.drop([name])
 
     def add(self, input_ids: Ids, title: str = "") -> int:
         """Compute a prompt exactly, and store all its whole pages; how many were not there.

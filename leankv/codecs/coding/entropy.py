@@ -7,6 +7,7 @@ a column. Where numba is installed, the same streams are written and read by com
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -66,32 +67,41 @@ def encode_columns(
 
 
 def decode_columns(
-    data: bytes, tokens: int, probabilities: Float[torch.Tensor, "integers symbols"]
-) -> Float32[torch.Tensor, "{tokens} integers"]:
-    """The way back; what is no stream gives some numbers or others, or a ValueError."""
-    count, symbols = probabilities.shape
-    largest, start = symbols // 2 - 1, 4 + (count + 7) // 8
-    if len(data) < start or (len(data) - start) % 4:
-        raise ValueError("a stream is cut off")
-    (n_others,) = struct.unpack_from("<I", data)
-    if n_others > tokens * count:
-        raise ValueError("a stream names more values than it has")
-    is_used = numpy.unpackbits(numpy.frombuffer(data, numpy.uint8, start - 4, 4), count=count).astype(bool)
-    words = numpy.frombuffer(data, "<u4", offset=start).astype(numpy.uint32)
-    tables = probabilities[torch.from_numpy(is_used)].numpy().astype(numpy.float32)
-    decode = compiled.decode_symbols if compiled.serves(probabilities) else _decode_symbols
-    found, others = decode(words, tokens, n_others, tables)
-    if n_others or bool((found == largest + 1).any()):
-        is_outside = (found == largest + 1).T
-        if int(is_outside.sum()) != n_others:
-            raise ValueError("a stream names other values than it has")
-        found.T[is_outside] = torch.from_numpy(others.astype(numpy.float32) - OTHER_OFFSET)
-    if is_used.all():
-        return found.T
-    # As decoders have them, the tokens of an integer beside each other.
-    columns = torch.zeros(count, tokens)
-    columns[torch.from_numpy(is_used)] = found
-    return columns.T
+    streams: Sequence[bytes], tokens: Sequence[int], probabilities: Float[torch.Tensor, "integers symbols"]
+) -> Float32[torch.Tensor, "_ integers"]:
+    """The way back, of streams of so many tokens, behind each other.
+
+    Raises:
+        ValueError: one is no stream. Many other bytes give some numbers or others.
+    """
+    tables, count = probabilities.numpy().astype(numpy.float32), len(probabilities)
+    columns, first = torch.zeros(count, sum(tokens)), 0
+    is_compiled = compiled.serves(probabilities)
+    tables = compiled.borders_of(tables) if is_compiled else tables
+    decode = compiled.decode_symbols if is_compiled else _decode_symbols
+    for data, length in zip(streams, tokens, strict=True):
+        start = 4 + (count + 7) // 8
+        if len(data) < start or (len(data) - start) % 4:
+            raise ValueError("a stream is cut off")
+        (n_others,) = struct.unpack_from("<I", data)
+        if n_others > length * count:
+            raise ValueError("a stream names more values than it has")
+        is_used = numpy.unpackbits(numpy.frombuffer(data, numpy.uint8, start - 4, 4), count=count).astype(bool)
+        words = numpy.frombuffer(data, "<u4", offset=start).astype(numpy.uint32)
+        found, others = decode(words, length, n_others, tables[is_used])
+        _put_others(found, others, probabilities.shape[1] // 2)
+        columns[torch.from_numpy(is_used), first : first + length] = found
+        first += length
+    return columns.T  # as decoders have them, the tokens of an integer beside each other
+
+
+def _put_others(found: torch.Tensor, others: Any, outside: int) -> None:
+    """Put values from outside of tables where `outside` stands for them, token by token."""
+    places = (found == outside).T
+    if int(places.sum()) != len(others):
+        raise ValueError("a stream names other values than it has")
+    if len(others):
+        found.T[places] = torch.from_numpy(others.astype(numpy.float32) - OTHER_OFFSET)
 
 
 def _encode_symbols(columns: torch.Tensor, tables: Any, others: Any) -> Any:
