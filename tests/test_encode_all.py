@@ -58,7 +58,9 @@ def test_what_is_coded_whole_is_what_a_cache_without_a_window_codes(model: Any, 
         assert one.window_rows is None
         assert torch.equal(one.sink_rows, other.sink_rows) if other.sink_rows is not None else one.sink_rows is None
         assert one.seen == other.seen == 16
-        assert all(torch.equal(*each) for each in zip(one.code.tensors(), other.code.tensors(), strict=True))
+        assert all(
+            torch.equal(*each) for each in zip(one.code.whole().tensors(), other.code.whole().tensors(), strict=True)
+        )
     assert whole.nbytes() == as_they_come.nbytes()
     assert not [t for t in held_tensors(whole.layers) if t.dtype == torch.float16 and t.shape[-1] == 32], "shown"
 

@@ -45,7 +45,7 @@ def codes_and_rows(cache: LeanCache) -> int:
     for layer in cache.layers:
         assert isinstance(layer, LeanLayer)
         for part in layer.parts.values():
-            codes = part.code.tensors() if part.code is not None else []
+            codes = part.code.whole().tensors() if part.code is not None else []
             coded = len(part) - SINKS - (0 if part.window_rows is None else part.window_rows.shape[2])
             assert part.code is None or part.code.shape == (BATCH, coded)
             total += sum(t.numel() * t.element_size() for t in codes) + BATCH * (len(part) - coded) * WIDTH * 4

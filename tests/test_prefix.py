@@ -57,9 +57,9 @@ def read_back(cache: LeanCache) -> LeanCache:
             other, codec = back.parts[part], store.codec
             assert codec is not None
             assert store.window_rows is None
-            data = codec.serialize(store.code.flatten())
+            data = codec.serialize(store.code.whole().flatten())
             code: Code = codec.deserialize(data, store.code.shape[1])
-            other.code, other.sink_rows, other.seen = code.unflatten(1), store.sink_rows, store.seen
+            other.restore(store.seen, store.sink_rows, code.unflatten(1), None)
             if other.space is not None:
                 other.space.begin(1)
     return fresh
@@ -222,5 +222,5 @@ def test_bytes_are_those_of_a_prefix_coded_whole() -> None:
     with torch.no_grad():
         model(tiny.tokens(1, 300), past_key_values=exact)
     exact.encode_all()
-    codes = [own.layers[2].parts["k"].code["z"].float() for own in (cache, exact)]
+    codes = [own.layers[2].parts["k"].code.whole()["z"].float() for own in (cache, exact)]
     assert (codes[0] - codes[1]).abs().max() < 1e-2, "no key was computed beside codes of those before it"

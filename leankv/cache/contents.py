@@ -75,7 +75,10 @@ def held_by(layers: Sequence[Any]) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for number, layer in enumerate(layers):
         if isinstance(layer, LeanLayer):
-            own = {part: Held(s.sink_rows, s.code, s.window_rows) for part, s in layer.parts.items()}
+            own = {
+                part: Held(store.sink_rows, None if store.code is None else store.code.whole(), store.window_rows)
+                for part, store in layer.parts.items()
+            }
         elif layer.is_initialized:
             own = {"k": Held(window=layer.keys), "v": Held(window=layer.values)}
         else:

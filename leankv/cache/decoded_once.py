@@ -6,8 +6,9 @@ chunks of 128 so decodes each vector up to 31 times. This store decodes it once 
 
 import torch
 
+from leankv.cache.code_runs import CodeRuns
 from leankv.cache.part_store import PartStore, Rows
-from leankv.codecs import Code, Codec
+from leankv.codecs import Codec
 
 
 class DecodedOnceStore(PartStore):
@@ -37,7 +38,7 @@ class DecodedOnceStore(PartStore):
         super().to(device)
         self._decoded = None
 
-    def _read_codes(self, codec: Codec, code: Code, into: Rows, shown: list[torch.Tensor]) -> int:
+    def _read_codes(self, codec: Codec, code: CodeRuns, into: Rows, shown: list[torch.Tensor]) -> int:
         done = 0 if self._decoded is None else self._decoded.shape[2]
         if self._decoded is not None:
             into[:, :, :done] = self._decoded

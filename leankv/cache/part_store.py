@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 
+from leankv.cache.code_runs import CodeRuns
 from leankv.cache.cross_layer import CrossLayer, Shown
 from leankv.cache.key_space import KeySpace
 from leankv.codecs import Code, Codec, Factored
@@ -67,7 +68,7 @@ class PartStore:
         """Forget all tokens."""
         self.seen = 0  # tokens of the sequence so far, those that a sliding window dropped included
         self.sink_rows: torch.Tensor | None = None
-        self.code: Code | None = None  # [B, tokens]
+        self.code: CodeRuns | None = None  # [B, tokens]
         self.window_rows: torch.Tensor | None = None
         self._buffer: Shown | None = None  # while pieces are read: what readers see of all codes
         self.cross_layer.clear()
@@ -77,7 +78,8 @@ class PartStore:
     def restore(self, seen: int, sinks: Some | None, code: Code | None, window: Some | None) -> None:
         """Hold what another store of the same kind held, after `seen` tokens of its sequence."""
         self.clear()
-        self.seen, self.sink_rows, self.code, self.window_rows = seen, sinks, code, window
+        self.seen, self.sink_rows, self.window_rows = seen, sinks, window
+        self.code = None if code is None else CodeRuns([code])
 
     def append(self, rows: Rows) -> None:
         """Take in new tokens, and encode what leaves the window."""
@@ -108,7 +110,7 @@ class PartStore:
         if codec.n_context_layers:
             context = self.cross_layer.known(first, tokens, batch, vectors.device)
         code = codec.encode(vectors, context).unflatten(batch)
-        self.code = code if self.code is None else self.code.append(code)
+        self.code = CodeRuns([code]) if self.code is None else self.code.append(code)
 
     def encode_all(self) -> None:
         """Encode every token behind the sinks that is held exact, window included.
@@ -146,12 +148,12 @@ class PartStore:
         self.cross_layer.show(shown, self._first_coded() + skipped)
         return whole
 
-    def _read_codes(self, codec: Codec, code: Code, into: Rows, shown: list[torch.Tensor]) -> int:
+    def _read_codes(self, codec: Codec, code: CodeRuns, into: Rows, shown: list[torch.Tensor]) -> int:
         """Put what all codes stand for into place; `shown` gets what readers see, from the code on that is returned."""
         self._decode(codec, code, 0, into, shown)
         return 0
 
-    def _decode(self, codec: Codec, code: Code, start: int, into: Rows, shown: list[torch.Tensor]) -> None:
+    def _decode(self, codec: Codec, code: CodeRuns, start: int, into: Rows, shown: list[torch.Tensor]) -> None:
         """Decode codes from the one numbered `start` on into place, piece by piece; `shown` gets what readers see."""
         batch, coded = code.shape
         if self.cross_layer.readers:  # at once: pieces that are joined later stand in memory twice
@@ -167,7 +169,9 @@ class PartStore:
             # One copy casts, brings into the order of heads and puts in place.
             into[:, :, first:last] = rows
 
-    def _decoded_codes(self, codec: Codec, code: Code, first: int, last: int, like: Like) -> tuple[Rows, Shown | None]:
+    def _decoded_codes(
+        self, codec: Codec, code: CodeRuns, first: int, last: int, like: Like
+    ) -> tuple[Rows, Shown | None]:
         """Codes `first` to `last` as their codec gives them, float32; and as readers see them, where any do."""
         batch, token = code.shape[0], self._first_coded() + first
         context = None
@@ -279,7 +283,7 @@ class PartStore:
         if last == first:
             self.code = None
         elif self.code is not None and last - first < coded:
-            self.code = self.code.narrow(first, last).clone()
+            self.code = CodeRuns([self.code.narrow(first, last).clone()])
         behind = sinks + coded
         self.sink_rows = _cut(self.sink_rows, start, stop)
         self.window_rows = _cut(self.window_rows, start - behind, stop - behind)
@@ -311,8 +315,8 @@ class PartStore:
         exact = [rows for rows in (self.sink_rows, self.window_rows) if rows is not None]
         streams = [rows.contiguous().view(torch.uint8).cpu().numpy().tobytes() for rows in exact]
         if self.code is not None and self.codec is not None:
-            rows_of_one = torch.arange(self.code.shape[0]).split(1)
-            streams += [self.codec.serialize(self.code.index(row).flatten()) for row in rows_of_one]
+            whole, rows_of_one = self.code.whole(), torch.arange(self.code.shape[0]).split(1)
+            streams += [self.codec.serialize(whole.index(row).flatten()) for row in rows_of_one]
         return streams
 
 

@@ -53,13 +53,17 @@ def encode_columns(
     q: Float32[torch.Tensor, "tokens integers"], probabilities: Float[torch.Tensor, "integers symbols"]
 ) -> bytes:
     """Bytes of whole numbers `q`, coded column by column; of those that are zero throughout a bit says so."""
-    columns = q.cpu().T.contiguous()
-    is_used = (columns != 0).any(dim=1)
-    tables = probabilities[is_used].numpy().astype(numpy.float32)
-    largest = probabilities.shape[1] // 2 - 1
-    columns = columns[is_used]
-    is_outside = columns.abs() > largest
-    outside = columns.T[is_outside.T] if is_outside.any() else columns.new_empty(0)  # token by token
+    columns, largest = q.cpu().T.contiguous(), probabilities.shape[1] // 2 - 1
+    if len(q):
+        low, high = columns.aminmax(dim=1)
+        size = torch.maximum(high, -low)
+    else:
+        size = torch.zeros(len(columns))
+    is_used = size > 0
+    columns, tables = columns[is_used], probabilities[is_used].numpy().astype(numpy.float32)
+    outside = columns.new_empty(0)
+    if (size > largest).any():
+        outside = columns.T[(columns.abs() > largest).T]  # token by token
     head = struct.pack("<I", len(outside)) + numpy.packbits(is_used.numpy()).tobytes()
     others = (outside.numpy().astype(numpy.int32) + OTHER_OFFSET).astype(numpy.uint16)
     encode = compiled.encode_symbols if compiled.serves(columns) else _encode_symbols

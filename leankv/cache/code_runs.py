@@ -1,0 +1,63 @@
+"""The codes of a store as runs of tokens, so that a step appends to the last run and does not copy the others."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+
+from leankv.codecs import Code
+
+RUN = 256
+"""Tokens after which a new run begins: half as many are copied a step, on average. Assumption: few beside what a step
+reads, and enough that pieces are put together from few runs."""
+
+
+class CodeRuns:
+    """The code of B rows of T tokens, in runs behind each other; a run is never changed.
+
+    Args:
+        runs: codes `[B, tokens]`, at least one.
+    """
+
+    def __init__(self, runs: Sequence[Code]):
+        self._runs = tuple(runs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(B, T)`."""
+        return self._runs[0].shape[0], sum(run.shape[1] for run in self._runs)
+
+    def append(self, code: Code) -> "CodeRuns":
+        """With a code `[B, tokens]` behind it."""
+        last = self._runs[-1]
+        if last.shape[1] >= RUN:
+            return CodeRuns([*self._runs, code])
+        return CodeRuns([*self._runs[:-1], last.append(code)])
+
+    def narrow(self, first: int, last: int) -> Code:
+        """Tokens `first` to `last`; a view where they lie in one run and can be."""
+        parts, start = [], 0
+        for run in self._runs:
+            length = run.shape[1]
+            begin, end = max(first - start, 0), min(last - start, length)
+            if begin < end:
+                parts.append(run if end - begin == length else run.narrow(begin, end))
+            start += length
+        return reduce(Code.append, parts) if parts else self._runs[0].narrow(0, 0)
+
+    def whole(self) -> Code:
+        """All of it as one code."""
+        return self.narrow(0, self.shape[1])
+
+    def index(self, rows: torch.Tensor) -> "CodeRuns":
+        """Copies of rows, by number or by mask."""
+        return CodeRuns([run.index(rows) for run in self._runs])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "CodeRuns":
+        """The same on a device."""
+        return CodeRuns([run.to(device, non_blocking) for run in self._runs])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(run.nbytes for run in self._runs)
