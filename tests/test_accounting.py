@@ -15,6 +15,8 @@ from leankv.codecs import Codec, FitData, TrainingSettings, parse_recipe
 from leankv.models.geometry import Geometry, LayerGeometry, find_geometry
 from tests import tiny
 
+pytestmark = pytest.mark.whole_runs
+
 SETTINGS = TrainingSettings(epochs=1, batch_tokens=32, learning_rate=1e-3, seed=0)
 BELOW_WINDOW, ABOVE_WINDOW = 9, 40  # the sliding windows of the tiny models are 12 tokens
 

@@ -25,6 +25,8 @@ from leankv.studies.sweep import sweep
 from leankv.studies.workspace import Workspace
 from tests import tiny
 
+pytestmark = pytest.mark.whole_runs
+
 SUMMARY_KEYS = {
     "model",
     "n_layers",

@@ -17,6 +17,8 @@ from leankv.models.loading import describe
 from tests.run_folders import refuse, succeed
 from tests.test_bundle import evaluator_of, run_all
 
+pytestmark = pytest.mark.whole_runs
+
 MIXED = {"k": "int:4", "v": "resid(share:-1,transform:0.3)", "layers": {"0": {"k": "none"}, "2": "pca:8"}}
 
 

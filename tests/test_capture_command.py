@@ -10,6 +10,8 @@ from leankv import ModelConfig, load_model
 from leankv.models.rope import KeyRotation
 from tests.run_folders import succeed, succeed_json
 
+pytestmark = pytest.mark.whole_runs
+
 
 def test_capture_writes_the_layers_asked_for(experiment: Path, tmp_path: Path) -> None:
     told = succeed_json("capture", "--config", experiment, "-o", tmp_path, "--layers", "1,3", "--blocks", 4)

@@ -12,6 +12,8 @@ import yaml
 from leankv import __version__
 from tests.run_folders import succeed, succeed_json
 
+pytestmark = pytest.mark.whole_runs
+
 COMMANDS = ["run", "capture", "train-layer", "sweep", "map", "select", "eval-ppl", "generate", "info"]
 
 

@@ -16,6 +16,8 @@ from tests import tiny
 from tests.test_codecs import SPECS
 from tests.test_decoded_once import fitted
 
+pytestmark = pytest.mark.whole_runs
+
 
 def suits(spec: str, width: int) -> bool:
     try:

@@ -8,6 +8,8 @@ import pytest
 from leankv.report.divergence import DIVERGENCE_COLUMNS
 from tests.run_folders import BLOCKS, refuse, succeed, succeed_json
 
+pytestmark = pytest.mark.whole_runs
+
 EVALUATION_KEYS = {"base_ppl", "ppl", "delta_ppl", "delta_percent", "interval", "tokens", "protocol", "split"}
 
 

@@ -25,6 +25,8 @@ from leankv.studies.sweep_table import gather
 from tests.forked import CommandProcess
 from tests.run_folders import TIME_OUT, Sweep, assert_swept, finished_files, layers_measured, refuse, start, wait_for
 
+pytestmark = pytest.mark.whole_runs
+
 
 def worker_processes(folder: Path) -> dict[int, int]:
     """Number of a shard -> its latest worker, as the logs tell."""

@@ -12,6 +12,8 @@ import pytest
 
 from tests.run_folders import invoke, refusal, refuse
 
+pytestmark = pytest.mark.whole_runs
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Any]:

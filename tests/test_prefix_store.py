@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.perplexity import exact_window, measure_nats
 from tests import tiny
+from tests.forked import FORK
 from tests.test_encode_all import bundle_of
 
 pytestmark = pytest.mark.whole_runs
@@ -287,9 +287,8 @@ def add_slowly(folder: Path, seed: int, lines: Any) -> None:
 
 
 def started(folder: Path, seed: int) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("spawn")
-    lines = context.Queue()
-    process = context.Process(target=add_slowly, args=(folder, seed, lines))
+    lines = FORK.Queue()
+    process = FORK.Process(target=add_slowly, args=(folder, seed, lines))
     process.start()
     return process, lines
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tests.forked import CommandProcess
 from tests.run_folders import LAYERS, TIME_OUT, Files, evaluator_of, finished_files, write_experiment
 
+pytestmark = pytest.mark.whole_runs
+
 
 def count(folder: Path, pattern: str) -> int:
     return len(list(folder.glob(pattern)))

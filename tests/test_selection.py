@@ -13,6 +13,8 @@ from leankv.config.notation import Budget, parse_layers
 from leankv.errors import UserError
 from leankv.search.greedy import select_layers
 
+pytestmark = pytest.mark.whole_runs
+
 Measure = Callable[[tuple[int, ...]], float]
 
 # Whole numbers, so that sums are exact and ties happen.

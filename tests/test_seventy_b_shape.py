@@ -19,6 +19,8 @@ from leankv.studies.sweep import sweep
 from leankv.studies.workspace import Workspace
 from tests import tiny
 
+pytestmark = pytest.mark.whole_runs
+
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "llama-3.3-70b-nf4.yaml"
 LAYERS, WIDTH = 80, 1024
 PARAMETERS = (1024 * 4 + 4) + (4 * 128 + 128) + (128 * 1024 + 1024)  # of one codec, weights and biases
@@ -46,6 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> PlanEvaluator:
         "data.selection_blocks": 2,
         "data.report_blocks": 2,
         "fit.epochs": 1,
+        "protocol.batch_size": 2,
         "selection.budget": "500%",
         "selection.layers": "40-43",
         "output_dir": str(root / "run"),

@@ -30,6 +30,8 @@ from tests.run_folders import (
     wait_for,
 )
 
+pytestmark = pytest.mark.whole_runs
+
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ from leankv.progress import Silent
 from tests import tiny
 from tests.oracles import SlowChain, held_tensors
 
+pytestmark = pytest.mark.whole_runs
+
 SPEC = "resid(share:-2,transform:s0.3)"
 SHARED = "resid(share:-1,int:3)"
 BLOCKS = Blocks(tiny.tokens(3, 40, seed=3), "selection", "random")

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Room, Sealed, hash_of_tokens, opened, sealed_in
-from leankv.cache.layers import LeanLayer
+from leankv.cache.layers import LeanLayer, LeanSlidingLayer
 from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache, mask_of
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.plan import Site
@@ -116,6 +116,18 @@ def fill(cache: LeanCache, held: Mapping[str, Held], seen: int, device: torch.de
             layer.keys, layer.values = keys.to(device), values.to(device)
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = seen
+
+
+def forget_unseen(cache: LeanCache) -> None:
+    """Drop what lies behind sliding windows, as their layers would have themselves."""
+    for layer in cache.layers:
+        if isinstance(layer, LeanSlidingLayer):
+            for part in layer.parts.values():
+                part.keep(len(part) - layer.sliding_window + 1, len(part))
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            layer.keys, layer.values = (
+                rows[:, :, -layer.sliding_window + 1 :].clone() for rows in (layer.keys, layer.values)
+            )
 
 
 def check_origin(path: Path, what: str, about: Mapping[str, Any], bundle: Bundle) -> None:

@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Sealed, held_by, opened
-from leankv.cache.layers import LeanSlidingLayer
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.pages import PAGE, About, about_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
-from leankv.cache.saved_cache import fill, rooms_of
+from leankv.cache.saved_cache import fill, forget_unseen, rooms_of
 from leankv.errors import UserError
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.structure import max_positions
@@ -112,8 +110,7 @@ class PrefixStore:
         if tokens < PAGE * len(found):
             held = {name: part_of(own, 0, tokens) for name, own in held.items()}
         fill(cache, held, tokens, self.model.device)
-        for layer in cache.layers:
-            _forget_unseen(layer)
+        forget_unseen(cache)
         return cache
 
     def _damaged(self, name: str, error: Exception) -> None:
@@ -241,9 +238,7 @@ class PrefixStore:
     def _computed(self, tokens: Ids) -> LeanCache:
         """A cache that computed these tokens exactly, and then coded them whole."""
         cache = self.bundle.new_cache(window=UNBOUNDED)
-        for layer in cache.layers:
-            if isinstance(layer, LeanSlidingLayer | DynamicSlidingWindowLayer):
-                layer.activate_past_recording()  # or tokens that nobody sees any more would be missing
+        cache.activate_past_recording()  # or tokens that no sliding window sees any more would be missing
         ExactPrefixes(self.model, 0).fill(cache, tokens)
         cache.encode_all()
         return cache
@@ -265,14 +260,3 @@ def _coded_tokens(held: Held, seen: int, is_compressed: bool) -> int:
     if held.length < seen:
         return 0  # a sliding window has dropped the first
     return held.length - (held.window.shape[2] if is_compressed and held.window is not None else 0)
-
-
-def _forget_unseen(layer: Any) -> None:
-    """Drop what lies behind a sliding window, as the layer itself would have."""
-    if isinstance(layer, LeanSlidingLayer):
-        for part in layer.parts.values():
-            part.keep(len(part) - layer.sliding_window + 1, len(part))
-    elif isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys, layer.values = (
-            rows[:, :, -layer.sliding_window + 1 :].clone() for rows in (layer.keys, layer.values)
-        )
