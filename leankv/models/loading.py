@@ -143,6 +143,8 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             model.to(device)
     except Exception as error:  # every library under `from_pretrained` raises types of its own
         raise UserError(_why_not_loaded(config, error)) from error
+    if gguf_file is not None:
+        model.config.name_or_path = config.name  # a bundle made of it says where to get it from, not in which folder
     if absent := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise UserError(
             f"the model {config.name} lacks {len(absent)} of its weights ({absent[0]} first), which would be random; "
