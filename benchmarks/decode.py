@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from side_by_side import Ratio, report, say, side_by_side, timed
-from smollm2 import prepared
+from smollm2 import GENERATING, prepared, stock_cache
 from transformers import DynamicCache
 
 from leankv.cache.code_attention import attention_over_codes
@@ -24,7 +24,7 @@ from leankv.cache.memory import held_bytes
 from leankv.cache.plan import Plan, PlanSpec
 from leankv.evaluation.step_peak import peak_bytes, watched
 
-GENERATED, CHUNK, REPEATS = 8, 512, 3
+GENERATED, REPEATS = 8, 3
 CERTIFIED = Path(__file__).parent.parent / "results" / "plans-smollm2" / "plans.json"
 """Its plan under +7 %."""
 
@@ -42,31 +42,11 @@ ROWS: tuple[tuple[str, int, float], ...] = (
 
 HEADLINE = ("transform:s0.02", 4096)  # what the file quotes first; the others stand in its rows
 
-SETTINGS: dict[str, Any] = {
-    "data__calibration_blocks": 8,
-    "data__block_length": 1024,
-    "codec__key_space": "pre-rope",
-    "fit__error_metric": "gradient",
-    "fit__epochs": 1,
-    "protocol__kind": "stream",
-    "protocol__sinks": 4,
-    "protocol__window": 128,
-}
-
 
 def spec_of(what: str) -> PlanSpec:
     if what != "certified +7 %":
         return PlanSpec.uniform(what)
     return PlanSpec.parse(json.loads(CERTIFIED.read_text())[0]["plan"])
-
-
-@torch.no_grad()
-def computed(model: Any, tokens: torch.Tensor) -> DynamicCache:
-    """The stock cache of a context."""
-    cache = DynamicCache(config=model.config)
-    for piece in tokens.split(CHUNK, dim=1):
-        model.base_model(input_ids=piece, past_key_values=cache)
-    return cache
 
 
 @torch.no_grad()
@@ -91,10 +71,10 @@ def main() -> None:
     table: list[dict[str, Any]] = []
     headline: Ratio
     with tempfile.TemporaryDirectory() as folder:
-        evaluator = prepared(Path(folder), **SETTINGS)
+        evaluator = prepared(Path(folder), **GENERATING)
         workspace, model = evaluator.workspace, evaluator.workspace.loaded.model
         text = workspace.blocks("calibration").tokens.flatten()
-        contexts = {context: computed(model, text[None, : context - 1]) for context in {row[1] for row in ROWS}}
+        contexts = {context: stock_cache(model, text[None, : context - 1]) for context in {row[1] for row in ROWS}}
         layer_bytes = workspace.loaded.geometry.bytes_per_token // len(workspace.loaded.geometry.layers)
         for what, context, required in ROWS:
             plan = evaluator.codecs.plan(spec_of(what))
@@ -147,7 +127,7 @@ def main() -> None:
                 headline = ratio
             del own
             evaluator.codecs.forget()
-        headline.notes.update(SETTINGS, rows=table, **workspace.loaded.numerics)
+        headline.notes.update(GENERATING, rows=table, **workspace.loaded.numerics)
     report("decode", headline)
 
 

@@ -16,7 +16,7 @@ import pyarrow
 import safetensors.torch
 import torch
 from side_by_side import RESULTS, machine, say, timed
-from smollm2 import prepared
+from smollm2 import GENERATING, prepared, stock_cache
 from transformers import DynamicCache
 
 import leankv
@@ -27,19 +27,9 @@ from leankv.cache.plan import PlanSpec
 from leankv.cache.saved_cache import load_cache, rooms_of
 from leankv.models.loading import describe
 
-PREFIX, CONTINUATION, CHUNK, REPEATS = 4096, 512, 512, 3
+PREFIX, CONTINUATION, REPEATS = 4096, 512, 3
 REQUIRED = {"transform:s0.02": (250, 180, 8), "resid(share:-2,transform:s0.02)": (250, 180, 5), "int:4": (None,) * 3}
 """Megabytes a second written and read, and how many times sooner the first token comes."""
-SETTINGS: dict[str, Any] = {
-    "data__calibration_blocks": 8,
-    "data__block_length": 1024,
-    "codec__key_space": "pre-rope",
-    "fit__error_metric": "gradient",
-    "fit__epochs": 1,
-    "protocol__kind": "stream",
-    "protocol__sinks": 4,
-    "protocol__window": 128,
-}
 
 
 def best(function: Any) -> tuple[float, Any]:
@@ -53,7 +43,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        evaluator = prepared(folder / "run", **SETTINGS)
+        evaluator = prepared(folder / "run", **GENERATING)
         workspace = evaluator.workspace
         model, loaded = workspace.loaded.model, workspace.loaded
         text = workspace.blocks("calibration").tokens.flatten()[None, : PREFIX + CONTINUATION]
@@ -61,13 +51,7 @@ def main() -> None:
         base_bytes = loaded.geometry.bytes_per_token * PREFIX
         megabytes = base_bytes / 1e6
 
-        def computed() -> DynamicCache:
-            cache = DynamicCache(config=model.config)
-            for piece in prefix.split(CHUNK, dim=1):
-                model.base_model(input_ids=piece, past_key_values=cache)
-            return cache
-
-        prefill_seconds, stock = timed(lambda: first_token(model, computed(), last))
+        prefill_seconds, stock = timed(lambda: first_token(model, stock_cache(model, prefix), last))
         stock_rows(rows, folder, stock, megabytes, prefill_seconds, model, last)
         for spec, required in REQUIRED.items():
             plan = evaluator.codecs.plan(PlanSpec.uniform(spec))
@@ -112,7 +96,7 @@ def main() -> None:
         "what": f"caches of {PREFIX} tokens on disk, SmolLM2-135M, {megabytes:.1f} MB in 16 bits",
         "prefill_seconds": prefill_seconds,
         "rows": rows,
-        "notes": {**SETTINGS, **workspace.loaded.numerics},
+        "notes": {**GENERATING, **workspace.loaded.numerics},
         "machine": machine(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

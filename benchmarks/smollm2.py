@@ -4,10 +4,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import DynamicCache
+
 from leankv.config.loading import load_experiment
 from leankv.progress import Progress
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
+
+GENERATING: dict[str, Any] = {
+    "data__calibration_blocks": 8,
+    "data__block_length": 1024,
+    "codec__key_space": "pre-rope",
+    "fit__error_metric": "gradient",
+    "fit__epochs": 1,
+    "protocol__kind": "stream",
+    "protocol__sinks": 4,
+    "protocol__window": 128,
+}
+"""Of caches as one generates with them."""
+
+CHUNK = 512  # tokens that a context is computed by
 
 
 def prepared(folder: Path, **changes: Any) -> PlanEvaluator:
@@ -19,3 +36,12 @@ def prepared(folder: Path, **changes: Any) -> PlanEvaluator:
     settings = {key.replace("__", "."): value for key, value in changes.items()}
     experiment = load_experiment(None, {**dataset, "output_dir": str(folder), "protocol.sinks": 0, **settings})
     return PlanEvaluator(Workspace.open(experiment, Progress()))
+
+
+@torch.no_grad()
+def stock_cache(model: Any, tokens: torch.Tensor) -> DynamicCache:
+    """The stock cache of a context."""
+    cache = DynamicCache(config=model.config)
+    for piece in tokens.split(CHUNK, dim=1):
+        model.base_model(input_ids=piece, past_key_values=cache)
+    return cache

@@ -113,7 +113,7 @@ def tensors_of(
         tensors |= {f"{name}.{kind}": rows.cpu().contiguous() for kind, rows in exact.items() if rows is not None}
         if own.code is not None:
             coded[name] = own.code.shape[1]
-            work += [_serializing(codecs[name], row) for row in _rows_of(own.code)]
+            work += [_serializing(codecs[name], row) for row in own.code.rows()]
     streams = iter(_on_all_cores(work))
     table, pieces = {}, []
     for name, tokens in coded.items():
@@ -233,13 +233,6 @@ def _checked_rows(
     if (rows.shape[0], rows.shape[1], rows.shape[3]) != (batch, room.heads, room.head_dim):
         raise DamagedError(f"{name}.{kind} has shape {list(rows.shape)}, not that of {batch} rows of this model's")
     return rows
-
-
-def _rows_of(code: Code) -> list[Code]:
-    """The codes `[T]` of the rows of `[B, T]`."""
-    if code.shape[0] == 1:
-        return [code.flatten()]
-    return [code.index(row).flatten() for row in torch.arange(code.shape[0]).split(1)]
 
 
 def _serializing(codec: Codec, code: Code) -> Callable[[], bytes]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Sealed, sealed_in, tensors_of
+from leankv.cache.part_store import cut, overlap
 from leankv.cache.saved_cache import check_origin, rooms_of
 from leankv.cache.tensor_file import read_tensors, write_tensors
 from leankv.errors import UserError
@@ -128,16 +127,9 @@ def part_of(held: Held, first: int, last: int) -> Held:
     """Tokens `first` to `last` of those that a store holds, copied."""
     sinks = 0 if held.sinks is None else held.sinks.shape[2]
     coded = 0 if held.code is None else held.code.shape[1]
-    code_first, code_last = (min(max(place - sinks, 0), coded) for place in (first, last))
+    code_first, code_last = overlap(first - sinks, last - sinks, coded)
     return Held(
-        _cut(held.sinks, first, last),
+        cut(held.sinks, first, last),
         held.code.narrow(code_first, code_last).clone() if held.code is not None and code_last > code_first else None,
-        _cut(held.window, first - sinks - coded, last - sinks - coded),
+        cut(held.window, first - sinks - coded, last - sinks - coded),
     )
-
-
-def _cut(rows: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
-    if rows is None:
-        return None
-    part = rows[:, :, max(first, 0) : max(last, 0)]
-    return part.clone() if part.shape[2] else None

@@ -279,14 +279,14 @@ class PartStore:
         sinks, coded, _ = self._lengths()
         self.seen -= max(len(self) - stop, 0)
 
-        first, last = _overlap(start - sinks, stop - sinks, coded)
+        first, last = overlap(start - sinks, stop - sinks, coded)
         if last == first:
             self.code = None
         elif self.code is not None and last - first < coded:
             self.code = CodeRuns([self.code.narrow(first, last).clone()])
         behind = sinks + coded
-        self.sink_rows = _cut(self.sink_rows, start, stop)
-        self.window_rows = _cut(self.window_rows, start - behind, stop - behind)
+        self.sink_rows = cut(self.sink_rows, start, stop)
+        self.window_rows = cut(self.window_rows, start - behind, stop - behind)
 
     def index(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch, by number (any number of times) or by mask, in this order."""
@@ -315,8 +315,7 @@ class PartStore:
         exact = [rows for rows in (self.sink_rows, self.window_rows) if rows is not None]
         streams = [rows.contiguous().view(torch.uint8).cpu().numpy().tobytes() for rows in exact]
         if self.code is not None and self.codec is not None:
-            whole, rows_of_one = self.code.whole(), torch.arange(self.code.shape[0]).split(1)
-            streams += [self.codec.serialize(whole.index(row).flatten()) for row in rows_of_one]
+            streams += [self.codec.serialize(row) for row in self.code.whole().rows()]
         return streams
 
 
@@ -328,15 +327,15 @@ def _length(rows: torch.Tensor | None) -> int:
     return 0 if rows is None else rows.shape[2]
 
 
-def _overlap(start: int, stop: int, count: int) -> tuple[int, int]:
+def overlap(start: int, stop: int, count: int) -> tuple[int, int]:
     """What of `start` to `stop` lies within the first `count`."""
     first = min(max(start, 0), count)
     return first, min(max(stop, first), count)
 
 
-def _cut(rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+def cut(rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
     """Tokens `start` to `stop` of those there are; None for none."""
-    first, last = _overlap(start, stop, _length(rows))
+    first, last = overlap(start, stop, _length(rows))
     if rows is None or last == first:
         return None
     # A view would keep all of the storage alive: hence a copy.

@@ -4,7 +4,7 @@ import hashlib
 
 from leankv.cache.codec_files import tensors_of
 from leankv.cache.plan import Plan
-from leankv.cache.tensor_file import bytes_of
+from leankv.cache.tensor_file import update_with
 
 
 def checksum_of(plan: Plan, key_space: str) -> str:
@@ -16,7 +16,5 @@ def checksum_of(plan: Plan, key_space: str) -> str:
     digest = hashlib.sha256(key_space.encode())
     for site, codec in sorted(plan.items()):
         digest.update(f"{site.layer}.{site.part} {codec.recipe.text} {codec.recipe.revisions()}".encode())
-        for name, tensor in sorted(tensors_of(codec).items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(bytes_of(tensor))
+        update_with(digest, tensors_of(codec))
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from jaxtyping import Int
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from leankv.cache.bundle import Bundle
-from leankv.cache.contents import DamagedError, Held, Room, Sealed, hash_of_tokens, opened, sealed_in
+from leankv.cache.contents import MOST_TOKENS, DamagedError, Held, Room, Sealed, hash_of_tokens, opened, sealed_in
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer
 from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache, mask_of
 from leankv.cache.part_store import UNBOUNDED
@@ -78,7 +78,7 @@ def _restored(
             f"{WHAT} {path} has format {about.get('format')!r}, this version reads {SAVED_FORMAT}; {WAY_OUT}"
         )
     check_origin(path, WHAT, about, bundle)
-    numbers = {"seen": 2**31 - 1, "batch": MOST_ROWS, "sinks": 2**31 - 1, "window": UNBOUNDED}
+    numbers = {"seen": MOST_TOKENS, "batch": MOST_ROWS, "sinks": MOST_TOKENS, "window": UNBOUNDED}
     for name, most in numbers.items():
         if type(about.get(name)) is not int or not 0 <= about[name] <= most:
             raise DamagedError(f"{name} is {about.get(name)!r}")

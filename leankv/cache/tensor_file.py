@@ -56,10 +56,15 @@ def read_tensors(path: Path, what: str, way_out: str) -> tuple[dict[str, torch.T
 
 def _checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(hash_of(about).encode())
+    update_with(digest, tensors)
+    return digest.hexdigest()
+
+
+def update_with(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Have a hash of `hashlib` take in tensors: names, kinds, shapes and numbers."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(bytes_of(tensor))
-    return digest.hexdigest()
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

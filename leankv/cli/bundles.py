@@ -87,8 +87,6 @@ def generate_command(
     With a store, the longest beginning of the prompt that lies there is read instead of computed. A prompt of which
     nothing lies there is computed exactly once and stored, as protocol `prefix` measures it.
     """
-    from dataclasses import asdict
-
     from leankv.evaluation.generation import complete, encoded, format_completion
 
     loaded, opened, experiment, progress = open_bundle(asked, bundle, register)
@@ -102,9 +100,9 @@ def generate_command(
     show = (lambda text: None) if json_ else print_piece
     completion = complete(loaded, cache, ids, max_new_tokens, temperature, experiment.seed, show)
     if kept is not None:
-        kept.put(cache, torch_row(completion.ids), title_of(file, prompt))
+        kept.put(cache, completion.ids, title_of(file, prompt))
     if json_:
-        print_json({name: value for name, value in asdict(completion).items() if name != "ids"})
+        print_json(completion.to_json())
     else:
         OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
 
@@ -145,13 +143,6 @@ def text_of(file: Path | None) -> str:
 def title_of(file: Path | None, prompt: str) -> str:
     """What a prompt is called in a store."""
     return file.name if file is not None else " ".join(prompt.split())[:TITLE]
-
-
-def torch_row(ids: list[int]) -> Any:
-    """Token ids as a batch of one."""
-    import torch
-
-    return torch.tensor([ids])
 
 
 def _register(names: list[str] | None) -> None:

@@ -228,8 +228,6 @@ def _print_plans(experiment: Any, json_: bool) -> None:
 
 def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) -> None:
     """Complete a prompt with a run's bundle, on the screen and in its folder."""
-    from dataclasses import asdict
-
     from leankv.cache.bundle import load_bundle
     from leankv.evaluation.generation import complete, encoded, format_completion
     from leankv.report.runs import COMPLETION_FILE
@@ -240,8 +238,7 @@ def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) ->
     length = NEW_TOKENS + cache.sinks + cache.window
     completion = complete(loaded, cache, encoded(loaded, prompt, False), length, 0.0, seed, print_piece)
     OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
-    told = {name: value for name, value in asdict(completion).items() if name != "ids"}
-    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **told})
+    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **completion.to_json()})
 
 
 def _default_output_dir() -> str:

@@ -53,6 +53,12 @@ class Code:
         """`[B * T]` -> `[B, T]`."""
         return self._each(lambda column: column.unflatten(batch), (batch, self.shape[0] // batch))
 
+    def rows(self) -> list["Code"]:
+        """The codes `[T]` of the rows of `[B, T]`."""
+        if self.shape[0] == 1:
+            return [self.flatten()]
+        return [self.index(row).flatten() for row in torch.arange(self.shape[0]).split(1)]
+
     def append(self, other: "Code") -> "Code":
         """`[B, T]` and `[B, S]` -> `[B, T + S]`."""
         joined = {name: column.append(other.columns[name]) for name, column in self.columns.items()}

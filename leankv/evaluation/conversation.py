@@ -14,7 +14,7 @@ from leankv.cache.bundle import Bundle
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.saved_cache import load_cache
 from leankv.errors import UserError
-from leankv.evaluation.generation import Completion, complete
+from leankv.evaluation.generation import Completion, chat_ids, complete
 from leankv.models.loading import LoadedModel
 from leankv.models.structure import max_positions
 from leankv.storage.files import read_json, write_json
@@ -89,8 +89,7 @@ class Conversation:
             UserError: the conversation is longer than the model allows, or cannot be written.
         """
         turns = [*self.turns, {"role": "user", "content": content}]
-        template = self.loaded.tokenizer.apply_chat_template
-        ids: list[int] = template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = chat_ids(self.loaded.tokenizer, turns)
         limit = max_positions(self.loaded.model.config)
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise UserError(
@@ -98,12 +97,11 @@ class Conversation:
                 "begin another one"
             )
         self._roll_back_to(ids)
-        row = torch.tensor([ids])
-        completion = complete(self.loaded, self._cache, row, max_new_tokens, temperature, seed, on_text)
-        self._ids = completion.ids
+        completion = complete(self.loaded, self._cache, torch.tensor([ids]), max_new_tokens, temperature, seed, on_text)
+        self._ids = completion.ids[0].tolist()
         self.turns = [*turns, {"role": "assistant", "content": completion.text}]
         if self._text is not None and self._codes is not None:
-            self._cache.save(self._codes, torch.tensor([self._ids]))
+            self._cache.save(self._codes, completion.ids)
             write_json(self._text, {"turns": self.turns, "ids": self._ids})
         return completion
 

@@ -22,7 +22,7 @@ class Completion:
 
     Attributes:
         text: what was generated, the prompt left out.
-        ids: token ids of prompt and completion.
+        ids: token ids of prompt and completion, on the CPU.
         tokens: tokens that the cache held at the end.
         tokens_at_start: tokens that it held when the prompt came.
         cache_bytes: bytes that the compressed cache held then (measured).
@@ -32,13 +32,17 @@ class Completion:
     """
 
     text: str
-    ids: list[int]
+    ids: Int[torch.Tensor, "1 T"]
     tokens: int
     tokens_at_start: int
     cache_bytes: int
     uncompressed_bytes: int
     seconds_to_first_token: float
     tokens_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the token ids."""
+        return {name: value for name, value in vars(self).items() if name != "ids"}
 
 
 class _Callback(TextStreamer):
@@ -67,14 +71,16 @@ def encoded(loaded: LoadedModel, prompt: str, chat: bool) -> Int[torch.Tensor, "
     tokenizer = loaded.tokenizer
     if chat and tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {loaded.name} has no chat template; leave --chat out")
-    if chat:
-        turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+    ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}]) if chat else tokenizer(prompt)["input_ids"]
     if not ids:
         raise UserError("the prompt is empty; give some text to go on from")
     return torch.tensor([ids])
+
+
+def chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of turns in the tokenizer's chat template, up to where an answer begins."""
+    ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return ids
 
 
 @torch.no_grad()
@@ -119,7 +125,7 @@ def complete(
     held = sum(layer.width_of(part) * layer.tokens_held(tokens) for layer in loaded.geometry.layers for part in PARTS)
     return Completion(
         text=tokenizer.decode(new, skip_special_tokens=True),
-        ids=output[0].tolist(),
+        ids=output.cpu(),
         tokens=tokens,
         tokens_at_start=held_at_start,
         cache_bytes=cache.nbytes(),
