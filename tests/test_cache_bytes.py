@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from leankv import compiled
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.memory import held_bytes
 from leankv.cache.plan import Plan, Site
@@ -86,14 +87,21 @@ def test_steps_beyond_the_last_learned_position() -> None:
 
 
 @pytest.mark.parametrize("spec", ["identity", "transform:2"])
-def test_a_step_takes_what_it_decodes(llama: Any, spec: str) -> None:
+def test_a_step_takes_what_it_decodes(llama: Any, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A codec's step decodes a layer's keys and values into tensors of their own; the stock one copies them to grow."""
+    monkeypatch.setattr(compiled, "serves", lambda tensor: False)
     plan = {Site(layer, part): codec(spec) for layer in range(LAYERS) for part in "kv"}
     context = 500
     coded, stock = measured(llama, plan, context), measured(llama, {}, context)
     layer = 2 * context * WIDTH * 2
     assert coded.peak_step > layer
     assert layer // 2 < stock.peak_step < 2 * layer
+
+
+def test_a_step_by_compiled_loops_decodes_nothing_that_is_held(llama: Any) -> None:
+    plan = {Site(layer, part): codec("transform:2") for layer in range(LAYERS) for part in "kv"}
+    context = 500
+    assert measured(llama, plan, context).peak_step < 2 * context * WIDTH * 2 / 2
 
 
 def test_memory_of_codecs_has_what_decoding_builds() -> None:

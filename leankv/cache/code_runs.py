@@ -1,6 +1,6 @@
 """The codes of a store as runs of tokens, so that a step appends to the last run and does not copy the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -26,6 +26,10 @@ class CodeRuns:
     def shape(self) -> tuple[int, int]:
         """`(B, T)`."""
         return self._runs[0].shape[0], sum(run.shape[1] for run in self._runs)
+
+    def __iter__(self) -> Iterator[Code]:
+        """The runs, `[B, tokens]` each."""
+        return iter(self._runs)
 
     def append(self, code: Code) -> "CodeRuns":
         """With a code `[B, tokens]` behind it."""

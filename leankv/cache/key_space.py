@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int64
 
+from leankv.compiled.packed_rows import BLOCK, Meeting
 from leankv.models.rope import KeyRotation, Table
 
 Keys = Float[torch.Tensor, "batch heads tokens head_dim"]
@@ -18,10 +19,17 @@ class KeySpace:
         rotation: takes cached keys to the key space of codecs, and back.
         layer: whose keys.
         padding: `[B]`, tokens of left padding in the rows of the prompt; None for none.
+        ends_pass: whether no other layer's keys are read after these in a forward pass.
     """
 
-    def __init__(self, rotation: KeyRotation, layer: int, padding: Int64[torch.Tensor, " batch"] | None):
-        self._rotation, self._layer = rotation, layer
+    def __init__(
+        self,
+        rotation: KeyRotation,
+        layer: int,
+        padding: Int64[torch.Tensor, " batch"] | None,
+        ends_pass: bool = False,
+    ):
+        self._rotation, self._layer, self._ends_pass = rotation, layer, ends_pass
         self._of_prompt = padding
         self._of_rows: torch.Tensor | None = None  # once there are rows
 
@@ -38,6 +46,11 @@ class KeySpace:
     def restore(self, padding: Int64[torch.Tensor, " batch"] | None) -> None:
         """Have such rows."""
         self._of_rows = padding
+
+    def end(self) -> None:
+        """These keys were read: tables that layers share in a forward pass go with the last of them."""
+        if self._ends_pass:
+            self._rotation.forget()
 
     def clear(self) -> None:
         """Forget the rows."""
@@ -78,6 +91,20 @@ class KeySpace:
         padding = torch.zeros(1, dtype=torch.int64) if self._of_rows is None else self._of_rows.cpu()
         table = self._rotation.table_at(self._layer, (first - padding)[:, None], queries.device)
         return self._rotation.turned_back(self._layer, queries, table)
+
+    def meeting(self, queries: Float[torch.Tensor, "1 heads groups head_dim"], first: int, count: int) -> Meeting:
+        """How `count` keys as codecs give them, the first token `first` of the sequence, meet queries of one row."""
+        near = min(BLOCK, count)
+        padding = 0 if self._of_rows is None else int(self._of_rows)
+        places = torch.cat([torch.arange(near), torch.arange(first - padding, first - padding + count, BLOCK)])
+        table = self._rotation.table_at(self._layer, places[None], queries.device)
+        if table is None:
+            return Meeting.as_cached(queries[0])
+        cos, sin = table
+        each = queries.flatten(1, 2)[:, :, None].expand(-1, -1, len(places) - near, -1)
+        turned = self._rotation.turned_back(self._layer, each, (cos[:, near:], sin[:, near:]))
+        blocks = turned[0].transpose(0, 1).unflatten(1, queries.shape[1:3])
+        return Meeting(blocks, cos[0, :near], sin[0, :near], self._rotation.rotates_halves(self._layer))
 
     def _positions(self, first: int, count: int) -> torch.Tensor:
         """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""

@@ -79,11 +79,14 @@ class LeanCache(Cache):
             layer: earlier_layers(windows, layer, max(codec.n_context_layers for codec in codecs.values()))
             for layer, codecs in by_layer.items()
         }
-        for layer in sorted({*by_layer, *(source for own in earlier.values() for source in own)}):
+        ours = sorted({*by_layer, *(source for own in earlier.values() for source in own)})
+        if rotation is not None:
+            shared = rotation.for_passes()
+        for layer in ours:
             stock, space, codecs = layers[layer], None, by_layer.get(layer, {})
             sources = [layers[source] for source in earlier.get(layer, [])]
             if rotation is not None:
-                space = KeySpace(rotation, layer, padding)
+                space = KeySpace(shared, layer, padding, ends_pass=layer == ours[-1])
             if type(stock) is DynamicSlidingWindowLayer:
                 layers[layer] = LeanSlidingLayer(
                     stock.sliding_window, codecs, sinks, window, space, sources, store_type

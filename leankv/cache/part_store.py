@@ -12,7 +12,7 @@ other stores show (`leankv.cache.cross_layer`).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from leankv.cache.cross_layer import CrossLayer, Shown
 from leankv.cache.key_space import KeySpace
 from leankv.codecs import Code, Codec, Factored
 from leankv.codecs.share import as_context
+from leankv.compiled.packed_rows import Meeting, PackedRows
 
 PIECE = 4096
 """Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
@@ -126,6 +127,8 @@ class PartStore:
             self.read(rows)  # shows to readers what decoding gives
         else:
             self.cross_layer.show([], self._first_coded())
+        if self.space is not None:
+            self.space.end()
 
     def read(self, like: Like) -> Rows:
         """All tokens held, in the dtype of `like`."""
@@ -146,6 +149,8 @@ class PartStore:
             # Held exact; which of these tokens are codes in the stores that look here, they know.
             shown = [self._shown(self.window_rows, self._first_coded())]
         self.cross_layer.show(shown, self._first_coded() + skipped)
+        if self.space is not None:
+            self.space.end()
         return whole
 
     def _read_codes(self, codec: Codec, code: CodeRuns, into: Rows, shown: list[torch.Tensor]) -> int:
@@ -232,10 +237,35 @@ class PartStore:
             return None
         return self.codec.factored(self.code.narrow(first - sinks, last - sinks).flatten())
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether compiled loops can read all that is held, as `runs`."""
+        if self.batch != 1 or self.cross_layer.readers:
+            return False
+        return self.codec is None or self.code is None or self.codec.has_packed_rows
+
+    def runs(self) -> Iterator[Float[torch.Tensor, "tokens heads head_dim"] | PackedRows]:
+        """All tokens of one sequence, run by run, for compiled loops."""
+        if self.sink_rows is not None:
+            yield self.sink_rows[0].transpose(0, 1)
+        for code in self.code or ():
+            assert self.codec is not None, "codes have one"
+            yield self.codec.packed_rows(code.flatten())
+        if self.window_rows is not None:
+            yield self.window_rows[0].transpose(0, 1)
+
+    def meeting(self, queries: Float[torch.Tensor, "1 heads groups head_dim"]) -> Meeting:
+        """How the keys of all codes meet queries."""
+        if self.code_space is None:
+            return Meeting.as_cached(queries[0])
+        return self.code_space.meeting(queries, self._first_coded(), self.n_codes)
+
     def end_reading(self) -> None:
         """All pieces were read: let go of what this store predicts from."""
         self.cross_layer.end()
         self._buffer = None
+        if self.space is not None:
+            self.space.end()
 
     def borders(self) -> set[int]:
         """Numbers of tokens held at which sinks, codes or window begin or end."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float
 
+from leankv.cache.code_step import attended
 from leankv.cache.key_space import KeySpace
 from leankv.cache.part_store import PartStore, Rows
 from leankv.codecs import Factored
@@ -92,6 +93,18 @@ class LayerReading:
         """Tokens that attention sees."""
         return len(self._parts[0][0]) - self.start
 
+    def at_once(
+        self, queries: Float[torch.Tensor, "1 heads groups head_dim"]
+    ) -> Float[torch.Tensor, "1 heads groups _"] | None:
+        """Weighted values for the scaled queries of one token; None where this has to be read in pieces."""
+        (keys, _), (values, _) = self._parts
+        if self.start:
+            return None
+        weighted = attended(keys, values, queries)
+        if weighted is not None:
+            self._end()
+        return weighted
+
     def pieces(self, queries: int) -> Iterator[tuple[int, Keys, Values]]:
         """Number of a piece's first token among those that attention sees, its keys, and its values.
 
@@ -118,7 +131,10 @@ class LayerReading:
                 if begin >= self.start:
                     keys = Keys(rows) if place is None else Keys(rows, space, place, offsets)
                     yield begin - self.start, keys, Values(values, self.heads)
-        for store in stores:
+        self._end()
+
+    def _end(self) -> None:
+        for store, _ in self._parts:
             store.end_reading()
         if self._on_end is not None:
             self._on_end()

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float16, Float32
 
 from leankv.codecs.code import Code
 from leankv.codecs.statistics import ROWS
+from leankv.compiled.packed_rows import PackedRows
 from leankv.errors import UserError
 
 Vectors = Float[torch.Tensor, "tokens width"]
@@ -142,6 +143,15 @@ class Codec(torch.nn.Module, ABC):
     def factored(self, code: Code) -> "Factored | None":
         """What `decode` gives as a product, where it is one and needs no context; None where it is not."""
         return None
+
+    @property
+    def has_packed_rows(self) -> bool:
+        """Whether there is a compiled loop that attention reads this family's codes with, on the CPU."""
+        return type(self).packed_rows is not Codec.packed_rows
+
+    def packed_rows(self, code: Code) -> PackedRows:
+        """What such a loop reads of a code `[N]`."""
+        raise NotImplementedError
 
     def serialize(self, code: Code) -> bytes:
         """The code of some tokens as it is stored when it is not in use: losslessly, in as few bytes as may be."""

@@ -14,6 +14,7 @@ from leankv.codecs.code import Code
 from leankv.codecs.coding.packing import pack, packed_bytes, unpack
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS, sampled
+from leankv.compiled.packed_rows import AffineRows, PackedRows
 
 GROUP = 32  # KIVI's, where it divides the width
 
@@ -116,19 +117,25 @@ class Integers(Codec):
         q = ((x - low) / step.clamp_min(SMALLEST_STEP)).round_().clamp_(0, levels)
         return Code({"q": pack(q, self.bits), **side})
 
+    def packed_rows(self, code: Code) -> PackedRows:
+        return AffineRows(code["q"], self.bits, *self._sides(code), self.width)
+
     def decode(self, code: Code, context: Context = None) -> Vectors:
         packed = code["q"]
-        if self.ranges is None:
-            low, step, group = code["low"], code["step"], self.group
-        else:
-            (low, step), group = self.ranges, 1
+        low, step, group = self._sides(code)
         if compiled.serves(packed):
-            return compiled.affine_levels(packed, self.bits, low, step, self.width, group)
+            return compiled.affine_levels(packed, self.bits, low, step, group, self.width)
         q = unpack(packed, self.bits, self.width).float()
         if group == 1:
             return torch.addcmul(low, step, q)
         groups = q.unflatten(1, (-1, group))
         return torch.addcmul(low.float()[:, :, None], step.float()[:, :, None], groups, out=groups).flatten(1)
+
+    def _sides(self, code: Code) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`low` and `step` of each group of numbers, `[N or 1, groups]`, and how many numbers it has."""
+        if self.ranges is None:
+            return code["low"], code["step"], self.group
+        return self.ranges[0][None], self.ranges[1][None], 1
 
     def _grid(self, side: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`low` and `step` of every number, float32, `[N, W]` or `[W]`; never from more than was stored."""

@@ -12,6 +12,7 @@ from leankv.codecs.coding.lloyd_max import lloyd_levels, nearest_level
 from leankv.codecs.coding.packing import looked_up, pack, packed_bytes
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS, mean_of, sampled
+from leankv.compiled.packed_rows import PackedRows, TableRows
 
 SMALLEST_DEVIATION = 1e-30  # what nothing is divided by
 
@@ -126,11 +127,22 @@ class NonUniform(Codec):
             columns["index"] = index.to(torch.uint8 if self.width <= 256 else torch.int16)  # the latter wraps
         return Code(columns)
 
+    def packed_rows(self, code: Code) -> PackedRows:
+        if self.slots:
+            values, index = code["value"], self._index(code).int()
+        else:
+            values, index = torch.empty(code.shape[0], 0), torch.empty(code.shape[0], 0, dtype=torch.int32)
+        return TableRows(code["q"], self.bits, self.levels, self.deviation, self.mean, values, index)
+
     def decode(self, code: Code, context: Context = None) -> Vectors:
         centred = looked_up(self.levels, code["q"], self.bits, self.width).mul_(self.deviation)
         if self.slots:
-            centred.scatter_(1, code["index"].long() & 0xFFFF, code["value"].float())
+            centred.scatter_(1, self._index(code), code["value"].float())
         return self.mean + centred
+
+    def _index(self, code: Code) -> torch.Tensor:
+        """Which numbers stand in slots, int64 `[N, slots]`."""
+        return code["index"].long() & 0xFFFF
 
 
 def _dense(u: torch.Tensor, slots: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from leankv.codecs.coding.ragged import Ragged
 from leankv.codecs.coding.shapes import fitted_shapes, probabilities
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS
+from leankv.compiled.packed_rows import PackedRows, RadixRows
 
 ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
 MOST_ESCAPES = 255  # of a token: a byte counts them
@@ -230,6 +231,11 @@ class Transform(Codec):
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
         q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
         return q
+
+    def packed_rows(self, code: Code) -> PackedRows:
+        escapes = code.ragged("escapes")
+        outside = escapes.counts, escapes.items(), ESCAPE_VALUES
+        return RadixRows(code["q"], self._layout().tables, outside, self.synthesis.widened().T, self.mean)
 
     def factored(self, code: Code) -> Factored:
         return Factored(self._values(code), self.synthesis.widened().T, self.mean)

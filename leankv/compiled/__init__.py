@@ -37,8 +37,15 @@ def serves(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_differentiated and compiler() != "none"
 
 
+def packed_numbers(numbers: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
+    """Whole numbers `[N, count]` of any dtype, each of so many bits: uint8 `[N, n_bytes]`."""
+    packed = torch.empty(len(numbers), n_bytes, dtype=torch.uint8)
+    _kernels().pack_numbers(_array(numbers.to(torch.uint8)), bits, packed.numpy())
+    return packed
+
+
 def affine_levels(
-    packed: torch.Tensor, bits: int, low: torch.Tensor, step: torch.Tensor, width: int, group: int
+    packed: torch.Tensor, bits: int, low: torch.Tensor, step: torch.Tensor, group: int, width: int
 ) -> torch.Tensor:
     """`low + step q` of packed numbers: `[N, width]`, float32.
 
@@ -46,8 +53,8 @@ def affine_levels(
         packed: uint8 `[N, bytes]`, as `leankv.codecs.coding.packing.pack` makes it.
         bits: of a number.
         low, step: `[N, width / group]`, of each group of neighbouring numbers; or one row for all.
-        width: numbers in a row.
         group: numbers in a group.
+        width: numbers in a row.
     """
     out = torch.empty(len(packed), width)
     low, step = (side.detach().float().contiguous().reshape(-1, width // group) for side in (low, step))

@@ -33,6 +33,20 @@ def _unpack(row, bits, numbers):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
+def pack_numbers(numbers, bits, packed):  # type: ignore[no-untyped-def]
+    count = numbers.shape[1]
+    for n in range(len(numbers)):
+        row, into = numbers[n], packed[n]
+        for first in range(0, count, 8):
+            word = 0
+            for place in range(min(8, count - first)):
+                word |= int(row[first + place]) << (bits * place)
+            start = first // 8 * bits
+            for place in range(min(bits, len(into) - start)):
+                into[start + place] = (word >> (8 * place)) & 255
+
+
+@njit(nogil=True, cache=True)
 def affine_levels(packed, bits, low, step, group, out):  # type: ignore[no-untyped-def]
     numbers = numpy.empty(out.shape[1], numpy.uint8)
     for n in range(len(packed)):

@@ -5,6 +5,7 @@ token's position; only a rotation of the cached keys does. So keys cached at pos
 every layer once the rotation is undone, and only the right convention makes them.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,9 +125,8 @@ class _Found:
 class KeyRotation:
     """Takes a model's rotary embedding off its cached keys, and puts it back, layer by layer.
 
-    The cos and sin tables are the model's own: its rotary module is asked for the positions wanted, each time anew.
-    Kept tables would grow with the text and count as memory of the cache; at 4,096 tokens of 64 dimensions making one
-    takes as long as rotating three heads by it, some 1 ms of one core for each layer.
+    The cos and sin tables are the model's own: its rotary module is asked for the positions wanted, each time anew, or
+    once a forward pass (`for_passes`).
 
     Args:
         model: the transformers model.
@@ -150,6 +150,21 @@ class KeyRotation:
                 "interleaved were tried); use --key-space post-rope"
             )
         self._found = [own for own in found if own is not None]
+        self._tables: dict[tuple[Any, ...], Table] | None = None
+
+    def for_passes(self) -> "KeyRotation":
+        """The same, which makes each table once for all layers of a forward pass, until `forget` says that it is over.
+
+        Kept tables would grow with the text and count as memory of the cache.
+        """
+        own = copy.copy(self)
+        own._tables = {}
+        return own
+
+    def forget(self) -> None:
+        """Let go of all tables."""
+        if self._tables is not None:
+            self._tables.clear()
 
     def remove(self, layer: int, keys: Keys, positions: Positions) -> Float32[torch.Tensor, "B heads T head_dim"]:
         """Cached keys at their positions -> keys pre-RoPE, float32."""
@@ -162,12 +177,24 @@ class KeyRotation:
     def table_at(self, layer: int, positions: Positions, device: torch.device) -> Table | None:
         """Float32 cos and sin of positions, each `[B or 1, T, rotary]`; None where keys do not depend on them."""
         call = self._found[layer].call
-        if call is None:
-            return None
+        return None if call is None else self._table(call, positions, torch.float32, device)
+
+    def _table(self, call: "_Call", positions: Positions, dtype: torch.dtype | None, device: torch.device) -> Table:
+        """Cos and sin of positions, in the model's dtype unless another is given."""
+        key = (id(call), positions.shape, positions.numpy().tobytes(), dtype, device)
+        if self._tables is not None and key in self._tables:
+            return self._tables[key]
         # As one row: the model's module need not know in how many rows the positions stand.
-        table = call.table_of(positions.reshape(1, -1), torch.float32)
-        cos, sin = (part[0].unflatten(0, positions.shape).to(device) for part in table)
+        cos, sin = (
+            part[0].unflatten(0, positions.shape).to(device) for part in call.table_of(positions.reshape(1, -1), dtype)
+        )
+        if self._tables is not None:
+            self._tables[key] = cos, sin
         return cos, sin
+
+    def rotates_halves(self, layer: int) -> bool:
+        """Whether the pairs are halves of a head's rotated dimensions, or else neighbours."""
+        return self._found[layer].convention == "half"
 
     def turned(self, layer: int, vectors: Keys, table: Table | None) -> Float32[torch.Tensor, "B heads T head_dim"]:
         """Vectors rotated by a table of `table_at`, float32."""
@@ -197,10 +224,7 @@ class KeyRotation:
         found = self._found[layer]
         if found.call is None:
             return keys.float()
-        # As one row: the model's module need not know in how many rows the positions stand.
-        table = found.call.table_of(positions.reshape(1, -1))
-        cos, sin = (part[0].unflatten(0, positions.shape).to(keys.device) for part in table)
-        return how(keys, cos, sin, CONVENTIONS[found.convention])
+        return how(keys, *self._table(found.call, positions, None, keys.device), CONVENTIONS[found.convention])
 
 
 CHANGING = frozenset({"dynamic", "longrope"})

@@ -40,11 +40,15 @@ class MixedRadix:
         self._byte = torch.tensor([places[j][0] for j in packed], dtype=torch.int32, device=low.device)
         self._factor = torch.tensor([places[j][1] for j in packed], dtype=torch.float32, device=low.device)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Byte, number and factor of each packed integer `[P]`, levels and low of all `[J]`: what loops take."""
+        return self._byte, self._packed, self._factor, self.levels, self.low
+
     def pack(self, q: Float[torch.Tensor, "tokens integers"]) -> UInt8[torch.Tensor, "tokens n_bytes"]:
         """The bytes of such integers; what is out of its range goes to the nearer end of it."""
         if compiled.serves(q) and q.dtype == torch.float32:
-            own = self._byte, self._packed, self._factor, self.levels, self.low
-            return compiled.radix_packed(q, *own, self.n_bytes)
+            return compiled.radix_packed(q, *self.tables, self.n_bytes)
         above = (q - self.low).clamp_min(0).minimum(self.levels - 1)[:, self._packed]
         packed = q.new_zeros(len(q), self.n_bytes)
         return packed.index_add_(1, self._byte, above * self._factor).to(torch.uint8)
@@ -52,7 +56,7 @@ class MixedRadix:
     def values(self, packed: UInt8[torch.Tensor, "tokens n_bytes"]) -> Float[torch.Tensor, "tokens integers"]:
         """The way back."""
         if compiled.serves(packed):
-            return compiled.radix_values(packed, self._byte, self._packed, self._factor, self.levels, self.low)
+            return compiled.radix_values(packed, *self.tables)
         # Quotients by a reciprocal, rounded down: half a unit keeps them from where an inexact one would matter.
         left = packed.float().index_select(1, self._byte).add_(0.5).div_(self._factor).floor_()
         levels = self.levels[self._packed]

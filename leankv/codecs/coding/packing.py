@@ -17,6 +17,8 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(values: Shaped[torch.Tensor, "tokens count"], bits: int) -> UInt8[torch.Tensor, "tokens bytes"]:
     """Pack whole numbers of any dtype, from 0 to `2^bits - 1`, into `ceil(count bits / 8)` bytes; bits from 1 to 8."""
     rows, count = values.shape
+    if compiled.serves(values):
+        return compiled.packed_numbers(values, bits, packed_bytes(count, bits))
     # Eight numbers are one word of `bits` bytes, whatever `bits` is, and a word fits an int64.
     words = torch.zeros(rows, -(-count // 8), dtype=torch.int64, device=values.device)
     for place in range(8):

@@ -1,0 +1,286 @@
+"""The loops of `leankv.compiled.packed_rows`: a tile of codes is decoded, read, and forgotten.
+
+They run on one core, and let go of Python's lock. `fastmath`, so that sums are taken in any order, and in vectors.
+"""
+
+import numpy
+from numba import njit
+
+from leankv.compiled.packed_rows import BLOCK
+
+TILE = 32
+"""Tokens decoded at a time: with 192 numbers each they fit the first level of a core's cache (32 KB)."""
+
+HALF, ONE = numpy.float32(0.5), numpy.float32(1)
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _meet(tile, count, first, cos, sin, halves, queries, place, scores):  # type: ignore[no-untyped-def]
+    """Scores of a tile's keys, of which the first is number `first` of all codes."""
+    _, heads, groups, head_dim = queries.shape
+    rotary = cos.shape[1]
+    half = rotary // 2
+    turned = numpy.empty(head_dim, numpy.float32)
+    for n in range(count):
+        block, near = (first + n) // BLOCK, (first + n) % BLOCK
+        if not rotary:
+            block = near = 0
+        own_cos, own_sin = cos[near], sin[near]
+        for h in range(heads):
+            vector = tile[n, h * head_dim : (h + 1) * head_dim]
+            if halves:
+                for i in range(half):
+                    turned[i] = vector[i] * own_cos[i] - vector[half + i] * own_sin[i]
+                for i in range(half):
+                    turned[half + i] = vector[half + i] * own_cos[half + i] + vector[i] * own_sin[half + i]
+            else:
+                for i in range(half):
+                    even, odd = 2 * i, 2 * i + 1
+                    turned[even] = vector[even] * own_cos[even] - vector[odd] * own_sin[even]
+                    turned[odd] = vector[odd] * own_cos[odd] + vector[even] * own_sin[odd]
+            for i in range(rotary, head_dim):
+                turned[i] = vector[i]
+            for g in range(groups):
+                query = queries[block, h, g]
+                product = numpy.float32(0)
+                for i in range(head_dim):
+                    product += turned[i] * query[i]
+                scores[place + n, h * groups + g] = product
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _add(tile, count, place, weights, sums):  # type: ignore[no-untyped-def]
+    """Add a tile's vectors to sums, each by its weight."""
+    heads, groups, head_dim = sums.shape
+    for n in range(count):
+        own = weights[place + n]
+        for h in range(heads):
+            vector = tile[n, h * head_dim : (h + 1) * head_dim]
+            for g in range(groups):
+                weight = own[h * groups + g]
+                into = sums[h, g]
+                for i in range(head_dim):
+                    into[i] += weight * vector[i]
+
+
+# -- B bits a number, evenly spaced ------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _affine_tile(packed, first, count, bits, low, step, group, tile):  # type: ignore[no-untyped-def]
+    numbers = numpy.empty(tile.shape[1], numpy.uint8)
+    for n in range(count):
+        side = first + n if len(low) > 1 else 0
+        row, into = packed[first + n], tile[n]
+        if bits == 4 and group % 2 == 0:
+            _pairs(row, low[side], step[side], group, into)
+            continue
+        _numbers(row, bits, numbers)
+        for g in range(low.shape[1]):
+            bottom, size = low[side, g], step[side, g]
+            for j in range(g * group, (g + 1) * group):
+                into[j] = bottom + size * numpy.float32(numbers[j])
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _pairs(row, low, step, group, into):  # type: ignore[no-untyped-def]
+    """Numbers of four bits, of which a byte holds two of one group. As slices and 32-bit integers these are vectors."""
+    half = group // 2
+    for g in range(len(low)):
+        bottom, size = low[g], step[g]
+        source, target = row[g * half : (g + 1) * half], into[g * group : (g + 1) * group]
+        for j in range(half):
+            both = numpy.int32(source[j])
+            target[2 * j] = bottom + size * numpy.float32(numpy.int32(both & numpy.int32(15)))
+            target[2 * j + 1] = bottom + size * numpy.float32(numpy.int32(both >> numpy.int32(4)))
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _numbers(row, bits, numbers):  # type: ignore[no-untyped-def]
+    """A row of bytes -> its numbers, the lowest bits of a byte first."""
+    count = len(numbers)
+    if bits == 4 and count % 2 == 0:
+        for j in range(count // 2):
+            numbers[2 * j] = row[j] & 15
+            numbers[2 * j + 1] = row[j] >> 4
+        return
+    mask = (1 << bits) - 1
+    for first in range(0, count, 8):  # eight numbers are one word of `bits` bytes
+        word = 0
+        start = first // 8 * bits
+        for place in range(min(bits, len(row) - start)):
+            word |= int(row[start + place]) << (8 * place)
+        for place in range(min(8, count - first)):
+            numbers[first + place] = (word >> (bits * place)) & mask
+
+
+@njit(nogil=True, cache=True)
+def affine_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+    packed, bits, low, step, group = own
+    tile = numpy.empty((TILE, width), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _affine_tile(packed, first, count, bits, low, step, group, tile)
+        start, cos, sin, halves, queries = meeting
+        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+
+
+@njit(nogil=True, cache=True)
+def affine_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+    packed, bits, low, step, group = own
+    tile = numpy.empty((TILE, width), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _affine_tile(packed, first, count, bits, low, step, group, tile)
+        _add(tile, count, place + first, weights, sums)
+
+
+# -- levels of a table, scaled and shifted; some numbers as they are ---------------------------------------------------
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _table_tile(packed, first, count, bits, table, scale, shift, values, index, tile):  # type: ignore[no-untyped-def]
+    width = tile.shape[1]
+    numbers = numpy.empty(width, numpy.uint8)
+    for n in range(count):
+        _numbers(packed[first + n], bits, numbers)
+        into = tile[n]
+        for j in range(width):
+            into[j] = table[numbers[j]]
+        for j in range(width):
+            into[j] = shift[j] + scale[j] * into[j]
+        for slot in range(index.shape[1]):
+            j = index[first + n, slot]
+            into[j] = shift[j] + values[first + n, slot]
+
+
+@njit(nogil=True, cache=True)
+def table_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+    packed, bits, table, scale, shift, values, index = own
+    start, cos, sin, halves, queries = meeting
+    tile = numpy.empty((TILE, width), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _table_tile(packed, first, count, bits, table, scale, shift, values, index, tile)
+        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+
+
+@njit(nogil=True, cache=True)
+def table_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+    packed, bits, table, scale, shift, values, index = own
+    tile = numpy.empty((TILE, width), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _table_tile(packed, first, count, bits, table, scale, shift, values, index, tile)
+        _add(tile, count, place + first, weights, sums)
+
+
+# -- mixed radix with escapes, then a product --------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q):  # type: ignore[no-untyped-def]
+    """Integers of a tile, column by column `[J, TILE]`; see `leankv.compiled.kernels.radix_values`."""
+    for j in range(len(low)):
+        q[j, :] = low[j]
+    for n in range(count):
+        row = packed[first + n]
+        for byte in range(len(row)):
+            bytes_[byte, n] = row[byte]
+    for p in range(len(places)):
+        j = columns[p]
+        above, radix, bottom = ONE / factor[p], levels[j], low[j]
+        over = ONE / radix
+        row, into = bytes_[places[p]], q[j]
+        for n in range(TILE):
+            # Whole numbers by cutting off, which vectors can; half a unit keeps them from where it would matter that a
+            # reciprocal is inexact.
+            left = numpy.float32(numpy.int32((row[n] + HALF) * above))
+            into[n] = bottom + (left - radix * numpy.float32(numpy.int32((left + HALF) * over)))
+
+
+@njit(nogil=True, cache=True)
+def _first_escape(begin, counts):  # type: ignore[no-untyped-def]
+    """Which item the escapes of a token begin with."""
+    item = 0
+    for n in range(begin):
+        item += int(counts[n])
+    return item
+
+
+@njit(nogil=True, cache=True)
+def _escapes(first, count, counts, items, item, sizes, q):  # type: ignore[no-untyped-def]
+    """Put a tile's escapes into place; which item the next tile begins with."""
+    wide = items.shape[1] == 3
+    for n in range(count):
+        for _ in range(counts[first + n]):
+            which = int(items[item, 0])
+            if wide:
+                which += 256 * int(items[item, 1])
+            q[which, n] = sizes[items[item, items.shape[1] - 1]]
+            item += 1
+    return item
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _synthesize(q, count, mean, synthesis, tile):  # type: ignore[no-untyped-def]
+    """`mean + q B`, four integers of a token at a time: one pass over its vector for four products."""
+    for n in range(count):
+        tile[n, :] = mean
+    full = len(synthesis) // 4 * 4
+    for j in range(0, full, 4):
+        row0, row1, row2, row3 = synthesis[j], synthesis[j + 1], synthesis[j + 2], synthesis[j + 3]
+        for n in range(count):
+            q0, q1, q2, q3 = q[j, n], q[j + 1, n], q[j + 2, n], q[j + 3, n]
+            if q0 == 0 and q1 == 0 and q2 == 0 and q3 == 0:  # coordinates of little variance, behind all others
+                continue
+            into = tile[n]
+            for i in range(len(into)):
+                into[i] += q0 * row0[i] + q1 * row1[i] + q2 * row2[i] + q3 * row3[i]
+    for j in range(full, len(synthesis)):
+        row0 = synthesis[j]
+        for n in range(count):
+            into = tile[n]
+            for i in range(len(into)):
+                into[i] += q[j, n] * row0[i]
+
+
+@njit(nogil=True, cache=True)
+def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+    (packed, places, columns, factor, levels, low), (counts, items, sizes), (synthesis, mean) = own
+    start, cos, sin, halves, queries = meeting
+    bytes_ = numpy.zeros((packed.shape[1], TILE), numpy.float32)
+    q = numpy.empty((len(low), TILE), numpy.float32)
+    tile = numpy.empty((TILE, width), numpy.float32)
+    item = _first_escape(begin, counts)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
+        item = _escapes(first, count, counts, items, item, sizes, q)
+        _synthesize(q, count, mean, synthesis, tile)
+        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def radix_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+    """Sums of integers, `[J, queries]`: one product by the synthesis makes them vectors."""
+    (packed, places, columns, factor, levels, low), (counts, items, sizes), _ = own
+    bytes_ = numpy.zeros((packed.shape[1], TILE), numpy.float32)
+    q = numpy.empty((len(low), TILE), numpy.float32)
+    queries = weights.shape[1]
+    own_weights = numpy.empty((queries, TILE), numpy.float32)
+    item = _first_escape(begin, counts)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
+        item = _escapes(first, count, counts, items, item, sizes, q)
+        for n in range(count):
+            for g in range(queries):
+                own_weights[g, n] = weights[place + first + n, g]
+        for j in range(len(low)):
+            numbers = q[j]
+            for g in range(queries):
+                row, total = own_weights[g], numpy.float32(0)
+                for n in range(count):
+                    total += row[n] * numbers[n]
+                sums[j, g] += total
