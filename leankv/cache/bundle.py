@@ -176,6 +176,21 @@ def load_bundle(folder: str | Path, model: Any) -> Bundle:
     Raises:
         UserError: a file is missing, changed or not what a bundle can be, or the bundle was made for another model.
     """
+    bundle = read_bundle(folder, model)
+    if fingerprint(model) != bundle.made_for["fingerprint"]:
+        raise UserError(
+            f"the bundle {folder} was made for {bundle.made_for['name']} with other weights than this model's (its "
+            "fingerprint differs; a quantized model differs from the unquantized one); load the model it was made for"
+        )
+    return bundle
+
+
+def read_bundle(folder: str | Path, model: Any) -> Bundle:
+    """As `load_bundle`, for a model of the right layers and widths whose weights are not looked at.
+
+    Raises:
+        UserError: as there.
+    """
     folder = Path(folder)
     config = read_bundle_config(folder)
     path = folder / CODECS_FILE
@@ -191,11 +206,6 @@ def load_bundle(folder: str | Path, model: Any) -> Bundle:
         raise UserError(
             f"the bundle {folder} was made for {made_for['name']} ({len(widths)} layers of width {widths[0]}), but "
             f"this model has {len(geometry.layers)} layers of width {geometry.width}; load the one it was made for"
-        )
-    if fingerprint(model) != made_for["fingerprint"]:
-        raise UserError(
-            f"the bundle {folder} was made for {made_for['name']} with other weights than this model's (its "
-            "fingerprint differs; a quantized model differs from the unquantized one); load the model it was made for"
         )
     codecs = configuration.codecs()
     tensors = read_codec_tensors(path, codecs)

@@ -1,15 +1,10 @@
-"""Codecs: how vectors are coded. Each file beside this one that defines a family registers it as it is imported."""
+"""Codecs: how vectors are coded."""
 
-import importlib
-import pkgutil
-
+from leankv.codecs import families
 from leankv.codecs.base import Codec, Factored, FitData, Recipe, TrainingSettings
 from leankv.codecs.code import Code
 from leankv.codecs.registry import FAMILIES, codec_from_tensors, parse_recipe, register
 from leankv.codecs.statistics import fraction_of_variance_unexplained
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +15,7 @@ __all__ = [
     "Recipe",
     "TrainingSettings",
     "codec_from_tensors",
+    "families",
     "fraction_of_variance_unexplained",
     "parse_recipe",
     "register",

@@ -1,5 +1,6 @@
 """The README.md of a bundle: the model card that is published with it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from leankv.report.selection import summary_rows
@@ -16,10 +17,6 @@ def model_card(summary: Summary, experiment: dict[str, Any]) -> str:
     """
     model = experiment["model"]
     base_model = f"base_model: {summary.model}\n" if summary.model.count("/") == 1 else ""
-    load = _loading_code(model)
-    table = markdown_table(["", ""], [[name, value] for name, value in summary_rows(summary)])
-    interval = format_interval(summary.delta_ppl_interval)
-    protocol = format_protocol(summary.protocol, summary.sinks, summary.window)
     return f"""---
 library_name: leankv
 {base_model}tags:
@@ -32,30 +29,43 @@ library_name: leankv
 Codecs for {len(summary.selected_layers)} of {summary.n_layers} layers ({summary.codec}). The weights of the
 model are untouched: the codecs sit in its cache, which holds codes in place of keys and values.
 
-Perplexity rises from {summary.base_ppl:.3f} to {summary.ppl:.3f} ({summary.delta_percent:+.1f} %, 95 %
-interval of the rise {interval} points), measured under the protocol {protocol} on
-{summary.tokens} tokens of {summary.dataset}, {summary.split} split, in blocks of
-{experiment["data"]["block_length"]} tokens. The mean Kullback-Leibler divergence from the
-uncompressed model is {summary.divergence["kl"]:.4g} nats a token, and the likeliest next token is the same for
-{summary.divergence["top1"]:.1f} % of the tokens.
-
-{table}
+{measured(summary, experiment)}
 
 ## Use
 
 ```python
-{load}
+{_loading_code(model)}
 ```
 
 Make a new cache for each generation. The bundle refuses other weights than those it was made for.
 
 ## Limits
 
-The codecs were fitted on {summary.dataset}; text of another kind will be reconstructed worse. Perplexity on one text
-says little about long-range retrieval or reasoning: measure your task before you rely on it; `leankv eval-ppl --bundle
-PATH --free-run 128` shows how soon its own words part from the uncompressed model's. The loss compounds with whatever
-quantization the model itself has.
+{limits(summary.dataset)} `leankv eval-ppl --bundle PATH --free-run 128` shows how soon its own words part from the
+uncompressed model's.
 """
+
+
+def measured(summary: Summary, experiment: Mapping[str, Any]) -> str:
+    """What the selection costs and saves, in words and as a table."""
+    table = markdown_table(["", ""], [[name, value] for name, value in summary_rows(summary)])
+    interval = format_interval(summary.delta_ppl_interval)
+    protocol = format_protocol(summary.protocol, summary.sinks, summary.window)
+    return f"""Perplexity rises from {summary.base_ppl:.3f} to {summary.ppl:.3f} ({summary.delta_percent:+.1f} %, 95 %
+interval of the rise {interval} points), measured under the protocol {protocol} on
+{summary.tokens} tokens of {summary.dataset}, {summary.split} split, in blocks of
+{experiment["data"]["block_length"]} tokens. The mean Kullback-Leibler divergence from the
+uncompressed model is {summary.divergence["kl"]:.4g} nats a token, and the likeliest next token is the same for
+{summary.divergence["top1"]:.1f} % of the tokens.
+
+{table}"""
+
+
+def limits(dataset: str) -> str:
+    """What nobody should conclude from these figures."""
+    return f"""The codecs were fitted on {dataset}; text of another kind will be reconstructed worse. Perplexity on one
+text says little about long-range retrieval or reasoning: measure your task before you rely on it. The loss compounds
+with whatever quantization the model itself has."""
 
 
 def _loading_code(model: dict[str, Any]) -> str:
