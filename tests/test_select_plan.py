@@ -267,7 +267,7 @@ def test_runs_stand_side_by_side(run, finished):
     assert "at 95 %" in shown
     assert f"{summary['delta_percent']:+.2f}" in shown
     assert set(succeed_json("report", folder)) == {str(folder)}
-    assert "holds no finished selection" in refuse("report", folder / "cells")
+    assert "holds no run" in refuse("report", folder / "cells")
 
 
 def test_selections_and_comparisons_are_written_into_one_table_and_figure(run, finished, config, tmp_path):

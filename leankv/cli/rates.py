@@ -7,11 +7,13 @@ import typer
 
 from leankv.cli.app import OUT, Json, command, print_table_json
 from leankv.cli.options import MEASURE, PREFIX, PROTOCOL, Asked
+from leankv.cli.tracking import tracked
 from leankv.config.presets import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
 
 
 @command("map", "layers", "screen", "memory_budget", "key_space", "error_metric", "epochs", "block_length", *PROTOCOL)
+@tracked
 def map_command(
     asked: Asked,
     recipes: Annotated[
@@ -34,8 +36,11 @@ def map_command(
         typer.Option(help="Blocks of selection text to measure on.", rich_help_panel=MEASURE, show_default=False),
     ] = None,
     json_: Json = False,
-) -> None:
-    """What each layer's keys or values alone cost under several codecs, and how far each is from the bound."""
+) -> Path:
+    """What each layer's keys or values alone cost under several codecs, and how far each is from the bound.
+
+    Example: leankv map int:2 transform:1 --dataset wikipedia-sample --screen -o results/map
+    """
     from leankv.config.loading import load_experiment
     from leankv.report.rate_map import map_summary
     from leankv.studies.plan_evaluator import PlanEvaluator
@@ -49,14 +54,16 @@ def map_command(
     table = map_rates(PlanEvaluator(workspace), wanted, measure)
     if json_:
         print_table_json(table)
-        return
+        return Path(workspace.experiment.output_dir)
     OUT.print(map_summary(table))
     OUT.print(f"written to {workspace.folder}/map.csv, map.md, figures", highlight=False, soft_wrap=True)
+    return Path(workspace.experiment.output_dir)
 
 
 @command(
     "compare", "memory_budget", "key_space", "error_metric", "epochs", "block_length", "protocol", "sinks", *PREFIX
 )
+@tracked
 def compare_command(
     asked: Asked,
     recipes: Annotated[
@@ -101,8 +108,11 @@ def compare_command(
         typer.Option(help="Blocks of that text to measure on.", rich_help_panel=MEASURE, show_default=False),
     ] = None,
     json_: Json = False,
-) -> None:
-    """Whole caches, ours and those of others: perplexity against the bytes that they really hold."""
+) -> Path:
+    """Whole caches, ours and those of others: perplexity against the bytes that they really hold.
+
+    Example: leankv compare int:4 transform:s0.01 --baseline hqq:4 --dataset wikipedia-sample -o results/compare
+    """
     from leankv.cache.plan import read_plan
     from leankv.config.experiment import SPLITS
     from leankv.config.loading import load_experiment
@@ -132,6 +142,7 @@ def compare_command(
     table = compare_caches(PlanEvaluator(workspace), plans_of(wanted) | named, baselines, split, window or ())
     if json_:
         print_table_json(table)
-        return
+        return Path(workspace.experiment.output_dir)
     OUT.print(compare_summary(table))
     OUT.print(f"written to {workspace.folder}/compare.csv, compare.md, figures", highlight=False, soft_wrap=True)
+    return Path(workspace.experiment.output_dir)

@@ -10,32 +10,38 @@ from leankv.cli.app import OUT, Json, print_json, reading_command
 
 @reading_command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; unfinished ones show what is there.")],
     output_dir: Annotated[
         Path | None,
         typer.Option(
             "--output-dir",
             "-o",
-            help="Write plans.csv, plans.md and figures/frontier.png there; finished comparisons among the runs are "
-            "drawn beside the selections.",
+            help="Write the page there, and plans.csv, plans.md and figures/frontier.png beside it: finished "
+            "comparisons among the runs are drawn beside the selections.",
         ),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Finished runs side by side: what each chose, what it costs, what it saves, and what it says.
+    """One HTML page that says what runs chose, cost and save: report.html, in the first run's folder.
+
+    Charts and tables are in the page; it opens without a network. Several runs stand side by side.
 
     Example: leankv report results/demo results/demo-plan
     """
     from leankv.report.frontier import write_together
+    from leankv.report.page.render import PAGE, write_page
     from leankv.report.runs import runs_table
-    from leankv.report.summary import read_summary
+    from leankv.report.summary import SUMMARY_FILE, read_summary
 
-    if output_dir is not None:
-        write_together(runs, output_dir)
-        OUT.print(f"written: {output_dir}/plans.csv, plans.md, figures/frontier.png", highlight=False)
-        return
-
+    finished = [run for run in runs if (run / SUMMARY_FILE).is_file()]
     if json_:
         print_json({str(run): read_summary(run).to_json() for run in runs})
-    else:
-        OUT.print(runs_table(runs))
+        return
+    page = (output_dir or runs[0]) / PAGE
+    if output_dir is not None:
+        write_together(runs, output_dir)
+        OUT.print(f"written: {output_dir}/plans.csv, plans.md, figures/frontier.png", highlight=False, soft_wrap=True)
+    write_page(runs, page)
+    if output_dir is None and finished:
+        OUT.print(runs_table(finished))
+    OUT.print(f"written: {page}", highlight=False, soft_wrap=True)

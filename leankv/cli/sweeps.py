@@ -7,6 +7,7 @@ import typer
 
 from leankv.cli.app import OUT, Json, command, print_json, print_piece, print_table_json
 from leankv.cli.options import FITTING, PROTOCOL, SEARCH, WORKERS, Asked
+from leankv.cli.tracking import tracked
 from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
 
@@ -25,12 +26,13 @@ Address = Annotated[
 
 
 @command("run", "layers", "budget", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
+@tracked
 def run_command(
     asked: Asked,
     config: Annotated[Path, typer.Argument(help="An experiment, e.g. experiments/smollm2-135m.yaml.")],
     prompt: Prompt = "The city of",
     json_: Json = False,
-) -> None:
+) -> Path:
     """Everything that an experiment asks for: sweep and selection, or a search; tables, figures, bundle, a completion.
 
     Example: leankv run experiments/smollm2-135m.yaml
@@ -45,8 +47,7 @@ def run_command(
 
     experiment = load_experiment(config, asked.overrides())
     if experiment.selection.strategy != "greedy":
-        _search(experiment, prompt, json_)
-        return
+        return _search(experiment, prompt, json_)
     workspace = Workspace.open(experiment, Progress())
     evaluator = PlanEvaluator(workspace)
     folder, loaded = Path(experiment.output_dir), workspace.loaded
@@ -57,13 +58,14 @@ def run_command(
     write_reports(folder)
     if json_:
         print_json(summary.to_json())
-        return
+        return folder
     _print_selection(folder, summary)
     if summary.selected_layers:
         _complete(folder, "bundle", loaded, prompt, workspace.experiment.seed)
     else:
         OUT.print("no layer fits the budget, so there is no bundle", highlight=False)
     OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+    return folder
 
 
 @command("train-layer", *FITTING, *PROTOCOL)
@@ -72,7 +74,10 @@ def train_layer_command(
     layer: Annotated[int, typer.Argument(help="The layer, counted from 0.")],
     json_: Json = False,
 ) -> None:
-    """Fit one layer's codecs, and print their reconstruction error and the layer's perplexity cost."""
+    """Fit one layer's codecs, and print their reconstruction error and the layer's perplexity cost.
+
+    Example: leankv train-layer 12 --codec ae:4 --dataset wikipedia-sample
+    """
     import pandas as pd
 
     from leankv.config.loading import load_experiment
@@ -96,6 +101,7 @@ def train_layer_command(
 
 
 @command("sweep", "layers", "screen", "predict", "memory_budget", *FITTING, *PROTOCOL)
+@tracked
 def sweep_command(
     asked: Asked,
     shard: Annotated[
@@ -109,8 +115,11 @@ def sweep_command(
     workers: Workers = None,
     address: Address = None,
     json_: Json = False,
-) -> None:
-    """Fit and measure every layer alone; print and write the table."""
+) -> Path:
+    """Fit and measure every layer alone; print and write the table.
+
+    Example: leankv sweep --codec ae:4 --layers 0-9 --dataset wikipedia-sample -o results/sweep
+    """
     from leankv.executors.dispatch import SweepOptions, sweep_as_asked
     from leankv.report.sweep import format_prediction, sweep_table
 
@@ -118,7 +127,7 @@ def sweep_command(
     swept = sweep_as_asked(asked.config, asked.overrides(), options, Progress())
     if json_:
         print_table_json(swept.table)
-        return
+        return swept.folder
     if len(swept.table):
         OUT.print(sweep_table(swept.table))
         cheapest = swept.table.sort_values("delta_ppl", kind="stable")["layer"].astype(str)
@@ -130,9 +139,11 @@ def sweep_command(
         OUT.print(f"shard {shard} is done; other shards have yet to do layers {missing}", highlight=False)
     else:
         OUT.print(f"written to {swept.folder}/sweep.csv, sweep.md", highlight=False, soft_wrap=True)
+    return swept.folder
 
 
 @command("select", "layers", "budget", *SEARCH, "memory_budget", *FITTING, *PROTOCOL)
+@tracked
 def select_command(
     asked: Asked,
     prompt: Prompt = "The city of",
@@ -140,7 +151,7 @@ def select_command(
     workers: Workers = None,
     address: Address = None,
     json_: Json = False,
-) -> None:
+) -> Path:
     """Search the best plan under a budget, certify it on text nobody looked at, and write its bundle.
 
     With --strategy greedy: LeanLlama's way, whole layers in order of cost, from the finished sweep in --output-dir.
@@ -165,11 +176,10 @@ def select_command(
     experiment = experiment_of(folder, asked.config, as_used)
     if experiment.selection.strategy != "greedy":
         if options.executor is None:
-            _search(experiment, prompt, json_)
-        else:
-            select_with_workers(experiment, options, Progress())
-            _print_plans(experiment, json_)
-        return
+            return _search(experiment, prompt, json_)
+        select_with_workers(experiment, options, Progress())
+        _print_plans(experiment, json_)
+        return folder
     if options.executor is not None:
         raise UserError("--executor shares out a search; --strategy greedy has its costs from leankv sweep --executor")
     if "layers" in overrides:  # of the swept layers, those that may be chosen
@@ -180,9 +190,10 @@ def select_command(
     write_reports(folder)
     if json_:
         print_json(summary.to_json())
-        return
+        return folder
     _print_selection(folder, summary)
     OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
+    return folder
 
 
 def _print_selection(folder: Path, summary: Any) -> None:
@@ -193,8 +204,8 @@ def _print_selection(folder: Path, summary: Any) -> None:
     OUT.print(summary_table(summary))
 
 
-def _search(experiment: Any, prompt: str, json_: bool) -> None:
-    """Search plans for all budgets, print what came out, and complete a prompt with the last bundle."""
+def _search(experiment: Any, prompt: str, json_: bool) -> Path:
+    """Search plans for all budgets, print what came out, complete a prompt with the last bundle; give the folder."""
     from leankv.config.notation import parse_budgets
     from leankv.studies.plan_evaluator import PlanEvaluator
     from leankv.studies.select_plan import bundle_name, select_plans
@@ -206,6 +217,7 @@ def _search(experiment: Any, prompt: str, json_: bool) -> None:
     if summaries[-1].selected_layers and not json_:
         bundle = bundle_name(parse_budgets(experiment.selection.budget)[-1], len(summaries) == 1)
         _complete(folder, bundle, workspace.loaded, prompt, experiment.seed)
+    return folder
 
 
 def _print_plans(experiment: Any, json_: bool) -> None:
@@ -227,18 +239,20 @@ def _print_plans(experiment: Any, json_: bool) -> None:
 
 
 def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) -> None:
-    """Complete a prompt with a run's bundle, on the screen and in its folder."""
+    """Complete a prompt with a run's bundle, on the screen and in its folder, there beside what the base model says."""
     from leankv.cache.bundle import load_bundle
-    from leankv.evaluation.generation import complete, encoded, format_completion
+    from leankv.evaluation.generation import base_text, complete, encoded, format_completion
     from leankv.report.runs import COMPLETION_FILE
     from leankv.storage.files import write_json
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
     OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
     length = NEW_TOKENS + cache.sinks + cache.window
-    completion = complete(loaded, cache, encoded(loaded, prompt, False), length, 0.0, seed, print_piece)
+    ids = encoded(loaded, prompt, False)
+    completion = complete(loaded, cache, ids, length, 0.0, seed, print_piece)
     OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
-    write_json(folder / COMPLETION_FILE, {"prompt": prompt, **completion.to_json()})
+    base = base_text(loaded, ids, length)
+    write_json(folder / COMPLETION_FILE, {"prompt": prompt, "base_text": base, **completion.to_json()})
 
 
 def _default_output_dir() -> str:

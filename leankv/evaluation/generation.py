@@ -135,6 +135,16 @@ def complete(
     )
 
 
+@torch.no_grad()
+def base_text(loaded: LoadedModel, input_ids: Int[torch.Tensor, "1 T"], max_new_tokens: int) -> str:
+    """What the uncompressed model goes on with, taking the likeliest tokens."""
+    inputs = input_ids.to(loaded.model.device)
+    output = loaded.model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return str(loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+
+
 def format_completion(completion: Completion, dtype: str) -> str:
     """One sentence on what the cache held, and where it began."""
     ratio = completion.uncompressed_bytes / completion.cache_bytes

@@ -7,7 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from leankv.report.summary import read_summary
-from leankv.report.tables import format_budget, format_interval, format_number, format_protocol, format_ratio
+from leankv.report.tables import (
+    format_budget,
+    format_interval,
+    format_number,
+    format_protocol,
+    format_ratio,
+    text_table,
+)
 from leankv.storage.files import read_json
 
 COMPLETION_FILE = "completion.json"
@@ -52,12 +59,7 @@ def runs_table(folders: Sequence[Path]) -> Table:
         UserError: as `runs_rows`.
     """
     header, *rows = runs_rows(folders)
-    table = Table(title="Runs side by side", title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return text_table("Runs side by side", header, rows)
 
 
 def _certified(certificate: Any) -> str:

@@ -32,6 +32,13 @@ def format_budget(budget: str) -> str:
     return f"+{budget.removesuffix('%')} {'%' if budget.endswith('%') else 'points'}"
 
 
+def format_duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def format_protocol(protocol: str, sinks: int | None, window: int | None) -> str:
     """`strict, sinks 0, window 0`."""
     return f"{protocol}, sinks {sinks}, window {window}"
@@ -45,6 +52,16 @@ def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in header:
         table.add_column(name, justify="right", overflow="fold")  # a spec that is cut off says nothing
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """A table of words for a terminal: columns are aligned left, and long cells are broken."""
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
