@@ -8,8 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from leankv import __version__
+from leankv.cli import app
 from tests.run_folders import succeed, succeed_json
 
 pytestmark = pytest.mark.whole_runs
@@ -168,3 +171,18 @@ def test_info_tells_the_geometry(llama_folder: Path) -> None:
     output = succeed("info", llama_folder).stdout
     assert "2 x 16" in output
     assert "rotary" in output
+
+
+def test_every_command_shows_an_example() -> None:
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    waiting = dict(commands.commands)
+    seen = []
+    while waiting:
+        name, command = waiting.popitem()
+        if isinstance(command, TyperGroup):
+            waiting.update({f"{name} {inner}": own for inner, own in command.commands.items()})
+            continue
+        seen.append(name)
+        assert f"Example: leankv {name}" in (command.help or ""), name
+    assert {"select", "report", "export", "doctor", "prefix add"} <= set(seen)

@@ -41,7 +41,10 @@ def eval_ppl_command(
     register: Register = None,
     json_: Json = False,
 ) -> None:
-    """Perplexity of the base model and of a bundle, side by side, and how far their predictions are apart."""
+    """Perplexity of the base model and of a bundle, side by side, and how far their predictions are apart.
+
+    Example: leankv eval-ppl --bundle results/demo-plan/bundle --dataset wikipedia-sample --free-run 128
+    """
     from leankv.cache.plan import PlanSpec
     from leankv.config.experiment import SPLITS
     from leankv.config.plan_table import read_plan_table
@@ -86,6 +89,8 @@ def generate_command(
 
     With a store, the longest beginning of the prompt that lies there is read instead of computed. A prompt of which
     nothing lies there is computed exactly once and stored, as protocol `prefix` measures it.
+
+    Example: leankv generate --bundle results/demo-plan/bundle --store prefixes --file manual.txt "In short:"
     """
     from leankv.evaluation.generation import complete, encoded, format_completion
 

@@ -1,0 +1,247 @@
+"""A first experiment for a model, and what it will take: measured on one block, on this machine.
+
+`leankv init` writes it. Times are those of one block, forward, backward and through a compressed cache, and of fitting
+one layer to it; the parts of a search are so many of each. Longer blocks are taken to cost as much a token.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from leankv.cache.lean_cache import LeanCache
+from leankv.cache.plan import PlanSpec
+from leankv.calibration.error_metrics import TOKENS
+from leankv.calibration.gradients import gradient_passes
+from leankv.codecs import FitData, TrainingSettings, parse_recipe
+from leankv.codecs.base import fit_together
+from leankv.config.experiment import Experiment
+from leankv.config.presets import LADDERS
+from leankv.models.loading import LoadedModel
+from leankv.models.rope import find_rotation
+from leankv.models.structure import text_config
+
+LONGEST, SEARCHED = 4096, 1024
+"""Tokens of the blocks that costs are believed on, and of those that a search looks at, where a model reads so many."""
+
+CALIBRATION_TOKENS = 32_768
+"""Assumption: enough for transforms of 1,024 directions; see the log of 2026-11-25."""
+
+MEMORY_SHARE = 0.25  # of what is free once the model is loaded; the rest is for the passes themselves
+
+FAMILY = "resid(share,transform)"
+"""What is searched: the family that compressed most in every comparison so far."""
+
+EVALUATIONS, BACKWARD = 12, 4
+"""Passes over all selection blocks that `waterfill` takes at most, and those that look for contributions."""
+
+DOCUMENTS = 30
+"""Assumption: that a certificate at +7 % reads; 31 and 20 were seen."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one part of the experiment takes.
+
+    Attributes:
+        part: of the experiment.
+        how: what its time is made of.
+        seconds: of this machine, with nothing beside.
+        disk: bytes that it leaves in the run's folder.
+        memory: bytes that it needs beside the model.
+    """
+
+    part: str
+    how: str
+    seconds: float
+    disk: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that one block took.
+
+    Attributes:
+        tokens: of the block.
+        forward: a plain pass.
+        backward: a pass and the gradients of all keys and values.
+        cached: a pass through a compressed cache, in chunks.
+        fit: fitting all rates of one layer's keys and values to the block.
+    """
+
+    tokens: int
+    forward: float
+    backward: float
+    cached: float
+    fit: float
+
+
+def starting_experiment(loaded: LoadedModel, base: Experiment) -> dict[str, Any]:
+    """Settings, dotted key -> value, that suit a model and the memory that is free.
+
+    Args:
+        loaded: the model.
+        base: what was asked for on the command line.
+    """
+    longest = getattr(text_config(loaded.model.config), "max_position_embeddings", None) or LONGEST
+    block = 2 ** int(math.log2(min(longest, LONGEST)))
+    pre_rope = find_rotation(loaded.model, False, lambda reason: None) is not None
+    return {
+        "model.name": base.model.name,
+        "model.load_in_4bit": base.model.load_in_4bit,
+        "data.dataset": base.data.dataset,
+        "data.block_length": block,
+        "data.calibration_blocks": max(2, CALIBRATION_TOKENS // block),
+        "data.selection_block_length": min(block, SEARCHED),
+        "codec.key_space": "pre-rope" if pre_rope else "post-rope",
+        "memory_budget": round(MEMORY_SHARE * psutil.virtual_memory().available / 1e9, 1),
+    }
+
+
+def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[[], None]) -> Pace:
+    """Time one block of the search's length, of random tokens; `on_step` is called after each of four trials."""
+    length = experiment.data.selection_block_length or experiment.data.block_length
+    model = loaded.model
+    vocabulary = text_config(model.config).vocab_size
+    tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(experiment.seed))
+    tokens = tokens.to(model.device)
+    seen: dict[str, torch.Tensor] = {}
+    is_pre_rope = experiment.codec.key_space == "pre-rope"
+    rotation = find_rotation(model, False, lambda reason: None) if is_pre_rope else None
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+
+    def backward() -> None:
+        (cache,) = gradient_passes(model, tokens)
+        for part in ("k", "v"):
+            states, _ = cache.states_and_gradients(0, part)
+            seen[part] = states.transpose(1, 2).flatten(2)[0]
+
+    def cached() -> None:
+        layers = loaded.geometry.layers
+        spec = PlanSpec.uniform("int:4").sites(len(layers))
+        plan = {site: own.without_text(layers[site.layer].width_of(site.part)) for site, own in spec.items()}
+        protocol = experiment.protocol
+        cache = LeanCache(
+            model.config,
+            plan,
+            sinks=protocol.sinks,
+            window=protocol.window,
+            rotation=rotation,
+            decode_once=True,
+        )
+        with torch.no_grad():
+            for chunk in tokens.split(protocol.chunk, dim=1):
+                model(input_ids=chunk, past_key_values=cache)
+
+    def fit() -> None:
+        recipes = [parse_recipe(text) for text in LADDERS[FAMILY]]
+        training = TrainingSettings(0, experiment.fit.batch_tokens, experiment.fit.learning_rate, experiment.seed)
+        # What a layer predicts from: keys and values of the two before it. These stand for them.
+        context = torch.cat([*seen.values(), *seen.values()], dim=1)[None].half()
+        for x in seen.values():
+            held = max(2, len(x) // 10)
+            data = FitData(
+                x[None, held:].float(),
+                x[None, :held].float(),
+                context=context[:, held:],
+                heldout_context=context[:, :held],
+                training=training,
+            )
+            fit_together(recipes, data)
+
+    forward()  # what is built once is built now
+    seconds = []
+    for trial in (forward, backward, cached, fit):
+        started = time.monotonic()
+        trial()
+        if loaded.model.device.type == "cuda":
+            torch.cuda.synchronize(loaded.model.device)
+        seconds.append(time.monotonic() - started)
+        on_step()
+    return Pace(length, *seconds)
+
+
+def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Forecast]:
+    """What `leankv run` of an experiment takes, part by part; one budget."""
+    data, layers = experiment.data, loaded.geometry.layers
+    long = data.block_length / pace.tokens
+    calibration = data.calibration_blocks * data.block_length
+    searched = data.selection_blocks
+    paired = pace.forward + pace.cached
+    budget = round(1e9 * experiment.memory_budget)
+    activations = calibration * loaded.geometry.bytes_per_token * loaded.model.dtype.itemsize // 2
+    matrices = sum(2 * layer.width_of(part) ** 2 for layer in layers for part in ("k", "v"))
+    return [
+        Forecast(
+            "capture",
+            f"{data.calibration_blocks} blocks",
+            data.calibration_blocks * long * pace.forward,
+            activations,
+            min(budget, activations),
+        ),
+        Forecast("gradients", f"{TOKENS:,} tokens, backward", TOKENS / pace.tokens * pace.backward, 0, 0),
+        Forecast(
+            "ladders",
+            f"{2 * len(layers)} sites, {len(LADDERS[FAMILY])} rates",
+            len(layers) * calibration / pace.tokens * pace.fit,
+            len(LADDERS[FAMILY]) * matrices,
+            budget,
+        ),
+        Forecast(
+            "search",
+            f"{EVALUATIONS} x {searched} blocks of {pace.tokens:,}",
+            EVALUATIONS * searched * pace.cached + BACKWARD * searched * pace.backward,
+            0,
+            budget,
+        ),
+        Forecast("certification", f"some {DOCUMENTS} documents", DOCUMENTS * long * paired, 0, 0),
+        Forecast(
+            "report", f"{data.report_blocks} blocks of {data.block_length:,}", data.report_blocks * long * paired, 0, 0
+        ),
+    ]
+
+
+def experiment_text(settings: dict[str, Any], loaded: LoadedModel, output_dir: str) -> str:
+    """The experiment as a commented YAML file."""
+    geometry = loaded.geometry
+    own = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    kilobytes = geometry.bytes_per_token / 1e3
+    return f"""# The best certified plan for {own["model.name"]}:
+# {len(geometry.layers)} layers of width {geometry.width}, {kilobytes:.0f} kB of 16-bit cache a token.
+#   leankv run THIS_FILE
+model:
+  name: {own["model.name"]}
+  load_in_4bit: {own["model.load_in_4bit"]}  # NF4, where the weights do not fit otherwise
+data:
+  # Or a .txt, .jsonl or .parquet file of text like yours: codecs and certificate are of its kind.
+  dataset: {own["data.dataset"]}
+  block_length: {own["data.block_length"]}  # tokens; costs are believed, and ratios given, at this context
+  calibration_blocks: {own["data.calibration_blocks"]}  # codecs are fitted to these
+  selection_blocks: 16  # plans are compared on these
+  selection_block_length: {own["data.selection_block_length"]}  # shorter, so that a search is fast
+  report_blocks: 8  # nothing is chosen by these
+codec:
+  key_space: {own["codec.key_space"]}  # where keys are coded; pre-rope compresses better
+fit:
+  error_metric: gradient  # errors count by what they do to the loss
+protocol:
+  # As generation reads a long text; `prefix` is for saved prompts (with window: 0), `strict` is LeanLlama's.
+  kind: stream
+  sinks: 4  # first tokens kept exact
+  window: 128  # latest tokens kept exact
+selection:
+  budget: 7%  # rise of perplexity; also in points (2.5), or several: 1%,7%
+  minimize: live  # bytes held between steps; `stored` for files, `all-in` with codecs and the peak of a step
+  strategy: waterfill  # `waterfill,refine` searches longer; `greedy` is LeanLlama's way, with plan: ae:4
+  recipes: {FAMILY}  # what a site may get; `transform` alone has the lightest codecs
+memory_budget: {own["memory_budget"]}  # GB for activations and hidden states; more goes to disk
+output_dir: {output_dir}
+"""
