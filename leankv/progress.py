@@ -29,7 +29,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print one line that stays."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, steps: int) -> Iterator[Stage]:

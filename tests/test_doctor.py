@@ -1,15 +1,18 @@
 """What `leankv doctor` says of this installation, and of one that lacks something."""
 
+import io
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from leankv import compiled
 from leankv.cli import app
+from leankv.report.tables import text_table
 from leankv.studies import doctor
 from leankv.studies.doctor import BROKEN, MISSING, OK, Finding
 
@@ -65,6 +68,12 @@ def test_whatever_a_library_raises_is_told(no_model: None, tmp_path: Path, monke
     assert finding.told == "OSError: libcudart.so.12: cannot open shared object file"
     ran = CliRunner().invoke(app, ["doctor"])
     assert ran.exit_code == 1
+
+
+def test_square_brackets_are_shown() -> None:
+    console = Console(width=100, file=io.StringIO())
+    console.print(text_table("", ["to mend it"], [["pip install 'leankv[cpu]'"]]))
+    assert "pip install 'leankv[cpu]'" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_doctor_is_a_command(no_model: None) -> None:

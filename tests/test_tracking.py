@@ -1,5 +1,6 @@
 """A tracker is told what the files have; one that cannot be told does no harm."""
 
+import io
 import json
 import math
 import shutil
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from leankv.cli import app
+from leankv.progress import Progress
 from leankv.report.columns import read_sweep
 from leankv.report.page.contents import read_run
 from leankv.studies import tracking
@@ -72,6 +75,13 @@ def test_a_package_that_is_not_there_is_named(run: Path, monkeypatch: pytest.Mon
     said: list[str] = []
     track("trackio", run, said.append)
     assert "leankv[trackio]" in said[0]
+
+
+def test_what_is_said_keeps_its_brackets(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    console = Console(width=200, file=io.StringIO())
+    track("trackio", run, Progress(console).say)
+    assert "leankv[trackio]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_computed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 # -- text -----------------------------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ def text_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # as it is: square brackets would be taken for markup
     return table
 
 
