@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import leankv
@@ -97,6 +98,24 @@ def test_a_base_that_is_named_loads_in_nf4_with_codecs_in_full_precision(
     assert found["codecs"] == sorted(dtypes)
     assert found["cache"] == "LeanCache"
     assert len(found["ours"][0]) == len(found["stock"][0])
+
+
+def test_a_repository_and_leankv_may_be_loaded_together(
+    bundle: Bundle, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    write_repository(tmp_path / "repository", bundle, loaded)
+    exported = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "repository", trust_remote_code=True, dtype=loaded.model.dtype
+    )
+    inputs = loaded.tokenizer(tiny.text(120, seed=4), return_tensors="pt")
+    how = {"max_new_tokens": NEW, "do_sample": False}
+    with leankv.compressed(loaded.model, bundle):
+        expected = loaded.model.generate(**inputs, **how)
+        assert torch.equal(exported.generate(**inputs, **how), expected)
+        assert torch.equal(loaded.model.generate(**inputs, **how), expected)
+    assert type(exported.new_cache()) is not type(bundle.new_cache())
 
 
 def test_only_what_is_in_use_travels() -> None:

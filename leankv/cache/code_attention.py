@@ -8,6 +8,7 @@ weighted values of each query, corrected as larger scores come. Tensors, of othe
     model.set_attn_implementation("leankv")
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from leankv.cache.reading import LayerReading
 from leankv.errors import UserError
 from leankv.models.structure import text_config
 
-NAME = "leankv"
+NAME = "leankv" if __package__ == "leankv.cache" else f"leankv_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
+"""A copy of this file that travels in a model repository has a name of its own: both may be loaded in one process."""
 
 LEAST_SCORE = -1e30  # below any score; finite, so that differences of it are numbers
 
