@@ -12,7 +12,7 @@ ONE = numpy.float32(1)
 
 
 @njit(nogil=True, cache=True)
-def _unpack(row, bits, numbers):  # type: ignore[no-untyped-def]
+def unpack_row(row, bits, numbers):  # type: ignore[no-untyped-def]
     """A row of bytes -> its numbers, the lowest bits of a byte first."""
     count = len(numbers)
     if bits == 4:
@@ -50,7 +50,7 @@ def pack_numbers(numbers, bits, packed):  # type: ignore[no-untyped-def]
 def affine_levels(packed, bits, low, step, group, out):  # type: ignore[no-untyped-def]
     numbers = numpy.empty(out.shape[1], numpy.uint8)
     for n in range(len(packed)):
-        _unpack(packed[n], bits, numbers)
+        unpack_row(packed[n], bits, numbers)
         side = n if len(low) > 1 else 0
         for g in range(low.shape[1]):
             bottom, size = low[side, g], step[side, g]
@@ -62,7 +62,7 @@ def affine_levels(packed, bits, low, step, group, out):  # type: ignore[no-untyp
 def table_levels(packed, bits, table, out):  # type: ignore[no-untyped-def]
     numbers = numpy.empty(out.shape[1], numpy.uint8)
     for n in range(len(packed)):
-        _unpack(packed[n], bits, numbers)
+        unpack_row(packed[n], bits, numbers)
         for j in range(out.shape[1]):
             out[n, j] = table[numbers[j]]
 

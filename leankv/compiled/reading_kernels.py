@@ -6,6 +6,7 @@ They run on one core, and let go of Python's lock. `fastmath`, so that sums are 
 import numpy
 from numba import njit
 
+from leankv.compiled.kernels import unpack_row
 from leankv.compiled.packed_rows import BLOCK
 
 TILE = 32
@@ -75,7 +76,7 @@ def _affine_tile(packed, first, count, bits, low, step, group, tile):  # type: i
         if bits == 4 and group % 2 == 0:
             _pairs(row, low[side], step[side], group, into)
             continue
-        _numbers(row, bits, numbers)
+        unpack_row(row, bits, numbers)
         for g in range(low.shape[1]):
             bottom, size = low[side, g], step[side, g]
             for j in range(g * group, (g + 1) * group):
@@ -93,25 +94,6 @@ def _pairs(row, low, step, group, into):  # type: ignore[no-untyped-def]
             both = numpy.int32(source[j])
             target[2 * j] = bottom + size * numpy.float32(numpy.int32(both & numpy.int32(15)))
             target[2 * j + 1] = bottom + size * numpy.float32(numpy.int32(both >> numpy.int32(4)))
-
-
-@njit(nogil=True, cache=True, fastmath=True)
-def _numbers(row, bits, numbers):  # type: ignore[no-untyped-def]
-    """A row of bytes -> its numbers, the lowest bits of a byte first."""
-    count = len(numbers)
-    if bits == 4 and count % 2 == 0:
-        for j in range(count // 2):
-            numbers[2 * j] = row[j] & 15
-            numbers[2 * j + 1] = row[j] >> 4
-        return
-    mask = (1 << bits) - 1
-    for first in range(0, count, 8):  # eight numbers are one word of `bits` bytes
-        word = 0
-        start = first // 8 * bits
-        for place in range(min(bits, len(row) - start)):
-            word |= int(row[start + place]) << (8 * place)
-        for place in range(min(8, count - first)):
-            numbers[first + place] = (word >> (bits * place)) & mask
 
 
 @njit(nogil=True, cache=True)
@@ -143,7 +125,7 @@ def _table_tile(packed, first, count, bits, table, scale, shift, values, index, 
     width = tile.shape[1]
     numbers = numpy.empty(width, numpy.uint8)
     for n in range(count):
-        _numbers(packed[first + n], bits, numbers)
+        unpack_row(packed[first + n], bits, numbers)
         into = tile[n]
         for j in range(width):
             into[j] = table[numbers[j]]
