@@ -20,7 +20,7 @@ from leankv.cache.plan import PlanSpec
 from leankv.export.repository import write_repository
 from leankv.models.loading import describe
 
-PLAN, CONTEXT, GENERATED, REPEATS = "transform:s0.02", 2048, 8, 5
+PLAN, CONTEXT, GENERATED, REPEATS = "transform:s0.02", 2048, 8, 3
 
 
 def main() -> None:
