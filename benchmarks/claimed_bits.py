@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from side_by_side import RESULTS, machine, say
-from smollm2 import prepared
+from smollm2 import GENERATING, prepared
 
 from leankv.cache.layers import LeanLayer
 from leankv.cache.lean_cache import LeanCache
@@ -26,15 +26,10 @@ SPECS = (
     *("resid(pca:16,int:2)", "resid(share:-2,transform:s0.02)", "resid(share:-2,transform:s0.045)"),
 )
 REQUIRED = 0.05
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = GENERATING | {
     "data__calibration_blocks": 32,
     "data__report_blocks": 16,
-    "data__block_length": 1024,
-    "codec__key_space": "pre-rope",
-    "fit__error_metric": "gradient",
-    "fit__epochs": 1,
-    "protocol__kind": "stream",
-    "protocol__sinks": 4,
+    "protocol__window": 0,
 }
 
 

@@ -12,6 +12,7 @@ from leankv import UserError
 from leankv.cache.plan import PlanSpec, Site, read_plan
 from leankv.codecs.registry import parse_recipe
 from leankv.config.loading import load_experiment
+from leankv.config.plan_table import PARTS, recipes_by_layer
 
 TEXTS = ("none", "int:4", "ae:4", "transform:s0.02", "resid(share:-2,transform:s0.02)")
 recipes = st.sampled_from(TEXTS)
@@ -58,6 +59,14 @@ def test_only_leaves_all_else_exact(plan: PlanSpec, some: list[int]) -> None:
     for layer in range(10):
         assert only[layer, "k"] is None
         assert only[layer, "v"] == (plan[layer, "v"] if layer in some else None)
+
+
+@given(plans())
+def test_a_table_says_of_every_layer_what_the_plan_says(plan: PlanSpec) -> None:
+    n_layers = 10
+    expected = [{part: plan[layer, part] for part in PARTS} for layer in range(n_layers)]
+    written = [{part: "none" if own is None else own.text for part, own in each.items()} for each in expected]
+    assert recipes_by_layer(plan.table(), n_layers) == written
 
 
 def test_the_example_of_the_readme() -> None:

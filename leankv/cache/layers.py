@@ -183,7 +183,7 @@ class LeanSlidingLayer(LeanLayer):
         if self.hands_out_codes:
             return keys, values
         if not self.record_past:
-            self._drop_unseen()
+            self.drop_unseen()
         visible = self._visible(key_states)
         return keys[:, :, -visible:], values[:, :, -visible:]
 
@@ -193,10 +193,11 @@ class LeanSlidingLayer(LeanLayer):
 
     def _reading(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerReading:
         start = max(0, len(self.parts["k"]) - self._visible(key_states))
-        on_end = None if self.record_past else self._drop_unseen
+        on_end = None if self.record_past else self.drop_unseen
         return LayerReading(self.parts["k"], self.parts["v"], key_states, value_states, start, on_end)
 
-    def _drop_unseen(self) -> None:
+    def drop_unseen(self) -> None:
+        """Forget what no later token attends to."""
         for part in self.parts.values():
             part.keep(len(part) - self.sliding_window + 1, len(part))
 
@@ -209,7 +210,7 @@ class LeanSlidingLayer(LeanLayer):
                 "a sliding-window layer that dropped tokens can only be cropped while recording its past"
             )
         super().crop(tokens_to_remove)
-        self._drop_unseen()
+        self.drop_unseen()
 
 
 class SkippedLayer(DynamicLayer):

@@ -122,8 +122,7 @@ def forget_unseen(cache: LeanCache) -> None:
     """Drop what lies behind sliding windows, as their layers would have themselves."""
     for layer in cache.layers:
         if isinstance(layer, LeanSlidingLayer):
-            for part in layer.parts.values():
-                part.keep(len(part) - layer.sliding_window + 1, len(part))
+            layer.drop_unseen()
         elif isinstance(layer, DynamicSlidingWindowLayer):
             layer.keys, layer.values = (
                 rows[:, :, -layer.sliding_window + 1 :].clone() for rows in (layer.keys, layer.values)

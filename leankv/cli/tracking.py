@@ -21,14 +21,14 @@ def tracked(function: Callable[..., Path]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def with_tracker(track: str | None = None, **given: Any) -> None:
+        if track is None:
+            function(**given)
+            return
         from leankv.studies.tracking import check_tracker
         from leankv.studies.tracking import track as tell
 
-        if track is not None:
-            check_tracker(track)
-        folder = function(**given)
-        if track is not None:
-            tell(track, folder, Progress().say)
+        check_tracker(track)
+        tell(track, function(**given), Progress().say)
 
     signature = inspect.signature(function)
     parameter = inspect.Parameter("track", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=OPTION)

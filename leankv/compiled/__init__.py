@@ -58,7 +58,7 @@ def affine_levels(
     """
     out = torch.empty(len(packed), width)
     low, step = (side.detach().float().contiguous().reshape(-1, width // group) for side in (low, step))
-    _kernels().affine_levels(_array(packed), bits, low.numpy(), step.numpy(), group, out.numpy())
+    _kernels().affine_levels(_array(packed), 0, len(packed), bits, low.numpy(), step.numpy(), group, out.numpy())
     return out
 
 
@@ -139,7 +139,7 @@ def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, size
         items: uint8 `[total, 2 or 3]`: which integer, in one byte or two, and a byte for its value.
         sizes: float32 `[256]`, the value that each such byte means.
     """
-    _kernels().put_escapes(q.T.numpy(), _array(counts), _array(items), _array(sizes))
+    _kernels().put_escapes(0, len(q), _array(counts), _array(items), 0, _array(sizes), q.T.numpy())
 
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]

@@ -5,13 +5,12 @@ loops that decode a few tokens at a time into a core's own cache (`leankv.compil
 part, each with tokens of its own.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -57,7 +56,7 @@ class Meeting:
         return _array(self.cos), _array(self.sin), self.halves, _array(self.queries)
 
 
-class PackedRows(ABC):
+class PackedRows:
     """The code of one sequence's tokens, `[N]`, as loops decode it.
 
     Args:
@@ -81,7 +80,8 @@ class PackedRows(ABC):
             place: of the first of these tokens in them.
         """
         where, how = scores.numpy(), (start, *meeting.arrays)
-        _on_all_cores(self.tokens, lambda begin, end: self._score(self._own, begin, end, self.width, how, place, where))
+        loop = getattr(_kernels(), f"{self.loops}_scores")
+        _on_all_cores(self.tokens, lambda begin, end: loop(self._own, begin, end, self.width, how, place, where))
 
     def weighted(self, weights: Scores, place: int, heads: int) -> Float[torch.Tensor, "{heads} groups head_dim"]:
         """Sums of all vectors' heads, each by its weight.
@@ -92,10 +92,11 @@ class PackedRows(ABC):
             heads: of a vector.
         """
         array, shape = weights.numpy(), self._sums_shape(heads, weights.shape[1] // heads)
+        loop = getattr(_kernels(), f"{self.loops}_sums")
 
         def sums(begin: int, end: int) -> torch.Tensor:
             out = torch.zeros(shape)
-            self._sum(self._own, begin, end, self.width, place, array, out.numpy())
+            loop(self._own, begin, end, self.width, place, array, out.numpy())
             return out
 
         parts = _on_all_cores(self.tokens, sums)
@@ -104,18 +105,11 @@ class PackedRows(ABC):
     _own: tuple[Any, ...]
     """The arrays, as loops take them."""
 
-    @property
-    @abstractmethod
-    def _score(self) -> Callable[..., None]:
-        """The loop that makes scores."""
-
-    @property
-    @abstractmethod
-    def _sum(self) -> Callable[..., None]:
-        """The loop that adds up."""
+    loops: ClassVar[str]
+    """What the loops that read such rows begin with: `affine` for `affine_scores` and `affine_sums`."""
 
     def _sums_shape(self, heads: int, groups: int) -> tuple[int, ...]:
-        """Of what `_sum` adds up."""
+        """Of what the loop adds up."""
         return heads, groups, self.width // heads
 
     def _vectors(self, sums: torch.Tensor, weights: Scores, heads: int) -> torch.Tensor:
@@ -126,18 +120,12 @@ class PackedRows(ABC):
 class AffineRows(PackedRows):
     """`low + step q`; the arguments are those of `leankv.compiled.affine_levels`."""
 
+    loops = "affine"
+
     def __init__(self, packed: torch.Tensor, bits: int, low: torch.Tensor, step: torch.Tensor, group: int, width: int):
         super().__init__(len(packed), width)
         low, step = (side.float().reshape(-1, width // group) for side in (low, step))
         self._own = _array(packed), bits, _array(low), _array(step), group
-
-    @property
-    def _score(self) -> Callable[..., None]:
-        return _kernels().affine_scores
-
-    @property
-    def _sum(self) -> Callable[..., None]:
-        return _kernels().affine_sums
 
 
 class TableRows(PackedRows):
@@ -153,6 +141,8 @@ class TableRows(PackedRows):
         index: int32 `[N, slots]`, to which numbers.
     """
 
+    loops = "table"
+
     def __init__(
         self,
         packed: torch.Tensor,
@@ -167,14 +157,6 @@ class TableRows(PackedRows):
         tensors = table.float(), scale.float(), mean.float(), values.float(), index
         self._own = _array(packed), bits, *(_array(tensor) for tensor in tensors)
 
-    @property
-    def _score(self) -> Callable[..., None]:
-        return _kernels().table_scores
-
-    @property
-    def _sum(self) -> Callable[..., None]:
-        return _kernels().table_sums
-
 
 class RadixRows(PackedRows):
     """`mean + q B`, of integers in mixed radix with escapes.
@@ -186,6 +168,8 @@ class RadixRows(PackedRows):
         synthesis: B, float32 `[J, width]`.
         mean: `[width]`.
     """
+
+    loops = "radix"
 
     def __init__(
         self,
@@ -199,14 +183,6 @@ class RadixRows(PackedRows):
         self._synthesis, self._mean = synthesis.detach(), mean.detach()
         groups = (packed, *tables), escapes, (synthesis, mean)
         self._own = tuple(tuple(_array(tensor) for tensor in group) for group in groups)
-
-    @property
-    def _score(self) -> Callable[..., None]:
-        return _kernels().radix_scores
-
-    @property
-    def _sum(self) -> Callable[..., None]:
-        return _kernels().radix_sums
 
     def _sums_shape(self, heads: int, groups: int) -> tuple[int, ...]:
         return len(self._synthesis), heads * groups

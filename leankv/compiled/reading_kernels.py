@@ -6,13 +6,8 @@ They run on one core, and let go of Python's lock. `fastmath`, so that sums are 
 import numpy
 from numba import njit
 
-from leankv.compiled.kernels import unpack_row
+from leankv.compiled.kernels import TILE, affine_levels, put_escapes, radix_tile, unpack_row
 from leankv.compiled.packed_rows import BLOCK
-
-TILE = 32
-"""Tokens decoded at a time: with 192 numbers each they fit the first level of a core's cache (32 KB)."""
-
-HALF, ONE = numpy.float32(0.5), numpy.float32(1)
 
 
 @njit(nogil=True, cache=True, fastmath=True)
@@ -67,42 +62,13 @@ def _add(tile, count, place, weights, sums):  # type: ignore[no-untyped-def]
 # -- B bits a number, evenly spaced ------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True, fastmath=True)
-def _affine_tile(packed, first, count, bits, low, step, group, tile):  # type: ignore[no-untyped-def]
-    numbers = numpy.empty(tile.shape[1], numpy.uint8)
-    for n in range(count):
-        side = first + n if len(low) > 1 else 0
-        row, into = packed[first + n], tile[n]
-        if bits == 4 and group % 2 == 0:
-            _pairs(row, low[side], step[side], group, into)
-            continue
-        unpack_row(row, bits, numbers)
-        for g in range(low.shape[1]):
-            bottom, size = low[side, g], step[side, g]
-            for j in range(g * group, (g + 1) * group):
-                into[j] = bottom + size * numpy.float32(numbers[j])
-
-
-@njit(nogil=True, cache=True, fastmath=True)
-def _pairs(row, low, step, group, into):  # type: ignore[no-untyped-def]
-    """Numbers of four bits, of which a byte holds two of one group. As slices and 32-bit integers these are vectors."""
-    half = group // 2
-    for g in range(len(low)):
-        bottom, size = low[g], step[g]
-        source, target = row[g * half : (g + 1) * half], into[g * group : (g + 1) * group]
-        for j in range(half):
-            both = numpy.int32(source[j])
-            target[2 * j] = bottom + size * numpy.float32(numpy.int32(both & numpy.int32(15)))
-            target[2 * j + 1] = bottom + size * numpy.float32(numpy.int32(both >> numpy.int32(4)))
-
-
 @njit(nogil=True, cache=True)
 def affine_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
     packed, bits, low, step, group = own
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _affine_tile(packed, first, count, bits, low, step, group, tile)
+        affine_levels(packed, first, count, bits, low, step, group, tile)
         start, cos, sin, halves, queries = meeting
         _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
 
@@ -113,7 +79,7 @@ def affine_sums(own, begin, end, width, place, weights, sums):  # type: ignore[n
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _affine_tile(packed, first, count, bits, low, step, group, tile)
+        affine_levels(packed, first, count, bits, low, step, group, tile)
         _add(tile, count, place + first, weights, sums)
 
 
@@ -160,47 +126,12 @@ def table_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no
 # -- mixed radix with escapes, then a product --------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True, fastmath=True)
-def _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q):  # type: ignore[no-untyped-def]
-    """Integers of a tile, column by column `[J, TILE]`; see `leankv.compiled.kernels.radix_values`."""
-    for j in range(len(low)):
-        q[j, :] = low[j]
-    for n in range(count):
-        row = packed[first + n]
-        for byte in range(len(row)):
-            bytes_[byte, n] = row[byte]
-    for p in range(len(places)):
-        j = columns[p]
-        above, radix, bottom = ONE / factor[p], levels[j], low[j]
-        over = ONE / radix
-        row, into = bytes_[places[p]], q[j]
-        for n in range(TILE):
-            # Whole numbers by cutting off, which vectors can; half a unit keeps them from where it would matter that a
-            # reciprocal is inexact.
-            left = numpy.float32(numpy.int32((row[n] + HALF) * above))
-            into[n] = bottom + (left - radix * numpy.float32(numpy.int32((left + HALF) * over)))
-
-
 @njit(nogil=True, cache=True)
 def _first_escape(begin, counts):  # type: ignore[no-untyped-def]
     """Which item the escapes of a token begin with."""
     item = 0
     for n in range(begin):
         item += int(counts[n])
-    return item
-
-
-@njit(nogil=True, cache=True)
-def _escapes(first, count, counts, items, item, sizes, q):  # type: ignore[no-untyped-def]
-    """Put a tile's escapes into place; which item the next tile begins with."""
-    wide = items.shape[1] == 3
-    for n in range(count):
-        for _ in range(counts[first + n]):
-            which = int(items[item, 0])
-            if wide:
-                which += 256 * int(items[item, 1])
-            q[which, n] = sizes[items[item, items.shape[1] - 1]]
-            item += 1
     return item
 
 
@@ -237,8 +168,8 @@ def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignor
     item = _first_escape(begin, counts)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
-        item = _escapes(first, count, counts, items, item, sizes, q)
+        radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
+        item = put_escapes(first, count, counts, items, item, sizes, q)
         _synthesize(q, count, mean, synthesis, tile)
         _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
 
@@ -254,8 +185,8 @@ def radix_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no
     item = _first_escape(begin, counts)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
-        _radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
-        item = _escapes(first, count, counts, items, item, sizes, q)
+        radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
+        item = put_escapes(first, count, counts, items, item, sizes, q)
         for n in range(count):
             for g in range(queries):
                 own_weights[g, n] = weights[place + first + n, g]

@@ -82,6 +82,17 @@ def with_part(table: PlanTable, part: str, recipe: Any) -> str | dict[str, Any]:
     return plan_table({**table, part: recipe, "layers": layers})
 
 
+def recipes_by_layer(table: PlanTable, n_layers: int) -> list[dict[Part, str]]:
+    """What each layer of a model gets: part -> recipe, `none` included."""
+    if isinstance(table, str):
+        return [dict.fromkeys(PARTS, table) for _ in range(n_layers)]
+    layers: list[dict[Part, str]] = [{part: table[part] for part in PARTS} for _ in range(n_layers)]
+    for numbers, own in table.get("layers", {}).items():
+        for layer in parse_layers(numbers, n_layers):
+            layers[layer].update(dict.fromkeys(PARTS, own) if isinstance(own, str) else own)
+    return layers
+
+
 def compresses_nothing(table: PlanTable) -> bool:
     """Whether all that it names stays exact."""
     if isinstance(table, str):

@@ -91,7 +91,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
         "block_length": summary.context,
         "live": summary.code_ratio,
         "stored": summary.code_ratio_stored,
-        "stored_ratio": summary.base_bytes / summary.stored_bytes,
+        "stored_ratio": summary.stored_ratio,
         "cache_ratio": summary.cache_ratio,
         "cache_ratio_4096": summary.cache_ratio if is_4096 else None,
         "all_in_ratio": summary.all_in_ratio,

@@ -43,7 +43,7 @@ def runs_rows(folders: Sequence[Path]) -> list[list[str]]:
     add("certified", [_certified(s.certificate) for s in summaries])
     add("Same top p", [f"{format_number(s.divergence['top1'], '.1f')} %" for s in summaries])
     add("cache ratio", [f"{format_ratio(s.cache_ratio)} at {s.context} tokens" for s in summaries])
-    add("stored", [format_ratio(s.base_bytes / s.stored_bytes) for s in summaries])
+    add("stored", [format_ratio(s.stored_ratio) for s in summaries])
     add("all-in ratio", [format_ratio(s.all_in_ratio) for s in summaries])
     add("cache held", [f"{s.held_bytes / 1e6:.2f} of {s.base_bytes / 1e6:.2f} MB" for s in summaries])
     add("codecs in memory", [f"{s.codec_bytes_memory / 1e6:.2f} MB" for s in summaries])

