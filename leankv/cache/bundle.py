@@ -71,7 +71,11 @@ class Bundle:
         return checksum_of(self.plan, self.key_space)
 
     def new_cache(
-        self, attention_mask: torch.Tensor | None = None, sinks: int | None = None, window: int | None = None
+        self,
+        attention_mask: torch.Tensor | None = None,
+        sinks: int | None = None,
+        window: int | None = None,
+        decode_once: bool = False,
     ) -> LeanCache:
         """An empty cache for one batch of sequences: `model.generate(**inputs, past_key_values=bundle.new_cache())`.
 
@@ -79,6 +83,7 @@ class Bundle:
             attention_mask: `[B, T]` of the prompt where it is padded on the left.
             sinks: in place of the bundle's.
             window: in place of the bundle's.
+            decode_once: for measuring, which is faster then; such a cache saves no memory.
         """
         return LeanCache(
             self.config,
@@ -88,6 +93,7 @@ class Bundle:
             attention_mask=attention_mask,
             rotation=self.rotation,
             fingerprint=self.made_for["fingerprint"],
+            decode_once=decode_once,
         )
 
     def save(self, folder: str | Path, card: str | None = None) -> None:

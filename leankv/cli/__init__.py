@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from leankv.cli import bundles, hub, models, rates, reports, stores, sweeps
+from leankv.cli import bundles, hub, models, rates, reports, stores, sweeps, tasks
 from leankv.cli.app import app
 
-__all__ = ["app", "bundles", "hub", "main", "models", "rates", "reports", "stores", "sweeps"]
+__all__ = ["app", "bundles", "hub", "main", "models", "rates", "reports", "stores", "sweeps", "tasks"]
 
 
 def main() -> None:

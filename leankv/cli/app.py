@@ -69,7 +69,12 @@ def print_json(value: Any) -> None:
 
 def print_table_json(table: Any) -> None:
     """A DataFrame as a list of rows, at the full precision of its numbers."""
-    print_json(json.loads(table.to_json(orient="records", double_precision=15)))
+    print_json(table_rows(table))
+
+
+def table_rows(table: Any) -> Any:
+    """The rows of a DataFrame, as JSON has them."""
+    return json.loads(table.to_json(orient="records", double_precision=15))
 
 
 def _version(wanted: bool) -> None:

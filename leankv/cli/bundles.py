@@ -57,9 +57,9 @@ def eval_ppl_command(
         raise UserError(f"--blocks must be at least 1, not {blocks}")
     if free_run is not None and free_run < 1:
         raise UserError(f"--free-run must be at least 1, not {free_run}")
-    _register(register)
+    register_families(register)
     table = None if plan is None else read_plan_table(plan)
-    experiment = _with_bundle(asked, bundle, {} if table is None else {"plan": table})
+    experiment = with_bundle(asked, bundle, {} if table is None else {"plan": table})
     n_blocks = blocks or (experiment.data.report_blocks if split == "all" else experiment.value(f"data.{split}_blocks"))
     spec = None if table is None else PlanSpec.parse(experiment.plan)
     result = evaluate(experiment, bundle, split, n_blocks, Progress(), free_run, spec)
@@ -117,9 +117,9 @@ def open_bundle(asked: Asked, bundle: Path, register: list[str] | None) -> tuple
     from leankv.cache.bundle import load_bundle, read_bundle_config
     from leankv.models.loading import load_model
 
-    _register(register)
+    register_families(register)
     read_bundle_config(bundle)
-    experiment = _with_bundle(asked, bundle)
+    experiment = with_bundle(asked, bundle)
     progress = Progress()
     progress.say(f"loading {experiment.model.name}")
     loaded = load_model(experiment.model)
@@ -150,7 +150,7 @@ def title_of(file: Path | None, prompt: str) -> str:
     return file.name if file is not None else " ".join(prompt.split())[:TITLE]
 
 
-def _register(names: list[str] | None) -> None:
+def register_families(names: list[str] | None) -> None:
     """Make families known that the user names; nothing that a bundle's file names is ever imported."""
     from leankv.codecs.registry import register_by_name
 
@@ -158,7 +158,7 @@ def _register(names: list[str] | None) -> None:
         register_by_name(name)
 
 
-def _with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:
+def with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None = None) -> Any:
     """The experiment that a bundle came from (or `--config`, or the defaults), with the options on top."""
     from dataclasses import asdict
 

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.tables import format_budget
+from leankv.report.task_scores import TaskScores, row_name
 
 LEAST_PERCENT = 0.01  # costs below, and those that are none, stand at this end of logarithmic axes
 
@@ -120,6 +121,25 @@ def frontier(runs: Sequence[RunContents]) -> go.Figure:
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     titled = _titled(figure, "16-bit cache over what is held, sinks and window counted", "rise of perplexity, %")
     return titled.update_layout(height=560)
+
+
+def task_scores(told: TaskScores) -> go.Figure:
+    """Each cache's score in each task, with twice the harness's standard error."""
+    figure = go.Figure()
+    names = list(dict.fromkeys(row_name(row) for _, row in told.scores.iterrows()))
+    for number, (cache, own) in enumerate(told.scores.groupby("cache", sort=False)):
+        figure.add_bar(
+            x=[row_name(row) for _, row in own.iterrows()],
+            y=own["score"],
+            error_y={"type": "data", "array": 2 * own["stderr"], "thickness": 1, "color": "#8c8c8c"},
+            marker_color=COLOURS[number % len(COLOURS)],
+            name=str(cache),
+            customdata=own[["metric", "samples", "difference"]],
+            hovertemplate="%{x}: %{customdata[0]} %{y:.3f}<br>%{customdata[1]} samples<br>"
+            "less the base %{customdata[2]:+.3f}",
+        )
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12}, xaxis={"categoryarray": names})
+    return _titled(figure, "", "score")
 
 
 def search_steps(chosen: Chosen) -> go.Figure:

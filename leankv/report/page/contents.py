@@ -12,6 +12,7 @@ from leankv.report.columns import read_compare, read_map, read_sweep
 from leankv.report.plans import PLANS_FILE
 from leankv.report.runs import COMPLETION_FILE
 from leankv.report.summary import SUMMARY_FILE, Summary, read_summary
+from leankv.report.task_scores import TaskScores, read_task_scores
 from leankv.storage.files import read_json
 
 SELECTION_FILE, MANIFEST_FILE, EXPERIMENT_FILE = "selection.json", "manifest.json", "experiment.yaml"
@@ -45,6 +46,7 @@ class RunContents:
         selection: the steps in which LeanLlama's recipe added layers.
         rate_map: what each site costs at each rate.
         compare: what whole caches cost.
+        tasks: what tasks said of caches.
         completion: what base and compressed model said.
         manifest: what made the results.
         experiment: the settings, YAML.
@@ -57,6 +59,7 @@ class RunContents:
     selection: Mapping[str, Any] | None = None
     rate_map: pd.DataFrame | None = None
     compare: pd.DataFrame | None = None
+    tasks: TaskScores | None = None
     completion: Mapping[str, Any] | None = None
     manifest: Mapping[str, Any] | None = None
     experiment: str | None = None
@@ -86,12 +89,13 @@ def read_run(folder: Path) -> RunContents:
         selection=json_of(SELECTION_FILE),
         rate_map=table_of("map.csv", read_map),
         compare=table_of("compare.csv", read_compare),
+        tasks=read_task_scores(folder),
         completion=json_of(COMPLETION_FILE),
         manifest=json_of(MANIFEST_FILE),
         experiment=experiment.read_text(encoding="utf-8") if experiment.is_file() else None,
         missing=_missing(folder),
     )
-    tables = (contents.sweep, contents.rate_map, contents.compare)
+    tables = (contents.sweep, contents.rate_map, contents.compare, contents.tasks)
     if not contents.chosen and all(table is None for table in tables):
         begun = "was begun, and nothing of it is finished" if contents.experiment else "holds no run"
         raise UserError(f"{folder} {begun}; run the command that writes there to its end first")

@@ -14,6 +14,7 @@ from leankv.report.page import charts, tables
 from leankv.report.page.contents import RunContents, read_run
 from leankv.report.page.text_difference import parted
 from leankv.report.tables import format_budget
+from leankv.report.task_scores import NOTE
 from leankv.storage.files import write_text
 from leankv.version import __version__
 
@@ -60,6 +61,7 @@ def page(runs: Sequence[RunContents]) -> str:
         charts=charts,
         tables=tables,
         parted=parted,
+        task_note=NOTE,
     )
     # Behind the body, which draws as it is rendered. `</` would end the script.
     scripts = environment.get_template("scripts.html").render(

@@ -11,6 +11,7 @@ from leankv.config.plan_table import recipes_by_layer
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.selection import selection_rows
 from leankv.report.tables import format_budget, format_interval, format_number, format_protocol, format_ratio
+from leankv.report.task_scores import TaskScores, side_by_side
 
 LONG_CONTEXTS = (4096, 32768, 131072)
 """Tokens for which the page says how many bytes are saved."""
@@ -185,6 +186,12 @@ def steps_table(chosen: Chosen) -> PageTable:
     return PageTable(["step", "strategy", "what", "ratio", "cost on selection text, %", "evaluations so far"], rows)
 
 
+def task_table(told: TaskScores) -> PageTable:
+    """A task or a figure of agreement a row, a cache a column."""
+    header, rows = side_by_side(told)
+    return PageTable(header, [[Cell.words(text) for text in row] for row in rows])
+
+
 def greedy_table(run: RunContents) -> PageTable:
     """The steps of LeanLlama's recipe."""
     assert run.selection is not None
@@ -204,6 +211,8 @@ def provenance(run: RunContents) -> list[tuple[str, str]]:
     told = []
     if run.manifest is not None:
         told.append(("manifest.json: versions, hashes, settings", json.dumps(run.manifest, indent=2)))
+    if run.tasks is not None:
+        told.append(("tasks.json: what was asked, and of what", json.dumps(dict(run.tasks.about), indent=2)))
     if run.experiment is not None:
         told.append(("experiment.yaml", run.experiment))
     return told
