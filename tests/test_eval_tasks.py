@@ -134,12 +134,15 @@ def test_a_cache_that_shows_nothing_in_one_pass_shows_all_in_chunks(llama: Any, 
     assert first[0] == first[1] != first[2]
 
 
+@pytest.mark.parametrize(("recipe", "batch_size"), [("int:6", 1), ("identity", 2)])
 @torch.no_grad()
-def test_completions_go_on_from_a_prompt_read_in_chunks(llama: Any, tokenizer: Any) -> None:
-    """In a batch too, whose rows are padded on the left: against a plain loop over each prompt."""
+def test_completions_go_on_from_a_prompt_read_in_chunks(
+    llama: Any, tokenizer: Any, recipe: str, batch_size: int
+) -> None:
+    """Against a plain loop over each prompt; in a batch the shorter ones are padded on the left."""
 
     def make(mask: Any = None) -> LeanCache:
-        return leankv.Cache(llama, "int:6", sinks=2, window=4, attention_mask=mask)
+        return leankv.Cache(llama, recipe, sinks=2, window=4, attention_mask=mask)
 
     def by_hand(text: str) -> str:
         cache, said = make(), []
@@ -151,9 +154,9 @@ def test_completions_go_on_from_a_prompt_read_in_chunks(llama: Any, tokenizer: A
             pieces = [torch.tensor([said[-1:]])]
         return str(tokenizer.decode(said, skip_special_tokens=True))
 
-    texts = [tiny.text(40), tiny.text(40, seed=3)]
+    texts = [tiny.text(40), tiny.text(40, seed=3)[:29]]
     with quietly():
-        lm = CacheLM(llama, tokenizer, make, chunk=CHUNK)
+        lm = CacheLM(llama, tokenizer, make, chunk=CHUNK, batch_size=batch_size)
         found = lm.generate_until(
             asked("generate_until", [(text, {"until": ["\0"], "max_gen_toks": 10}) for text in texts])
         )

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,10 @@ from leankv.codecs import Codec
 from leankv.config.presets import MAP_SPECS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import measure_nats
-from leankv.report.columns import MAP_COLUMNS, read_map
+from leankv.report.columns import MAP_COLUMNS, read_map, read_spectra
+from leankv.report.page.contents import read_run
+from leankv.report.page.render import page
+from leankv.report.page.tables import spectra_table
 from leankv.report.rate_map import best_rows, codec_rows, map_markdown
 from leankv.report.rate_map_figures import codecs_by_bits
 from leankv.studies.activation_store import ActivationStore
@@ -288,6 +292,24 @@ def test_a_spectrum_sums_to_the_variance_and_falls() -> None:
     variances = variances_of(x)
     assert sum(variances) == pytest.approx(x.double().var(dim=0, correction=0).sum().item(), rel=1e-5)
     assert variances == sorted(variances, reverse=True)
+
+
+def test_spectra_stand_in_a_file_and_in_the_report(finished: PlanEvaluator) -> None:
+    folder, layers = folder_of(finished), range(4)
+    table = read_spectra(folder)
+    for site, variances in spectra(finished, layers).items():
+        own = table[(table["layer"] == site.layer) & (table["part"] == site.part)]
+        assert own["component"].tolist() == [*range(1, 33)]
+        assert own["variance"].tolist() == pytest.approx(variances)
+    (row,) = [row for row in spectra_table(table).rows if [row[0].text, row[1].text] == ["2", "K"]]
+    held = np.cumsum(spectra(finished, [2])[Site(2, "k")])
+    assert [cell.value for cell in row[2:]] == [
+        *(int(np.searchsorted(held, s * held[-1])) + 1 for s in (0.5, 0.9, 0.99)),
+        32,
+    ]
+    html = page([read_run(folder)])
+    assert html.count("<h2>Spectra</h2>") == 1
+    assert "% with those before" in html
 
 
 def test_spectra_are_kept(finished: PlanEvaluator) -> None:

@@ -59,6 +59,10 @@ decibels from the Gaussian bound (at live and at stored bits) are of held-out ca
 known of the cost: `perplexity`, with that layer and part alone compressed (points), or `error`, and then the perplexity
 columns are empty. `tokens` were predicted for the row's cost; rows of a screened map saw different numbers."""
 
+SPECTRA_COLUMNS = ("layer", "part", "component", "variance")
+"""Of `spectra.csv`, which a map leaves too: one row a layer, part and principal component of its vectors on held-out
+calibration text, counted from 1, the largest variance first."""
+
 COMPARE_COLUMNS = (
     "method",
     "baseline",
@@ -107,6 +111,9 @@ divergence. `seconds` is what measuring took, base model and compressed one side
 are its own affair.
 """
 
+COMMANDS = {"sweep": "sweep", "map": "map", "comparison": "compare"}
+"""What is finished -> the command that leaves it."""
+
 NAMES_BEFORE = {"peer": "baseline", "weighting": "error_metric"}
 """Name that an earlier version wrote -> today's name, of columns and of the keys of `summary.json`."""
 
@@ -129,6 +136,15 @@ def read_map(folder: Path) -> pd.DataFrame:
     return _read(folder, "map", "map", MAP_COLUMNS)
 
 
+def read_spectra(folder: Path) -> pd.DataFrame:
+    """The spectra that a map left in a run's folder.
+
+    Raises:
+        UserError: there are none, or columns are lacking.
+    """
+    return _read(folder, "spectra", "map", SPECTRA_COLUMNS)
+
+
 def read_compare(folder: Path) -> pd.DataFrame:
     """The finished comparison in a run's folder.
 
@@ -144,9 +160,10 @@ def read_compare(folder: Path) -> pd.DataFrame:
     return table.assign(**{name: table[name].astype(object).fillna("") for name in ("baseline", "plan")})
 
 
-def _read(folder: Path, command: str, thing: str, columns: Sequence[str]) -> pd.DataFrame:
-    """The table that `leankv COMMAND` left; only empty fields are missing values, as `none` is a codec."""
-    path = folder / f"{command}.csv"
+def _read(folder: Path, name: str, thing: str, columns: Sequence[str]) -> pd.DataFrame:
+    """The table `NAME.csv` that a command left; only empty fields are missing values, as `none` is a codec."""
+    path = folder / f"{name}.csv"
+    command = COMMANDS[thing]
     if not path.is_file():
         raise UserError(f"{folder} holds no finished {thing}; run: leankv {command} --output-dir {folder}")
     table = pd.read_csv(path, keep_default_na=False, na_values=[""]).rename(columns=NAMES_BEFORE)

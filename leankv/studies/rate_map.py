@@ -12,7 +12,7 @@ from leankv.config.plan_table import PARTS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import BlockNats, Comparison, compare
 from leankv.evaluation.rate_distortion import decibels_over_bound
-from leankv.report.columns import MAP_COLUMNS
+from leankv.report.columns import MAP_COLUMNS, SPECTRA_COLUMNS
 from leankv.report.rate_map import write_map_report
 from leankv.storage.files import write_text
 from leankv.studies.activation_store import remove_captures
@@ -77,10 +77,20 @@ def map_rates(evaluator: PlanEvaluator, recipes: Sequence[Recipe], measure: str)
     table = pd.DataFrame(rows, columns=list(MAP_COLUMNS))
     table = table.sort_values(["layer", "part"], kind="stable", ignore_index=True)
     if workspace.folder is not None:
+        write_text(workspace.folder / "spectra.csv", _spectra_table(variances).to_csv(index=False))
         write_text(workspace.folder / "map.csv", table.to_csv(index=False))
         write_map_report(workspace.folder)
         remove_captures(workspace.folder)
     return table
+
+
+def _spectra_table(variances: Mapping[Site, list[float]]) -> pd.DataFrame:
+    rows = [
+        (site.layer, site.part, component, variance)
+        for site, own in variances.items()
+        for component, variance in enumerate(own, start=1)
+    ]
+    return pd.DataFrame(rows, columns=list(SPECTRA_COLUMNS))
 
 
 def _rows_of_recipe(

@@ -6,12 +6,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.tables import format_budget
 from leankv.report.task_scores import TaskScores, row_name
 
 LEAST_PERCENT = 0.01  # costs below, and those that are none, stand at this end of logarithmic axes
+
+POINTS = 64
+"""Components of a spectrum that are drawn, evenly on a logarithmic axis."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#999933")
 """Told apart by most eyes, and seen on white and on black (after Okabe and Ito, 2008)."""
@@ -72,6 +76,40 @@ def rate_map(table: pd.DataFrame) -> go.Figure:
         yaxis={"title": {"text": "layer"}, "autorange": "reversed"},
         yaxis2={"autorange": "reversed", "showticklabels": False},
         height=160 + 18 * len(layers),
+    )
+    return figure
+
+
+def spectra(table: pd.DataFrame) -> go.Figure:
+    """How variance falls over the principal components of each site's vectors: a panel for keys, one for values."""
+    figure = go.Figure()
+    layers = sorted(table["layer"].unique())
+    colours = sample_colorscale("Viridis", np.linspace(0, 1, max(len(layers), 2)))
+    for number, part in enumerate(("k", "v")):
+        for place, layer in enumerate(layers):
+            own = table[(table["part"] == part) & (table["layer"] == layer)]
+            share = 100 * own["variance"] / own["variance"].sum()
+            shown = np.unique(np.geomspace(1, len(own), POINTS).round().astype(int)) - 1
+            figure.add_scatter(
+                x=own["component"].iloc[shown],
+                y=share.iloc[shown],
+                customdata=share.cumsum().iloc[shown],
+                mode="lines",
+                line={"color": colours[place], "width": 1},
+                showlegend=False,
+                hovertemplate=f"{part.upper()} of layer {layer}, component %{{x}}<br>%{{y:.3g}} % of the variance<br>"
+                "%{customdata:.1f} % with those before<extra></extra>",
+                xaxis=f"x{number + 1}",
+                yaxis=f"y{number + 1}",
+            )
+    axis = {"type": "log", "range": [-3, 2]}
+    figure.update_layout(
+        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+        xaxis={"title": {"text": "keys: component"}, "type": "log"},
+        xaxis2={"title": {"text": "values: component"}, "type": "log"},
+        yaxis={"title": {"text": "share of the variance, %"}, **axis},
+        yaxis2={"showticklabels": False, **axis},
+        height=420,
     )
     return figure
 

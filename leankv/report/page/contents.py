@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from leankv.errors import UserError
-from leankv.report.columns import read_compare, read_map, read_sweep
+from leankv.report.columns import read_compare, read_map, read_spectra, read_sweep
 from leankv.report.plans import PLANS_FILE
 from leankv.report.runs import COMPLETION_FILE
 from leankv.report.summary import SUMMARY_FILE, Summary, read_summary
@@ -45,6 +45,7 @@ class RunContents:
         sweep: what each layer costs.
         selection: the steps in which LeanLlama's recipe added layers.
         rate_map: what each site costs at each rate.
+        spectra: variances of the principal components of each site's vectors.
         compare: what whole caches cost.
         tasks: what tasks said of caches.
         completion: what base and compressed model said.
@@ -58,6 +59,7 @@ class RunContents:
     sweep: pd.DataFrame | None = None
     selection: Mapping[str, Any] | None = None
     rate_map: pd.DataFrame | None = None
+    spectra: pd.DataFrame | None = None
     compare: pd.DataFrame | None = None
     tasks: TaskScores | None = None
     completion: Mapping[str, Any] | None = None
@@ -88,6 +90,7 @@ def read_run(folder: Path) -> RunContents:
         sweep=table_of("sweep.csv", read_sweep),
         selection=json_of(SELECTION_FILE),
         rate_map=table_of("map.csv", read_map),
+        spectra=table_of("spectra.csv", read_spectra),
         compare=table_of("compare.csv", read_compare),
         tasks=read_task_scores(folder),
         completion=json_of(COMPLETION_FILE),

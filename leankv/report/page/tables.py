@@ -170,6 +170,18 @@ def map_table(table: pd.DataFrame) -> PageTable:
     return PageTable(["layer", "part", "codec", "bits a value", "cost, %", "unexplained, %"], rows)
 
 
+def spectra_table(table: pd.DataFrame) -> PageTable:
+    """How many principal components hold given shares of each site's variance."""
+    shares = (0.5, 0.9, 0.99)
+    rows = []
+    for (layer, part), own in table.groupby(["layer", "part"], sort=True):
+        held = own["variance"].cumsum() / own["variance"].sum()
+        counts = [int((held < share).sum()) + 1 for share in shares]
+        numbers = [Cell.number(count, ".0f") for count in (*counts, len(own))]
+        rows.append([Cell.number(layer, ".0f"), Cell.words(str(part).upper()), *numbers])
+    return PageTable(["layer", "part", *(f"{share:.0%}" for share in shares), "of"], rows)
+
+
 def steps_table(chosen: Chosen) -> PageTable:
     """What a search measured, in order."""
     rows = [
