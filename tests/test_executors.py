@@ -76,13 +76,13 @@ def kill_the_first_worker(folder: Path, known: int | None) -> None:
 
 def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    command = serial.command(tmp_path, "--executor", "ray", "--workers", "1")
+    command = serial.command(tmp_path, "--executor", "ray", "--workers", "2")
     process = start([sys.executable, "-m", "leankv", *command])  # Ray does not outlive a fork
     kill_the_first_worker(tmp_path, None)
     stdout, stderr = process.communicate(timeout=TIME_OUT)
     assert process.returncode == 0, stderr
     assert "cheapest first" in stdout
-    assert "shard 1/1 died (" in stderr
+    assert "shard 1/2 died (" in stderr
     assert_swept(tmp_path, serial)
 
 

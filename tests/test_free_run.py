@@ -16,13 +16,13 @@ from tests.oracles import Rounding, SlowCache, identity_plan, plan_of
 
 pytestmark = pytest.mark.whole_runs
 
-NEW_TOKENS = 8
+NEW_TOKENS = 12
 
 
 @pytest.fixture
 def prompts() -> torch.Tensor:
     """Longer than the sliding window."""
-    return tiny.tokens(3, 17)
+    return tiny.tokens(5, 17)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import Any
 import lm_eval
 import pandas as pd
 import torch
-from transformers.cache_utils import DynamicCache
 
 from leankv.cache.bundle import Bundle, load_bundle
 from leankv.cache.lean_cache import LeanCache
@@ -152,8 +151,8 @@ def evaluate_tasks(
 
 
 def _stock(loaded: LoadedModel) -> Contestant:
-    def make(mask: torch.Tensor | None = None) -> DynamicCache:
-        return DynamicCache(config=loaded.model.config)
+    def make(mask: torch.Tensor | None = None) -> LeanCache:
+        return LeanCache(loaded.model.config, {}, sinks=0, window=0)
 
     return Contestant(BASE, make, {"cache": "stock"}, make)
 
