@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import jaxtyping
 
 from leankv.cli import main
+from leankv.executors import worker
 
 FORK = multiprocessing.get_context("fork")
 
@@ -60,14 +62,47 @@ class CommandProcess:
         return said[0], said[1]
 
 
+class ForkedWorker:
+    """A local worker in a copy of this process; `leankv.executors.local` takes it for a `subprocess.Popen`."""
+
+    def __init__(self, command: Sequence[str], *, stderr: IO[bytes], env: Mapping[str, str], **given: Any):
+        assert list(command[1:3]) == ["-m", "leankv.executors.worker"]
+        answer, write = os.pipe()
+        self._process = FORK.Process(target=_work, args=(command[3:], write, stderr.fileno(), env))
+        self._process.start()
+        os.close(write)
+        self.stdout = os.fdopen(answer, encoding="utf-8")
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid or 0, number)
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _work(arguments: Sequence[str], out: int, err: int, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    _begin(out, err)
+    sys.argv = ["worker", *arguments]
+    worker.main()
+
+
 def _run(arguments: Sequence[str], out: int, err: int) -> None:
     os.nice(10)
+    _begin(out, err)
+    sys.argv = ["leankv", *arguments]
+    main()
+
+
+def _begin(out: int, err: int) -> None:
+    """What a new process would find."""
     os.dup2(out, 1)
     os.dup2(err, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     jaxtyping.config.update("jaxtyping_disable", True)
-    sys.argv = ["leankv", *arguments]
-    main()

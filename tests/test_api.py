@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import leankv
 from leankv.cache.plan import Site
+from leankv.cache.plan_checksum import checksum_of
 from leankv.config.loading import load_experiment
 from leankv.models.fingerprint import fingerprint
 from leankv.progress import Silent
@@ -253,6 +254,11 @@ def test_weights_are_hashed_once_and_not_for_each_cache(
     for _ in range(3):
         loaded.new_cache()
     assert len(calls) == 1
+    hashed = []
+    monkeypatch.setattr("leankv.cache.bundle.checksum_of", lambda *plan: hashed.append(1) or checksum_of(*plan))
+    for number in range(3):
+        loaded.new_cache().save(f"asked for/saved {number}")
+    assert len(hashed) == 1
 
 
 # -- sweep, capture --------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +24,7 @@ from leankv.executors.slurm import slurm_workers
 from leankv.executors.worker import work
 from leankv.progress import Progress, Silent
 from leankv.studies.sweep_table import gather
-from tests.forked import CommandProcess
+from tests.forked import CommandProcess, ForkedWorker
 from tests.run_folders import TIME_OUT, Sweep, assert_swept, finished_files, layers_measured, refuse, start, wait_for
 
 pytestmark = pytest.mark.whole_runs
@@ -37,6 +39,15 @@ def worker_processes(folder: Path) -> dict[int, int]:
     return found
 
 
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local workers are copies of this process; `tests/test_select_plan.py` starts them as users do."""
+    names = ("DEVNULL", "PIPE", "CalledProcessError", "run")
+    stand_in = SimpleNamespace(Popen=ForkedWorker, **{name: getattr(subprocess, name) for name in names})
+    monkeypatch.setattr("leankv.executors.local.subprocess", stand_in)
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     serial: Sweep, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

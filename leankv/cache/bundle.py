@@ -16,7 +16,7 @@ import torch
 
 from leankv.cache.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.cache.codec_files import tensors_of
-from leankv.cache.lean_cache import LeanCache
+from leankv.cache.lean_cache import LeanCache, Origin
 from leankv.cache.plan import Plan, PlanSpec
 from leankv.cache.plan_checksum import checksum_of
 from leankv.codecs.registry import codec_from_tensors
@@ -92,7 +92,7 @@ class Bundle:
             window=self.window if window is None else window,
             attention_mask=attention_mask,
             rotation=self.rotation,
-            fingerprint=self.made_for["fingerprint"],
+            origin=Origin(self.made_for["fingerprint"], lambda: self.checksum),
             decode_once=decode_once,
         )
 

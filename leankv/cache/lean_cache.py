@@ -1,6 +1,8 @@
 """The compressed transformers cache, made of a plan for one batch of sequences."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from leankv.cache.layers import LeanLayer, LeanSlidingLayer, SkippedLayer
 from leankv.cache.memory import held_bytes
 from leankv.cache.part_store import PartStore
 from leankv.cache.plan import Plan, Site, codecs_by_layer
-from leankv.cache.plan_checksum import checksum_of
 from leankv.cache.tensor_file import write_tensors
 from leankv.errors import UserError
 from leankv.models.rope import KeyRotation
@@ -24,6 +25,19 @@ from leankv.models.structure import earlier_layers
 
 SAVED_FORMAT = 1
 """Of the files that `LeanCache.save` writes; `leankv.cache.saved_cache` says what stands in them."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a saved cache has to be read with.
+
+    Attributes:
+        fingerprint: of the model.
+        checksum: gives that of the codecs and their key space; all their numbers are hashed for it.
+    """
+
+    fingerprint: str
+    checksum: Callable[[], str]
 
 
 class LeanCache(Cache):
@@ -46,7 +60,7 @@ class LeanCache(Cache):
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
-        fingerprint: of the model, for saving; `leankv.Bundle.new_cache` knows it.
+        origin: for saving; `leankv.Bundle.new_cache` knows it.
         decode_once: keep what was decoded beside its code: faster where a text is fed in many chunks, but no memory is
             saved. For measuring.
     """
@@ -61,7 +75,7 @@ class LeanCache(Cache):
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
-        fingerprint: str | None = None,
+        origin: Origin | None = None,
         decode_once: bool = False,
     ):
         padding = None
@@ -98,7 +112,7 @@ class LeanCache(Cache):
             layers[layer] = SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
         self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
-        self.fingerprint = fingerprint
+        self.origin = origin
         self.first_layer, self.decode_once = first_layer, decode_once
 
     def update(
@@ -133,7 +147,7 @@ class LeanCache(Cache):
             attention_mask=None if self.padding is None else mask_of(self.padding),
             first_layer=self.first_layer,
             rotation=self.rotation,
-            fingerprint=self.fingerprint,
+            origin=self.origin,
             decode_once=self.decode_once,
         )
 
@@ -157,7 +171,7 @@ class LeanCache(Cache):
         Raises:
             UserError: it was not made of a bundle, or the file cannot be written.
         """
-        if self.fingerprint is None:
+        if self.origin is None:
             raise UserError(
                 "this cache was not made of a bundle, so nothing could read it back; make one with leankv.fit, and the "
                 "cache with bundle.new_cache()"
@@ -172,8 +186,8 @@ class LeanCache(Cache):
                 tensors[name] = padding.cpu()
         about = {
             "format": SAVED_FORMAT,
-            "codecs": checksum_of(self.plan, "post-rope" if self.rotation is None else "pre-rope"),
-            "model": self.fingerprint,
+            "codecs": self.origin.checksum(),
+            "model": self.origin.fingerprint,
             "tokens": None if tokens is None else hash_of_tokens(tokens[:, :seen]),
             "seen": seen,
             "batch": max((own.batch for own in held.values()), default=0),
