@@ -28,7 +28,7 @@ SPECS = (
 REQUIRED = 0.05
 SETTINGS: dict[str, Any] = GENERATING | {
     "data__calibration_blocks": 32,
-    "data__report_blocks": 16,
+    "data__report_blocks": 8,
     "protocol__window": 0,
 }
 
