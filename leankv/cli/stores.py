@@ -54,7 +54,8 @@ def add_command(
     if json_:
         print_json(told)
     elif not tokens:
-        OUT.print(f"{file}: {ids.shape[1]} tokens are less than a page, so nothing is stored", highlight=False)
+        words = f"{file}: {ids.shape[1]} tokens are less than a page, so nothing is stored"
+        OUT.print(words, highlight=False, soft_wrap=True)
     else:
         ratio = told["uncompressed_bytes"] / stored
         OUT.print(
