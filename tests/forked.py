@@ -77,7 +77,8 @@ class ForkedWorker:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid or 0, number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def wait(self) -> None:
         self._process.join()

@@ -29,7 +29,7 @@ def eval_tasks_command(
         list[str] | None,
         typer.Option(help="Whose cache to ask too (again for more), as in compare.", show_default=False),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of a sample of RULER's tasks, answer included.")] = LENGTHS,
+    lengths: Annotated[str, typer.Option(help="Tokens of a sample of RULER's tasks.")] = LENGTHS,
     samples: Annotated[int, typer.Option(help="Of each task, the first so many; 0 for all.")] = 50,
     num_fewshot: Annotated[
         int | None,
@@ -74,8 +74,11 @@ def eval_tasks_command(
             raise UserError(f"--{option} must be at least {least}, not {value}")
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path {include_path} is no folder; name one with task files")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks {tasks!r} names none; {OFFLINE} is what needs no hub")
     settings = TaskSettings(
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        tasks=names,
         lengths=_lengths(lengths),
         samples=samples or None,
         num_fewshot=num_fewshot,

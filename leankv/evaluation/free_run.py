@@ -43,12 +43,13 @@ def free_run(
     make_base: Callable[[], Any],
     make_cache: Callable[[], Any],
     on_prompt: Callable[[], None] = lambda: None,
+    chunk: int | None = None,
 ) -> FreeRun:
     """Continue each prompt greedily through both caches with `generate`, and compare token by token.
 
-    A prompt is read in one pass, as `generate` reads it: what it attends to has gone through the codecs, but for sinks
-    and window. A token that ends a text ends nothing here, so that all continuations are of one length. The model's own
-    generation settings apply otherwise.
+    A prompt is read in one pass unless told otherwise, as `generate` reads it: in a cache of ours, what it attends to
+    has gone through the codecs, but for sinks and window; other caches may hand it out exact. A token that ends a text
+    ends nothing here, so that all continuations are of one length. The model's own generation settings apply otherwise.
 
     Args:
         model: a causal LM in eval mode.
@@ -58,6 +59,7 @@ def free_run(
         make_base: a fresh cache for a batch of prompts, of the base run.
         make_cache: likewise of the compressed one.
         on_prompt: called after each prompt.
+        chunk: tokens of a prompt read at a time; None for all at once.
     """
 
     def continued(batch: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -68,6 +70,7 @@ def free_run(
             do_sample=False,
             max_new_tokens=new_tokens,
             eos_token_id=None,
+            prefill_chunk_size=chunk,
         )
         new: torch.Tensor = output[:, batch.shape[1] :]
         return new

@@ -6,7 +6,7 @@ compressed cache shows no loss in a likelihood task, and little in a completion,
 compressed. Here both feed the tokens chunk by chunk through a cache that the caller makes: protocol `stream` of
 `leankv.evaluation.perplexity`. It works with any cache that transformers takes:
 
-    lm = CacheLM(model, tokenizer, lambda mask: QuantizedCache("hqq", model.config))
+    lm = CacheLM(model, tokenizer, lambda: QuantizedCache("hqq", model.config))
     lm_eval.simple_evaluate(lm, tasks=["gsm8k"])
 """
 
@@ -23,25 +23,24 @@ from lm_eval.models.huggingface import HFLM
 
 from leankv.storage.lines import Lines
 
-MakeCache = Callable[[Int[torch.Tensor, "B T"] | None], Any]
-"""The prompt's attention mask, 0 at its left padding, or None where nothing is padded on the left -> a fresh cache."""
-
 
 class CacheLM(HFLM):
     """The harness's own model class, with a cache under it.
 
-    Likelihoods of texts and completions of prompts are those of HFLM otherwise; the batch is padded on the right for
-    likelihoods, on the left for completions.
+    Likelihoods of texts and completions of prompts are those of HFLM otherwise. Texts of different lengths are read
+    together for likelihoods, padded on the right, and one by one for completions: padding on the left would have to be
+    held, and by some caches is held exact together with what stands beside it in other rows.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        make_cache: MakeCache,
+        make_cache: Callable[[], Any],
         *,
         chunk: int = 128,
         batch_size: int = 1,
+        max_length: int | None = None,
         responses: Lines | None = None,
     ):
         """
@@ -51,11 +50,13 @@ class CacheLM(HFLM):
             make_cache: a fresh transformers cache for a batch.
             chunk: tokens fed at a time.
             batch_size: texts read together.
+            max_length: tokens beyond which the harness cuts texts at their beginning; unless given, as far as the
+                model's positions reach.
             responses: where answers are kept and found again, of this model and cache alone: the harness names a
-                response by what was asked, whoever answered it.
+                response by what was asked, whoever answered it. Not for answers that are drawn at random.
         """
         with quietly():  # it warns of a model that is handed in loaded
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         self.make_cache = make_cache
         self.chunk = chunk
         self.responses = responses
@@ -73,7 +74,7 @@ class CacheLM(HFLM):
         return self._answered(kind, requests, lambda new: super(CacheLM, self).loglikelihood_rolling(new))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As the harness has it; what was answered before is looked up, but for what is sampled."""
+        """As the harness has it; what was answered before is looked up."""
         return self._answered("generate_until", requests, lambda new: super(CacheLM, self).generate_until(new))
 
     def _answered(
@@ -83,10 +84,10 @@ class CacheLM(HFLM):
         known = self.responses
         if known is None:
             return answer(list(requests))
-        missing = [one for one in requests if _is_sampled(one) or [kind, *one.args] not in known]
-        found = iter(answer(missing) if missing else [])
-        new = {id(one) for one in missing}
-        return [next(found) if id(one) in new else known.get([kind, *one.args]) for one in requests]
+        missing = [one for one in requests if [kind, *one.args] not in known]
+        if missing:
+            answer(missing)
+        return [known.get([kind, *one.args]) for one in requests]
 
     def _model_call(
         self,
@@ -97,7 +98,7 @@ class CacheLM(HFLM):
         """Logits of all tokens, each chunk having read those before it from the cache."""
         assert attn_mask is None, "only encoders have one"
         assert labels is None, "only encoders have some"
-        cache = self.make_cache(None)
+        cache = self.make_cache()
         with torch.no_grad():
             pieces = [
                 self.model(input_ids=piece, past_key_values=cache, use_cache=True).logits
@@ -108,16 +109,28 @@ class CacheLM(HFLM):
     def _model_generate(
         self, context: Int[torch.Tensor, "B T"], max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Int[torch.Tensor, "B longer"]:
-        """Prompts and their completions; the prompt too is read chunk by chunk."""
-        mask = generation_kwargs.get("attention_mask")
-        padded = mask is not None and not bool(mask.all())
+        """Prompts and their completions; the prompts too are read chunk by chunk."""
+        mask = generation_kwargs.pop("attention_mask")
+        if bool(mask.all()):
+            return self._completed(context, max_length, stop, generation_kwargs)
+        new_tokens, rows = max_length - context.shape[1], []
+        for row, own in zip(context, mask.bool(), strict=True):
+            prompt = row[own][None]
+            completed = self._completed(prompt, prompt.shape[1] + new_tokens, stop, generation_kwargs)
+            rows.append(torch.cat([row, completed[0, prompt.shape[1] :]]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+
+    def _completed(
+        self, context: Int[torch.Tensor, "B T"], max_length: int, stop: list[str], given: dict[str, Any]
+    ) -> Int[torch.Tensor, "B longer"]:
         return super()._model_generate(
             context,
             max_length,
             stop,
-            past_key_values=self.make_cache(mask if padded else None),
+            attention_mask=torch.ones_like(context),
+            past_key_values=self.make_cache(),
             prefill_chunk_size=self.chunk,
-            **generation_kwargs,
+            **given,
         )
 
 
@@ -128,12 +141,7 @@ class _Hook:
         self.responses = responses
 
     def add_partial(self, kind: str, asked: Any, answer: Any) -> None:
-        if not (kind == "generate_until" and asked[1].get("do_sample")):
-            self.responses.put([kind, *asked], answer)
-
-
-def _is_sampled(request: Instance) -> bool:
-    return request.request_type == "generate_until" and bool(request.args[1].get("do_sample"))
+        self.responses.put([kind, *asked], answer)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import nltk
 import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.ruler import cwe_utils
 
 from leankv.errors import UserError
 from leankv.evaluation.harness import quietly
@@ -24,6 +25,9 @@ OFFLINE = "ruler-offline"
 OFFLINE_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """Needles in repeated sentences and among other needles, chains of variables, the most common words of a list and of a
 coded text. RULER's other tasks hide needles in essays or ask of articles, which the harness downloads."""
+
+RULER_GROUPS = ("ruler", "longcxt")
+"""What the harness calls all of RULER's tasks together."""
 
 RULER_FOLDER = Path(lm_eval.tasks.__file__).parent / "ruler"
 
@@ -69,21 +73,21 @@ def load_tasks(
     with quietly():
         own = RULER_FOLDER if include_path is None else [RULER_FOLDER, include_path]
         manager = TaskManager(include_path=own, include_defaults=False)  # all of the harness's take half a minute
-        if any(name not in manager.all_tasks and not Path(name).is_file() for name in wanted):
+        if not set(wanted) <= {*manager.all_subtasks, *RULER_GROUPS}:
             manager = TaskManager(include_path=include_path)
     check_names(wanted, manager.all_tasks)
     if set(wanted) <= set(OFFLINE_TASKS):
         _import_needles()
+    of_ruler = [name for name in manager.all_subtasks if _lies_in_ruler(name, manager)]
     found = []
-    for name in wanted:
-        if _is_ruler(name, manager):
-            if not lengths:
-                raise UserError(f"{name} at --lengths is longer than the model's positions reach; name shorter ones")
-            found += [
-                HarnessTask(name, length, _ruler(manager, name, length, tokenizer_folder, seed)) for length in lengths
-            ]
-        else:
-            found += [HarnessTask(own, None, task) for own, task in _load(manager, name, name, seed).items()]
+    for each in dict.fromkeys(part for name in wanted for part in (of_ruler if name in RULER_GROUPS else (name,))):
+        if each not in of_ruler:
+            found += [HarnessTask(title, None, task) for title, task in _load(manager, each, each, seed).items()]
+            continue
+        if not lengths:
+            raise UserError(f"{each} at --lengths is longer than the model's positions reach; name shorter ones")
+        for length in lengths:
+            found.append(HarnessTask(each, length, _ruler(manager, each, length, tokenizer_folder, seed)))
     return found
 
 
@@ -101,9 +105,9 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
         raise UserError(f"the harness knows no task {name!r}; {meant}")
 
 
-def _is_ruler(name: str, manager: TaskManager) -> bool:
-    entry = manager.task_index.get(name)
-    return entry is not None and entry.yaml_path is not None and Path(entry.yaml_path).parent == RULER_FOLDER
+def _lies_in_ruler(name: str, manager: TaskManager) -> bool:
+    path = manager.task_index[name].yaml_path
+    return path is not None and Path(path).parent == RULER_FOLDER
 
 
 def _import_needles() -> None:
@@ -141,8 +145,9 @@ def _ruler(manager: TaskManager, name: str, length: int, tokenizer_folder: Path,
 
 
 def _load(manager: TaskManager, spec: Any, title: str, seed: int) -> dict[str, Task]:
-    random.seed(seed)  # the harness's tasks draw from the global generators
+    random.seed(seed)  # the harness's tasks draw from the global generators, and one from its module's
     np.random.seed(seed)
+    cwe_utils.RNG.seed(seed)
     try:
         with quietly():
             tasks: dict[str, Task] = manager.load(spec)["tasks"]

@@ -22,14 +22,14 @@ BASE = "base"
 TASK_COLUMNS = {
     "cache": "`base`, the bundle's folder, or the baseline",
     "task": "the harness's name",
-    "length": "tokens of a sample, of RULER's tasks",
+    "length": "tokens of a sample, as the harness counts them, of RULER's tasks",
     "metric": "the harness's name; of RULER's tasks, `recall`: the share of the wanted words that the answer has",
     "samples": "how many were asked",
     "score": "as the harness aggregates it",
     "stderr": "its standard error, the harness's",
     "difference": "score less the base's",
     "low": "lower end of its 95 % interval (t, over samples, each paired with itself); empty where it is not known: no "
-    "sample scored differently, or the metric is not a mean over samples",
+    "sample scored differently, or the score is not a mean over samples",
     "high": "upper end",
 }
 
@@ -76,44 +76,56 @@ def score_rows(
     """
     rows = []
     for title, (name, length) in titles.items():
-        for key, score in results["results"][title].items():
+        told = results["results"][title]
+        for key, score in told.items():
             metric, comma, filter_ = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(score, int | float):
                 continue
             if length is not None and metric != str(length):
                 continue  # RULER's tasks fill in -1 for the lengths that they were not asked at
-            stderr = results["results"][title].get(f"{metric}_stderr,{filter_}")
+            stderr = told.get(f"{metric}_stderr,{filter_}")
+            own = _samples(results, title, filter_)
             row: dict[str, Any] = {
                 "cache": cache,
                 "task": name,
                 "length": length,
                 "metric": "recall" if length is not None else metric + ("" if filter_ == "none" else f" ({filter_})"),
-                "samples": len(results["samples"][title]),
+                "samples": len(own),
                 "score": float(score),
                 "stderr": stderr if isinstance(stderr, int | float) else math.nan,
             }
             if base is not None:
-                row["difference"] = row["score"] - float(base["results"][title][key])
-                own, others = (_values(each["samples"][title], metric, filter_) for each in (results, base))
-                row["low"], row["high"] = paired_interval(own, others)
+                others = _samples(base, title, filter_)
+                asked, before = ([sample["prompt_hash"] for sample in each] for each in (own, others))
+                assert asked == before, f"{title} was asked the same of all caches"
+                base_score = float(base["results"][title][key])
+                row["difference"] = float(score) - base_score
+                both = [[sample.get(metric) for sample in each] for each in (own, others)]
+                if _is_mean(score, both[0]) and _is_mean(base_score, both[1]):
+                    row["low"], row["high"] = paired_interval(*both)
             rows.append(row)
     return rows
 
 
+def _samples(results: Mapping[str, Any], title: str, filter_: str) -> list[Mapping[str, Any]]:
+    """Those of one task and filter, in the order of the task's documents."""
+    own = [sample for sample in results["samples"][title] if sample["filter"] == filter_]
+    return sorted(own, key=lambda sample: int(sample["doc_id"]))
+
+
+def _is_mean(score: float, values: Sequence[Any]) -> bool:
+    """Whether a score is the mean of its samples' values: others, as perplexity, have no paired interval here."""
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return len(numbers) == len(values) > 0 and math.isclose(math.fsum(numbers) / len(numbers), score, abs_tol=1e-9)
+
+
 def paired_interval(values: Sequence[Any], base: Sequence[Any]) -> tuple[float, float]:
-    """95 % interval of the mean difference of samples' scores, each paired with itself; NaN where none is known."""
-    if not all(isinstance(value, int | float) for value in [*values, *base]):
-        return math.nan, math.nan
+    """95 % interval of the mean difference of samples' scores, each paired with itself; NaN where none differs."""
     differences = [float(own) - float(other) for own, other in zip(values, base, strict=True)]
     interval = t_interval(differences)
     if interval is None or not any(differences):
         return math.nan, math.nan
     return interval
-
-
-def _values(samples: Sequence[Mapping[str, Any]], metric: str, filter_: str) -> list[Any]:
-    own = [sample for sample in samples if sample["filter"] == filter_]
-    return [sample[metric] for sample in sorted(own, key=lambda sample: int(sample["doc_id"]))]
 
 
 def write_task_scores(folder: Path, told: TaskScores) -> None:
@@ -126,11 +138,11 @@ def write_task_scores(folder: Path, told: TaskScores) -> None:
         "# Task scores",
         "",
         f"{about['model']}, lm-evaluation-harness {about['harness']}; every token read through the cache in chunks of "
-        f"{about['chunk']} (protocol stream), {about['samples']} samples a task.",
+        f"{about['chunk']} (protocol stream), {about['samples'] or 'all'} samples a task.",
         "",
         markdown_table(header, rows),
         "",
-        NOTE,
+        note_of(told),
         "",
         "`tasks.csv`:",
         *(f"- `{name}`: {text}" for name, text in TASK_COLUMNS.items()),
@@ -143,13 +155,19 @@ def write_task_scores(folder: Path, told: TaskScores) -> None:
     write_json(folder / ABOUT_FILE, dict(about))
 
 
-NOTE = (
-    "Of each cache the score, and in parentheses its difference from the base; * where the 95 % interval of the paired "
-    "difference leaves out 0. Where the base scores nothing, nothing can be lost. A needle that is found says little: "
-    "so below stand how far the caches' predictions are from the base's on report text (Mean KLD in nats a token, "
-    "Same top p: share of tokens with the same likeliest continuation), and how much of a text they write alike by "
-    "themselves."
-)
+def note_of(told: TaskScores) -> str:
+    """What a reader of the table must know."""
+    note = (
+        "Of each cache the score, and in parentheses its difference from the base; * where the 95 % interval of the "
+        "paired difference leaves out 0. Where the base scores nothing, nothing can be lost."
+    )
+    if told.agreement.empty:
+        return note
+    return note + (
+        " A needle that is found says little: so below stand how far the caches' predictions are from the base's on "
+        "report text (Mean KLD in nats a token, Same top p: share of tokens with the same likeliest continuation), and "
+        "how much of a text they write alike by themselves."
+    )
 
 
 def read_task_scores(folder: Path) -> TaskScores | None:

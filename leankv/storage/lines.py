@@ -31,6 +31,8 @@ class Lines:
                 file.seek(0)
                 whole = 0
                 for line in file:
+                    if not line.endswith(b"\n"):
+                        break
                     try:
                         entry = json.loads(line)
                         self._entries[entry["key"]] = entry["value"]

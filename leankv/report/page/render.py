@@ -14,7 +14,7 @@ from leankv.report.page import charts, tables
 from leankv.report.page.contents import RunContents, read_run
 from leankv.report.page.text_difference import parted
 from leankv.report.tables import format_budget
-from leankv.report.task_scores import NOTE
+from leankv.report.task_scores import note_of
 from leankv.storage.files import write_text
 from leankv.version import __version__
 
@@ -61,7 +61,7 @@ def page(runs: Sequence[RunContents]) -> str:
         charts=charts,
         tables=tables,
         parted=parted,
-        task_note=NOTE,
+        task_note=note_of,
     )
     # Behind the body, which draws as it is rendered. `</` would end the script.
     scripts = environment.get_template("scripts.html").render(
