@@ -17,6 +17,7 @@ from leankv.report.columns import read_compare
 from leankv.report.plans import PLANS_FILE, plans_frame
 from leankv.report.summary import SUMMARY_FILE, read_summary
 from leankv.report.tables import format_budget, format_number, markdown_table
+from leankv.report.task_scores import read_task_scores
 from leankv.storage.files import read_json, write_atomically, write_text
 
 TABLE, TEXT, FIGURE = "plans.csv", "plans.md", "figures/frontier.png"
@@ -32,14 +33,14 @@ def write_together(runs: Sequence[Path], folder: Path) -> None:
     """Write `plans.csv` (a row a selection), `plans.md` and the figure of some finished runs.
 
     Args:
-        runs: folders of selections, and of comparisons, whose caches are drawn beside.
+        runs: folders of selections, and of comparisons, whose caches are drawn beside; task scores play no part.
         folder: what is written goes there.
 
     Raises:
         UserError: a folder holds neither.
     """
     selections = [run for run in runs if _is_selection(run)]
-    comparisons = [run for run in runs if run not in selections]
+    comparisons = [run for run in runs if run not in selections and read_task_scores(run) is None]
     caches = [read_compare(run) for run in comparisons]  # refuses what is no comparison either
     if not selections:
         raise UserError("none of these folders holds a finished selection; name one that leankv select has written")
