@@ -176,7 +176,7 @@ def task_scores(told: TaskScores) -> go.Figure:
             hovertemplate="%{x}: %{customdata[0]} %{y:.3f}<br>%{customdata[1]} samples<br>"
             "less the base %{customdata[2]:+.3f}",
         )
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.12}, xaxis={"categoryarray": names})
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.3}, xaxis={"categoryarray": names})
     return _titled(figure, "", "score")
 
 
