@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of others says first; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def sentence_of(error: BaseException) -> str | None:
     """One sentence on an error that the user can mend; None of any other error, which wants its traceback."""
     if isinstance(error, UserError):

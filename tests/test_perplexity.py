@@ -89,7 +89,7 @@ def test_strict_is_decode_without_a_window(model: Any, blocks: Blocks, sinks: in
     assert per_token(strict) == pytest.approx(per_token(decode), abs=CLOSE)
 
 
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 5)])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 5), (0, 14)])
 def test_stream_of_single_tokens_is_decode(model: Any, blocks: Blocks, sinks: int, window: int) -> None:
     plan = plan_of(model, Rounding)
     stream = nats(model, blocks, ProtocolConfig("stream", sinks=sinks, window=window, chunk=1), plan)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from leankv.config.experiment import SPLITS
+from leankv.data.tokens import SPARE_TOKENS
 from leankv.errors import UserError
 from tests import tiny
 from tests.test_data import refusal, source, tokenizer_with_bos
@@ -99,7 +100,7 @@ def test_wikitext_splits_never_share_a_document(
     assert fitted + chosen[ARTICLES["valid"] :] + certified == articles("train")
     assert chosen[: ARTICLES["valid"]] == articles("valid")
     # Documents are counted one by one: the line ends between them may make it one more than it takes.
-    assert n_tokens(fitted[:-1]) - len(fitted) < calibration * length + 64, "no document more than it takes"
+    assert n_tokens(fitted[:-1]) - len(fitted) < calibration * length + SPARE_TOKENS, "no document more than it takes"
     assert certified == [] or n_tokens(fitted) >= calibration * length
     assert certified == [] or n_tokens(chosen) >= selection * length
     assert len(chosen) == ARTICLES["valid"] or n_tokens(chosen[:-1]) - len(chosen) < selection * length

@@ -9,10 +9,11 @@ import typer
 from leankv.cli.app import OUT, Json, command, print_json, table_rows
 from leankv.cli.bundles import Register, register_families, with_bundle
 from leankv.cli.options import MEASURE, Asked
+from leankv.config.presets import RULER_OFFLINE
 from leankv.errors import UserError
 from leankv.progress import Progress
 
-OFFLINE, LENGTHS = "ruler-offline", "1024,2048,4096,8192"
+LENGTHS = "1024,2048,4096,8192"
 
 
 @command("eval-tasks", "block_length", "sinks", "window")
@@ -24,7 +25,7 @@ def eval_tasks_command(
         typer.Option(
             help="Tasks of lm-evaluation-harness, or YAML files of them, by commas; ruler-offline needs no hub."
         ),
-    ] = OFFLINE,
+    ] = RULER_OFFLINE,
     baseline: Annotated[
         list[str] | None,
         typer.Option(help="Whose cache to ask too (again for more), as in compare.", show_default=False),
@@ -76,7 +77,7 @@ def eval_tasks_command(
         raise UserError(f"--include-path {include_path} is no folder; name one with task files")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--tasks {tasks!r} names none; {OFFLINE} is what needs no hub")
+        raise UserError(f"--tasks {tasks!r} names none; {RULER_OFFLINE} is what needs no hub")
     settings = TaskSettings(
         tasks=names,
         lengths=_lengths(lengths),

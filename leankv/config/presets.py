@@ -17,6 +17,10 @@ COMPARE_SPECS = (
 )
 """What `leankv compare` goes through unless it is told."""
 
+RULER_OFFLINE = "ruler-offline"
+"""What `leankv eval-tasks` asks unless it is told: those tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654) that
+need no hub."""
+
 USUAL_WINDOW = 128  # assumption: tokens; long enough for local attention, 3 % of a context of 4,096
 """Latest tokens kept exact where a cache is compressed as one would use it."""
 

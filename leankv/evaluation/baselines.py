@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from leankv.errors import UserError
+from leankv.errors import UserError, first_line
 from leankv.models.loading import LoadedModel
 from leankv.storage.files import hash_of, hash_of_file
 
@@ -160,7 +160,7 @@ def try_baseline(baseline: Baseline, loaded: LoadedModel, tokens: torch.Tensor, 
         for piece in tokens[:, : 2 * chunk].to(loaded.model.device).split(chunk, dim=1):
             states = loaded.model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)[0]
     except Exception as error:  # whatever code of others raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"the cache of baseline {baseline.spec} does not run on this model: {type(error).__name__}: {reason}; "
             "leave it out"

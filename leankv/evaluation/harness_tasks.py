@@ -16,11 +16,9 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.ruler import cwe_utils
 
-from leankv.errors import UserError
+from leankv.config.presets import RULER_OFFLINE
+from leankv.errors import UserError, first_line
 from leankv.evaluation.harness import quietly
-
-OFFLINE = "ruler-offline"
-"""What `--tasks` calls the tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654) that need no hub."""
 
 OFFLINE_TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """Needles in repeated sentences and among other needles, chains of variables, the most common words of a list and of a
@@ -38,7 +36,7 @@ class HarnessTask:
 
     Attributes:
         name: the harness's.
-        length: tokens of a sample, answer included, of RULER's tasks; None of others.
+        length: tokens of a sample of RULER's tasks, as the harness counts them; None of others.
         task: the harness's object.
     """
 
@@ -60,7 +58,7 @@ def load_tasks(
     RULER's text is drawn anew, from the seed, when a task is loaded.
 
     Args:
-        names: of tasks, groups or tags of the harness, YAML files of one's own, or `OFFLINE`.
+        names: of tasks, groups or tags of the harness, YAML files of one's own, or `RULER_OFFLINE`.
         lengths: tokens of a sample of RULER's tasks; none where the model has positions for none.
         tokenizer_folder: a saved tokenizer, which RULER's tasks measure their text with.
         include_path: a folder with task files of one's own.
@@ -69,7 +67,9 @@ def load_tasks(
     Raises:
         UserError: the harness knows no such task, its data cannot be had, or no length suits one of RULER's.
     """
-    wanted = list(dict.fromkeys(part for name in names for part in (OFFLINE_TASKS if name == OFFLINE else (name,))))
+    wanted = list(
+        dict.fromkeys(part for name in names for part in (OFFLINE_TASKS if name == RULER_OFFLINE else (name,)))
+    )
     with quietly():
         own = RULER_FOLDER if include_path is None else [RULER_FOLDER, include_path]
         manager = TaskManager(include_path=own, include_defaults=False)  # all of the harness's take half a minute
@@ -100,8 +100,8 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name in known or Path(name).is_file():
             continue
-        nearest = difflib.get_close_matches(name, [OFFLINE, *known], n=4, cutoff=0.5)
-        meant = f"did you mean {', '.join(nearest)}?" if nearest else f"{OFFLINE} is what needs no hub"
+        nearest = difflib.get_close_matches(name, [RULER_OFFLINE, *known], n=4, cutoff=0.5)
+        meant = f"did you mean {', '.join(nearest)}?" if nearest else f"{RULER_OFFLINE} is what needs no hub"
         raise UserError(f"the harness knows no task {name!r}; {meant}")
 
 
@@ -152,9 +152,9 @@ def _load(manager: TaskManager, spec: Any, title: str, seed: int) -> dict[str, T
         with quietly():
             tasks: dict[str, Task] = manager.load(spec)["tasks"]
     except Exception as error:  # whatever data sets, hub and task files raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)[:300]
         raise UserError(
-            f"the task {title} cannot be loaded ({type(error).__name__}: {reason}); tasks other than {OFFLINE} take "
-            "their data from the hub or from files"
+            f"the task {title} cannot be loaded ({type(error).__name__}: {reason}); tasks other than {RULER_OFFLINE} "
+            "take their data from the hub or from files"
         ) from error
     return tasks

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from leankv import compiled
 from leankv.config.experiment import ModelConfig
-from leankv.errors import UserError
+from leankv.errors import UserError, first_line
 from leankv.models.loading import EMBEDDED_NAME, EMBEDDED_PACKAGE, load_model
 from leankv.version import __version__
 
@@ -94,7 +94,7 @@ def _tried(name: str, trial: Callable[[], Finding]) -> Finding:
     except UserError as error:
         return Finding(name, BROKEN, str(error))
     except Exception as error:  # a library that does not work here may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return Finding(name, BROKEN, f"{type(error).__name__}: {reason[:200]}")
 
 

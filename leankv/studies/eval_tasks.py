@@ -16,7 +16,7 @@ import pandas as pd
 from leankv.cache.bundle import load_bundle
 from leankv.config.experiment import Experiment, ProtocolConfig
 from leankv.data.splits import TextSource
-from leankv.errors import UserError
+from leankv.errors import UserError, first_line
 from leankv.evaluation.baselines import Baseline, find_baselines, try_baseline
 from leankv.evaluation.free_run import prompts_of
 from leankv.evaluation.harness import CacheLM
@@ -106,19 +106,20 @@ def evaluate_tasks(
         try_baseline(baseline, loaded, probe, protocol.chunk)
     tasks = _tasks(asked, loaded, experiment.seed, progress)
     about = _about(experiment, bundle_folder, found, asked, tasks, protocol, loaded)
+    titles = {task.title: (task.name, task.length) for task in tasks}
+    common = _asked_of_all(asked, protocol, loaded)
     base, rows = None, []
     for one in contestants:
         progress.say(f"{one.name}: {len(tasks)} tasks")
-        results = _answers(one, tasks, asked, protocol, loaded, folder, experiment.seed)
-        titles = {task.title: (task.name, task.length) for task in tasks}
+        answers = folder / "responses" / f"{_file_name(one)}-{hash_of({**common, 'cache': dict(one.key)})[:16]}.jsonl"
+        results = _answers(one, tasks, asked, protocol, loaded, answers, experiment.seed)
+        _write_samples(folder / "samples" / f"{_file_name(one)}.jsonl", results)
         rows += score_rows(one.name, results, titles, base)
         base = results if base is None else base
     scores = pd.DataFrame(rows, columns=list(TASK_COLUMNS))
-    measured = (
-        []
-        if blocks is None
-        else agreement_of(contestants, blocks, asked.new_tokens, protocol, loaded, folder, progress)
-    )
+    measured = []
+    if blocks is not None:
+        measured = agreement_of(contestants, blocks, asked.new_tokens, protocol, loaded, folder, progress)
     told = TaskScores(scores, pd.DataFrame(measured, columns=list(AGREEMENT_COLUMNS)), about)
     write_task_scores(folder, told)
     return told
@@ -164,7 +165,7 @@ def _check(one: HarnessTask, asked: TaskSettings, positions: int | None, seed: i
         task.set_fewshot_seed(seed=seed)
         task.build_all_requests(limit=asked.samples)
     except Exception as error:  # whatever task files raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)[:300]
         raise UserError(
             f"the task {one.title} cannot be asked ({type(error).__name__}: {reason}); leave it out, or see to "
             "--num-fewshot"
@@ -177,13 +178,12 @@ def _answers(
     asked: TaskSettings,
     protocol: ProtocolConfig,
     loaded: LoadedModel,
-    folder: Path,
+    answers: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """What the harness's `evaluate` returns; samples with their answers are written beside it."""
+    """What the harness's `evaluate` returns; answers are kept in a file, and found again there."""
     for own in tasks:
         own.task.set_fewshot_seed(seed=seed)  # all are given the same examples
-    answers = _answers_file(one, asked, protocol, loaded, folder)
     lm = CacheLM(
         loaded.model,
         loaded.tokenizer,
@@ -198,34 +198,33 @@ def _answers(
             lm=lm, task_dict={"tasks": {task.title: task.task for task in tasks}}, limit=asked.samples
         )
     assert results is not None, "one process asks"
+    return dict(results)
+
+
+def _write_samples(path: Path, results: dict[str, Any]) -> None:
     lines = [
         json.dumps({"task": title, **{name: sample[name] for name in (*KEPT, *sample["metrics"])}}, default=str)
         for title, samples in results["samples"].items()
         for sample in samples
     ]
-    write_text(folder / "samples" / f"{_file_name(one)}.jsonl", "\n".join(lines) + "\n")
-    return dict(results)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 KEPT = ("doc_id", "doc_hash", "prompt_hash", "target", "filter", "resps", "filtered_resps")
 """Of a sample, with its values; its text can be drawn again."""
 
 
-def _answers_file(
-    one: Contestant, asked: TaskSettings, protocol: ProtocolConfig, loaded: LoadedModel, folder: Path
-) -> Path:
-    """Where answers are kept that depend on the same."""
-    key = {
+def _asked_of_all(asked: TaskSettings, protocol: ProtocolConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """All that an answer depends on but the cache."""
+    return {
         "revision": ASKING_REVISION,
         "harness": version("lm_eval"),
         "model": {"fingerprint": loaded.fingerprint, **loaded.numerics},
         "tokenizer": _tokenizer_hash(loaded),
         "generation": loaded.model.generation_config.to_diff_dict(),
-        "cache": dict(one.key),
         "chunk": protocol.chunk,
         "batch_size": asked.batch_size,
     }
-    return folder / "responses" / f"{_file_name(one)}-{hash_of(key)[:16]}.jsonl"
 
 
 def _file_name(one: Contestant) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from leankv.config.loading import flatten
-from leankv.errors import UserError
+from leankv.errors import UserError, first_line
 from leankv.report.page.contents import RunContents, read_run
 
 PROJECT = "leankv"
@@ -71,7 +71,7 @@ def track(tracker: str, folder: Path, say: Callable[[str], None]) -> None:
     except ImportError:
         say(f"{tracker} is not installed, so it was told nothing; run: pip install 'leankv[{tracker}]'")
     except Exception as error:  # each tracker raises what it likes when its server cannot be reached
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         say(f"{tracker} could not be told ({type(error).__name__}: {reason}); the run's files are complete in {folder}")
     else:
         say(f"{tracker} was told {sum(len(values) for _, values in figures.rows)} figures of {figures.name}")
