@@ -42,7 +42,7 @@ class ModelConfig:
     device_map: str | None = None
     """As in `from_pretrained`, e.g. `auto`: spreads the layers over the devices at hand."""
     dtype: str = "auto"
-    """`auto`: the checkpoint's own on GPUs; on CPUs bfloat16 where the processor is good at it, else float32."""
+    """`auto`: the checkpoint's own on GPUs; bfloat16 on CPUs."""
     load_in_4bit: bool = False
     """NF4 with double quantization (bitsandbytes), as QLoRA uses it."""
     trust_remote_code: bool = False

@@ -18,6 +18,7 @@ import transformers
 from leankv.compiled import compiler
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError
+from leankv.models import half_precision
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import Geometry, LayerGeometry, find_geometry
 
@@ -118,13 +119,15 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             raise UserError(f"{config.name} is a GGUF file and cannot be loaded in NF4; leave --load-in-4bit out")
         common["gguf_file"] = gguf_file
     device = _device(config.device)
-    weights: dict[str, Any] = {"dtype": _dtype(config.dtype, device), **common}
+    dtype = _dtype(config.dtype, device)
+    weights: dict[str, Any] = {"dtype": dtype, **common}
+    multiplied = isinstance(dtype, str) or device.type != "cpu" or half_precision.multiplies(dtype)
     if config.load_in_4bit:
         weights["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=weights["dtype"] if isinstance(weights["dtype"], torch.dtype) else torch.bfloat16,
+            bnb_4bit_compute_dtype=_products_of_nf4(dtype, multiplied),
         )
         weights["device_map"] = config.device_map or {"": device}
     elif gguf_file is not None:
@@ -141,6 +144,8 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         if "device_map" not in weights:
             model.to(device)
+        if not multiplied:
+            half_precision.multiply_in_float32(model)
     except Exception as error:  # every library under `from_pretrained` raises types of its own
         raise UserError(_why_not_loaded(config, error)) from error
     if gguf_file is not None:
@@ -208,11 +213,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    if device.type != "cpu":
-        return "auto"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device.type == "cpu" else "auto"
+
+
+def _products_of_nf4(dtype: torch.dtype | str, multiplied: bool) -> torch.dtype:
+    if not multiplied:
+        return torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
