@@ -53,7 +53,8 @@ def test_gradients_pass() -> None:
     again = inputs.detach().float().requires_grad_()
     layer(inputs).float().square().sum().backward()
     wide(again).square().sum().backward()
-    assert inputs.grad is not None and again.grad is not None
+    assert inputs.grad is not None
+    assert again.grad is not None
     torch.testing.assert_close(inputs.grad.float(), again.grad, rtol=0.03, atol=0.03 * float(again.grad.abs().max()))
 
 
