@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 # The LeanLlama recipe under its budget, the best certified plan under one in percent, and both side by side.
 demo: $(INSTALLED)
-	$(BIN)/leankv run experiments/smollm2-135m.yaml
+	$(BIN)/leankv run experiments/demo.yaml
 	$(BIN)/leankv select --config experiments/demo-plan.yaml
 	$(BIN)/leankv report results/demo results/demo-plan
 

@@ -19,6 +19,7 @@ from leankv.calibration.fit import Fitting, fit_codecs
 from leankv.config.experiment import FitConfig
 from leankv.data.blocks import Blocks
 from leankv.models.geometry import find_geometry
+from leankv.models.half_precision import multiplies, multiply_in_float32
 from leankv.models.loading import LoadedModel
 from leankv.progress import Progress
 
@@ -43,6 +44,8 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if not multiplies(torch.bfloat16):
+        multiply_in_float32(model)
     with_model = peak()
     loaded = LoadedModel(model, None, "made up", find_geometry(model), "", {})
     tokens = torch.randint(0, 1024, (BLOCKS, BLOCK_LENGTH), generator=torch.Generator().manual_seed(0))

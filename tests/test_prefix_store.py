@@ -233,6 +233,20 @@ def test_a_damaged_page_is_told_left_out_and_computed_again(
     assert len(told) == 1
 
 
+def test_a_page_that_is_cut_off_hides_no_other(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
+    told: list[str] = []
+    store = PrefixStore(tmp_path, bundle, llama, on_damage=told.append)
+    one, other = prompt(2 * PAGE), prompt(PAGE, 5)
+    store.add(one, "one")
+    store.add(other, "other")
+    cut(store.pages.path(store._names(one)[2]))
+    assert {each.title for each in store.prefixes()} == {"one", "other"}
+    assert store.drop(other) > 0
+    assert [each.tokens for each in store.prefixes()] == [PAGE]
+    assert told
+    assert all("cut" in sentence or "damaged" in sentence for sentence in told)
+
+
 def test_a_prompt_that_the_model_does_not_allow_is_refused(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
     store = PrefixStore(tmp_path, bundle, llama)
     with pytest.raises(UserError, match="5000 tokens is longer than the model's 4096 positions"):

@@ -14,7 +14,7 @@ from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Sealed, sealed_in, tensors_of
 from leankv.cache.part_store import cut, overlap
 from leankv.cache.saved_cache import check_origin, rooms_of
-from leankv.cache.tensor_file import read_tensors, write_tensors
+from leankv.cache.tensor_file import read_about, read_tensors, write_tensors
 from leankv.errors import UserError
 from leankv.storage.files import hash_of
 
@@ -101,16 +101,24 @@ def read_page(path: Path, number: int, parent: str, bundle: Bundle) -> dict[str,
 
 
 def about_page(path: Path) -> About:
-    """What a page says of itself.
+    """What a page says of itself; its codes are not read.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is cut off, or no page.
     """
-    _, table = read_tensors(path, WHAT, WAY_OUT)
     try:
-        return _about(table)
+        return _about(read_about(path, WHAT, WAY_OUT))
     except DamagedError as error:
         raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
+
+
+def check_page(path: Path) -> None:
+    """Read all of a page.
+
+    Raises:
+        UserError: something in it is not as it was written.
+    """
+    read_tensors(path, WHAT, WAY_OUT)
 
 
 def _about(table: Mapping[str, Any]) -> About:

@@ -1,8 +1,9 @@
 """Tensors and what is said of them in one file: a safetensors file under one checksum, written whole or not at all."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,45 @@ def read_tensors(path: Path, what: str, way_out: str) -> tuple[dict[str, torch.T
     Raises:
         UserError: there is no such file, or it is damaged, cut off, or something else.
     """
+    with _opened(path, what, way_out) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        about, checksum = _described(file)
+        is_whole = checksum == _checksum(tensors, about)
+    if not is_whole:
+        raise UserError(f"{what} {path} was changed since it was written (its sha256 differs); {way_out}")
+    return tensors, about
+
+
+def read_about(path: Path, what: str, way_out: str) -> dict[str, Any]:
+    """What a file says of its tensors, which are not read, so not checked either; arguments as in `read_tensors`.
+
+    Raises:
+        UserError: there is no such file, or it is cut off, or something else.
+    """
+    with _opened(path, what, way_out) as file:
+        return _described(file)[0]
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what: str, way_out: str) -> Iterator[Any]:
+    """A file to read; whatever goes wrong meanwhile is told in a sentence."""
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist; {way_out}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        about = json.loads(metadata[ABOUT])
-        is_whole = isinstance(about, dict) and metadata[CHECKSUM] == _checksum(tensors, about)
+            yield file
     # Nothing in a file that is no longer what was written is sure to be of any kind.
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{what} {path} is damaged ({_short(error)}); {way_out}") from error
-    if not is_whole:
-        raise UserError(f"{what} {path} was changed since it was written (its sha256 differs); {way_out}")
-    return tensors, about
+
+
+def _described(file: Any) -> tuple[dict[str, Any], str]:
+    """The table about an open file's tensors, and its checksum."""
+    metadata = file.metadata() or {}
+    about = json.loads(metadata[ABOUT])
+    if not isinstance(about, dict):
+        raise TypeError(f"its table is {type(about).__name__}")
+    return about, metadata[CHECKSUM]
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def run_command(
 ) -> Path:
     """Everything that an experiment asks for: sweep and selection, or a search; tables, figures, bundle, a completion.
 
-    Example: leankv run experiments/smollm2-135m.yaml
+    Example: leankv run experiments/demo.yaml
     """
     from leankv.config.loading import load_experiment
     from leankv.report.selection import write_reports

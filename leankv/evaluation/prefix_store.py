@@ -19,7 +19,7 @@ from jaxtyping import Int
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Sealed, held_by, opened
 from leankv.cache.lean_cache import LeanCache
-from leankv.cache.pages import PAGE, About, about_page, names_of, part_of, read_page, root_of, write_page
+from leankv.cache.pages import PAGE, About, about_page, check_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.saved_cache import fill, forget_unseen, rooms_of
 from leankv.errors import UserError
@@ -167,13 +167,9 @@ class PrefixStore:
         return sum(written)
 
     def prefixes(self) -> list[StoredPrefix]:
-        """What lies in the store, the prompts used last first. Damaged pages are told of, and left out."""
-        about: dict[str, About] = {}
-        for name in self.pages.keys():  # noqa: SIM118 - no mapping
-            try:
-                about[name] = about_page(self.pages.path(name))
-            except UserError as error:
-                self.on_damage(str(error))
+        """What lies in the store, the prompts used last first. Pages are not read, but for what they say of
+        themselves; those that are cut off or no pages are told of, and left out."""
+        about = self._about_all()
         children: dict[str, int] = {}
         for own in about.values():
             children[own.parent] = children.get(own.parent, 0) + 1
@@ -201,7 +197,7 @@ class PrefixStore:
         if input_ids is None:
             return self.pages.drop(self.pages.keys())
         names = self._stored(self._names(input_ids))
-        parents = [about_page(self.pages.path(name)).parent for name in self.pages.keys()]  # noqa: SIM118 - no mapping
+        parents = [own.parent for own in self._about_all().values()]
         freed = 0
         while names and parents.count(names[-1]) == 0:
             if len(names) > 1:
@@ -225,10 +221,21 @@ class PrefixStore:
             found.append(name)
         return found
 
+    def _about_all(self) -> dict[str, About]:
+        """What all pages say of themselves, by name, those used last at the end; damaged ones are told of, left out."""
+        about = {}
+        for name in self.pages.keys():  # noqa: SIM118 - no mapping
+            try:
+                about[name] = about_page(self.pages.path(name))
+            except UserError as error:
+                self.on_damage(str(error))
+        return about
+
     def _is_exact(self, name: str) -> bool:
         if name not in self.pages:
             return False
         try:
+            check_page(self.pages.path(name))
             return about_page(self.pages.path(name)).is_exact
         except UserError as error:
             self.on_damage(str(error))
