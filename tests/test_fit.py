@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from leankv.cache.plan import Site
+from leankv.calibration import fit as fit_module
 from leankv.calibration.activations import Activations, ActivationsInMemory
 from leankv.calibration.capture import capture
 from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs
@@ -272,6 +274,23 @@ def test_fitting_in_groups_changes_nothing(captured: Activations, spec: str) -> 
         assert in_groups[site].fvu_by_epoch == whole[site].fvu_by_epoch
         for name, tensor in whole[site].codec.state_dict().items():
             assert torch.equal(in_groups[site].codec.state_dict()[name], tensor), f"{name} of {site}"
+
+
+@pytest.mark.parametrize("spec", ["pca:4", "ae:4x16", "resid(ae:2x8,nuq:2+5)"])
+def test_a_group_s_vectors_are_gone_when_the_next_ones_are_read(
+    captured: Activations, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked, held = fit_module._stacked, list[StorageWeakRef]()
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        assert all(one.expired() for one in held)
+        x = stacked(*arguments)
+        held.append(StorageWeakRef(x.untyped_storage()))
+        return x
+
+    monkeypatch.setattr(fit_module, "_stacked", watched)
+    fit(captured, spec=spec, memory_bytes=least_memory(captured, spec))
+    assert len(held) > 1
 
 
 def test_a_budget_that_holds_no_layer_is_refused_with_the_least_that_does(captured: Activations) -> None:

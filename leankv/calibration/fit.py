@@ -113,40 +113,52 @@ def fit_codecs(
     def kind(site: Site) -> tuple[str, int]:
         return sites[site].text, widths[site]
 
-    for (text, width), alike in groupby(sorted(sites, key=lambda p: (kind(p), p)), key=kind):
+    for (_, width), alike in groupby(sorted(sites, key=lambda p: (kind(p), p)), key=kind):
         ordered = list(alike)
         recipe = sites[ordered[0]]
         size = _group_size(recipe, width, fitting, manifest)
-        for group in (ordered[start : start + size] for start in range(0, len(ordered), size)):
-            started = time.monotonic()
-            first_heldout = fitting.first_heldout(manifest)
-            x = _stacked(activations, group, width, fitting)
-            train, heldout = x[:, :first_heldout], x[:, first_heldout:]
-            history: list[torch.Tensor] = []
-            with progress.stage(f"fitting {len(group)} codecs {text}", fitting.settings.epochs) as step:
+        for start in range(0, len(ordered), size):
+            # A call a group: whatever it held is gone before the next one's vectors are read.
+            _fit_group(
+                activations, recipe, ordered[start : start + size], width, fitting, error_metrics, on_fitted, progress
+            )
 
-                def on_epoch(
-                    epoch: int,
-                    error: torch.Tensor,
-                    history: list[torch.Tensor] = history,
-                    step: Callable[[str], None] = step,
-                ) -> None:
-                    history.append(error.cpu())
-                    step(f"held-out FVU {error.mean().item():.3f}")
 
-                metric = None
-                if error_metrics:
-                    metric = torch.stack([error_metrics[site].to(fitting.device) for site in group])
-                data = FitData(train, heldout, error_metric=metric, training=fitting.training, on_epoch=on_epoch)
-                codecs = recipe.fit(data)
-            for index, (site, codec) in enumerate(zip(group, codecs, strict=True)):
-                in_precision(codec, fitting.codec_dtype)
-                reconstructed = codec.decode(codec.encode(heldout[index]))
-                fvu = fraction_of_variance_unexplained(heldout[index], reconstructed).item()
-                by_epoch = [finite(error[index].item()) for error in history]
-                seconds = (time.monotonic() - started) / len(group)
-                error = weighted_error(heldout[index], reconstructed, None if metric is None else metric[index])
-                on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), by_epoch, seconds, error))
+def _fit_group(
+    activations: Activations,
+    recipe: Recipe,
+    group: Sequence[Site],
+    width: int,
+    fitting: Fitting,
+    error_metrics: Mapping[Site, torch.Tensor],
+    on_fitted: Callable[[Site, FittedCodec], None],
+    progress: Progress,
+) -> None:
+    """Fit one recipe to some sites at once."""
+    started = time.monotonic()
+    first_heldout = fitting.first_heldout(activations.manifest)
+    x = _stacked(activations, group, width, fitting)
+    train, heldout = x[:, :first_heldout], x[:, first_heldout:]
+    history: list[torch.Tensor] = []
+    with progress.stage(f"fitting {len(group)} codecs {recipe.text}", fitting.settings.epochs) as step:
+
+        def on_epoch(epoch: int, error: torch.Tensor) -> None:
+            history.append(error.cpu())
+            step(f"held-out FVU {error.mean().item():.3f}")
+
+        metric = None
+        if error_metrics:
+            metric = torch.stack([error_metrics[site].to(fitting.device) for site in group])
+        data = FitData(train, heldout, error_metric=metric, training=fitting.training, on_epoch=on_epoch)
+        codecs = recipe.fit(data)
+    for index, (site, codec) in enumerate(zip(group, codecs, strict=True)):
+        in_precision(codec, fitting.codec_dtype)
+        reconstructed = codec.decode(codec.encode(heldout[index]))
+        fvu = fraction_of_variance_unexplained(heldout[index], reconstructed).item()
+        by_epoch = [finite(error[index].item()) for error in history]
+        seconds = (time.monotonic() - started) / len(group)
+        error = weighted_error(heldout[index], reconstructed, None if metric is None else metric[index])
+        on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), by_epoch, seconds, error))
 
 
 def fit_data(
