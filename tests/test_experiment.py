@@ -134,8 +134,8 @@ def test_the_experiments_that_come_with_leankv_load(path: Path) -> None:
 def test_experiments_that_come_with_leankv() -> None:
     assert [path.stem for path in sorted(EXPERIMENTS.glob("*.yaml"))] == [
         "compare-smollm2",
-        "demo",
         "demo-plan",
+        "demo",
         "llama-3.1-8b-nf4-values",
         "llama-3.3-70b-nf4",
         "plans-smollm2",

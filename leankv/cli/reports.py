@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from leankv.cli.app import OUT, Json, print_json, reading_command
+from leankv.report import run_files
 
 
 @reading_command("report")
@@ -31,9 +32,9 @@ def report_command(
     from leankv.report.frontier import write_together
     from leankv.report.page.render import PAGE, write_page
     from leankv.report.runs import runs_table
-    from leankv.report.summary import SUMMARY_FILE, read_summary
+    from leankv.report.summary import read_summary
 
-    finished = [run for run in runs if (run / SUMMARY_FILE).is_file()]
+    finished = [run for run in runs if (run / run_files.SUMMARY).is_file()]
     if json_:
         print_json({str(run): read_summary(run).to_json() for run in runs})
         return

@@ -10,6 +10,7 @@ from leankv.cli.options import FITTING, PROTOCOL, SEARCH, WORKERS, Asked
 from leankv.cli.tracking import tracked
 from leankv.config.presets import SEARCH_SETTINGS
 from leankv.progress import Progress
+from leankv.report import run_files
 
 NEW_TOKENS = 40  # of the completion at the end of a run, behind what a cache holds exact
 
@@ -164,14 +165,13 @@ def select_command(
     from leankv.report.columns import read_sweep
     from leankv.report.selection import write_reports
     from leankv.studies.plan_evaluator import PlanEvaluator
-    from leankv.studies.run_folder import EXPERIMENT_FILE
     from leankv.studies.select import experiment_of, select
     from leankv.studies.workspace import Workspace
 
     options = WorkerOptions(executor, workers, address)
     overrides = asked.overrides()
     folder = Path(overrides.get("output_dir", _default_output_dir()))
-    begun = asked.config is not None or (folder / EXPERIMENT_FILE).is_file()
+    begun = asked.config is not None or (folder / run_files.EXPERIMENT).is_file()
     as_used = overrides if begun else asked.without_window_if_none_can_be({**SEARCH_SETTINGS, **overrides})
     experiment = experiment_of(folder, asked.config, as_used)
     if experiment.selection.strategy != "greedy":
@@ -200,7 +200,7 @@ def _print_selection(folder: Path, summary: Any) -> None:
     from leankv.report.selection import selection_table, summary_table
     from leankv.storage.files import read_json
 
-    OUT.print(selection_table(read_json(folder / "selection.json")))
+    OUT.print(selection_table(read_json(folder / run_files.SELECTION)))
     OUT.print(summary_table(summary))
 
 
@@ -222,7 +222,7 @@ def _search(experiment: Any, prompt: str, json_: bool) -> Path:
 
 def _print_plans(experiment: Any, json_: bool) -> None:
     """What the finished selections in a folder came to."""
-    from leankv.report.plans import PLANS_FILE, plans_table
+    from leankv.report.plans import plans_table
     from leankv.report.selection import summary_table
     from leankv.storage.files import read_json
     from leankv.studies.select_plan import read_selections
@@ -234,7 +234,7 @@ def _print_plans(experiment: Any, json_: bool) -> None:
         return
     for summary in summaries:
         OUT.print(summary_table(summary))
-    OUT.print(plans_table(read_json(folder / PLANS_FILE)))
+    OUT.print(plans_table(read_json(folder / run_files.PLANS)))
     OUT.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 
@@ -242,7 +242,6 @@ def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) ->
     """Complete a prompt with a run's bundle, on the screen and in its folder, there beside what the base model says."""
     from leankv.cache.bundle import load_bundle
     from leankv.evaluation.generation import base_text, complete, encoded, format_completion
-    from leankv.report.runs import COMPLETION_FILE
     from leankv.storage.files import write_json
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
@@ -252,7 +251,7 @@ def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) ->
     completion = complete(loaded, cache, ids, length, 0.0, seed, print_piece)
     OUT.print("\n" + format_completion(completion, loaded.numerics["dtype"]), highlight=False, soft_wrap=True)
     base = base_text(loaded, ids, length)
-    write_json(folder / COMPLETION_FILE, {"prompt": prompt, "base_text": base, **completion.to_json()})
+    write_json(folder / run_files.COMPLETION, {"prompt": prompt, "base_text": base, **completion.to_json()})
 
 
 def _default_output_dir() -> str:

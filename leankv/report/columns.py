@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from leankv.errors import UserError
+from leankv.report import run_files
 from leankv.report.divergence import DIVERGENCE_COLUMNS
 
 SWEEP_COLUMNS = (
@@ -124,7 +125,7 @@ def read_sweep(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, or it lacks columns.
     """
-    return _read(folder, "sweep", "sweep", SWEEP_COLUMNS)
+    return _read(folder, run_files.SWEEP, "sweep", SWEEP_COLUMNS)
 
 
 def read_map(folder: Path) -> pd.DataFrame:
@@ -133,7 +134,7 @@ def read_map(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, or it lacks columns.
     """
-    return _read(folder, "map", "map", MAP_COLUMNS)
+    return _read(folder, run_files.MAP, "map", MAP_COLUMNS)
 
 
 def read_spectra(folder: Path) -> pd.DataFrame:
@@ -142,7 +143,7 @@ def read_spectra(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there are none, or columns are lacking.
     """
-    return _read(folder, "spectra", "map", SPECTRA_COLUMNS)
+    return _read(folder, run_files.SPECTRA, "map", SPECTRA_COLUMNS)
 
 
 def read_compare(folder: Path) -> pd.DataFrame:
@@ -153,7 +154,7 @@ def read_compare(folder: Path) -> pd.DataFrame:
     """
     # An earlier version knew no plans of several recipes, and did not write the ratio of the cache serialized.
     needed = [name for name in COMPARE_COLUMNS if name not in ("plan", "stored_ratio")]
-    table = _read(folder, "compare", "comparison", needed)
+    table = _read(folder, run_files.COMPARE, "comparison", needed)
     table = table if "plan" in table else table.assign(plan="")
     if "stored_ratio" not in table:
         table["stored_ratio"] = table["cache_ratio"] * table["held_bytes"] / table["stored_bytes"]
@@ -161,8 +162,8 @@ def read_compare(folder: Path) -> pd.DataFrame:
 
 
 def _read(folder: Path, name: str, thing: str, columns: Sequence[str]) -> pd.DataFrame:
-    """The table `NAME.csv` that a command left; only empty fields are missing values, as `none` is a codec."""
-    path = folder / f"{name}.csv"
+    """A table that a command left; only empty fields are missing values, as `none` is a codec."""
+    path = folder / name
     command = COMMANDS[thing]
     if not path.is_file():
         raise UserError(f"{folder} holds no finished {thing}; run: leankv {command} --output-dir {folder}")

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from leankv.errors import UserError
+from leankv.report import run_files
 from leankv.report.columns import read_compare
-from leankv.report.plans import PLANS_FILE, plans_frame
-from leankv.report.summary import SUMMARY_FILE, read_summary
+from leankv.report.plans import plans_frame
+from leankv.report.summary import read_summary
 from leankv.report.tables import format_budget, format_number, markdown_table
 from leankv.report.task_scores import read_task_scores
 from leankv.storage.files import read_json, write_atomically, write_text
@@ -51,11 +52,11 @@ def write_together(runs: Sequence[Path], folder: Path) -> None:
 
 
 def _is_selection(run: Path) -> bool:
-    return (run / PLANS_FILE).is_file() or (run / SUMMARY_FILE).is_file()
+    return (run / run_files.PLANS).is_file() or (run / run_files.SUMMARY).is_file()
 
 
 def _plans_of(run: Path) -> pd.DataFrame:
-    path = run / PLANS_FILE
+    path = run / run_files.PLANS
     entries = read_json(path) if path.is_file() else [{"summary": read_summary(run).to_json()}]
     own = plans_frame(entries)
     own.insert(0, "run", run.name)

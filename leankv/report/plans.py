@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from leankv.report import run_files
 from leankv.report.plans_figure import draw_plans
 from leankv.report.selection import summary_rows
 from leankv.report.summary import Summary
@@ -15,7 +16,6 @@ from leankv.report.tables import format_budget, format_number, markdown_table, p
 from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
 
-PLANS_FILE = "plans.json"
 """What a search leaves for its reports, in a run's folder."""
 
 FIGURE = "figures/plans.png"
@@ -63,7 +63,7 @@ CONTEXT = 4096
 
 def write_plans_report(folder: Path) -> None:
     """Render `plans.json`: the table, the path of every search, and the figure."""
-    entries = read_json(folder / PLANS_FILE)
+    entries = read_json(folder / run_files.PLANS)
     write_text(folder / "plans.csv", plans_frame(entries).to_csv(index=False))
     write_text(folder / "selection.md", plans_markdown(entries))
     write_atomically(folder / FIGURE, lambda path: draw_plans(entries, path))

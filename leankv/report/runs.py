@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from leankv.report import run_files
 from leankv.report.summary import read_summary
 from leankv.report.tables import (
     format_budget,
@@ -17,7 +18,6 @@ from leankv.report.tables import (
 )
 from leankv.storage.files import read_json
 
-COMPLETION_FILE = "completion.json"
 """In a run's folder: `prompt`, and a `leankv.evaluation.generation.Completion`."""
 
 
@@ -71,7 +71,7 @@ def _certified(certificate: Any) -> str:
 
 
 def _completion(folder: Path) -> str:
-    path = folder / COMPLETION_FILE
+    path = folder / run_files.COMPLETION
     if not path.is_file():
         return "-"
     completion = read_json(path)

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from leankv.report import run_files
 from leankv.report.columns import read_sweep
 from leankv.report.divergence import divergence_rows
 from leankv.report.summary import Summary, read_summary
@@ -31,7 +32,7 @@ VERDICTS = {
 
 def write_reports(folder: Path) -> None:
     """Render a finished run: `sweep.md`, `selection.md`, and the figure with the chosen layers marked."""
-    sweep, selection = read_sweep(folder), read_json(folder / "selection.json")
+    sweep, selection = read_sweep(folder), read_json(folder / run_files.SELECTION)
     write_text(folder / "sweep.md", sweep_markdown(sweep))
     write_text(folder / "selection.md", selection_markdown(selection, read_summary(folder)))
     write_atomically(folder / FIGURE, lambda path: draw_costs(sweep, selection, sweep_title(sweep), path))

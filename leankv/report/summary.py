@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from leankv.errors import UserError
+from leankv.report import run_files
 from leankv.report.columns import NAMES_BEFORE
 from leankv.report.divergence import DIVERGENCE_COLUMNS
 from leankv.storage.files import read_json
-
-SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def read_summary(folder: Path) -> Summary:
     Raises:
         UserError: there is none, it is not JSON, or another version wrote it without what is needed now.
     """
-    path = folder / SUMMARY_FILE
+    path = folder / run_files.SUMMARY
     again = f"run: leankv select --output-dir {folder}"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished selection; {again}")

@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from leankv.report import run_files
 from leankv.report.divergence import DIVERGENCE_COLUMNS, format_divergence
 from leankv.report.tables import format_number, markdown_table, plain_table
 from leankv.search.statistics import t_interval
 from leankv.storage.files import read_json, write_json, write_text
 
-TASKS_FILE, AGREEMENT_FILE, ABOUT_FILE, PAGE_FILE = "tasks.csv", "agreement.csv", "tasks.json", "tasks.md"
+PAGE_FILE = "tasks.md"
 
 BASE = "base"
 """How the tables call the model with its own cache."""
@@ -130,8 +131,8 @@ def paired_interval(values: Sequence[Any], base: Sequence[Any]) -> tuple[float, 
 
 def write_task_scores(folder: Path, told: TaskScores) -> None:
     """Write the tables, what made them, and the page; `tasks.json` comes last."""
-    write_text(folder / TASKS_FILE, told.scores.to_csv(index=False))
-    write_text(folder / AGREEMENT_FILE, told.agreement.to_csv(index=False))
+    write_text(folder / run_files.TASKS, told.scores.to_csv(index=False))
+    write_text(folder / run_files.AGREEMENT, told.agreement.to_csv(index=False))
     header, rows = side_by_side(told)
     about = told.about
     words = [
@@ -152,7 +153,7 @@ def write_task_scores(folder: Path, told: TaskScores) -> None:
         "",
     ]
     write_text(folder / PAGE_FILE, "\n".join(words))
-    write_json(folder / ABOUT_FILE, dict(about))
+    write_json(folder / run_files.TASKS_ABOUT, dict(about))
 
 
 def note_of(told: TaskScores) -> str:
@@ -172,10 +173,10 @@ def note_of(told: TaskScores) -> str:
 
 def read_task_scores(folder: Path) -> TaskScores | None:
     """What was written there; None where nothing was."""
-    if not (folder / ABOUT_FILE).is_file():
+    if not (folder / run_files.TASKS_ABOUT).is_file():
         return None
-    scores, agreement = (pd.read_csv(folder / name) for name in (TASKS_FILE, AGREEMENT_FILE))
-    return TaskScores(scores, agreement, read_json(folder / ABOUT_FILE))
+    scores, agreement = (pd.read_csv(folder / name) for name in (run_files.TASKS, run_files.AGREEMENT))
+    return TaskScores(scores, agreement, read_json(folder / run_files.TASKS_ABOUT))
 
 
 def side_by_side(told: TaskScores) -> tuple[list[str], list[list[str]]]:

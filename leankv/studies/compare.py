@@ -14,6 +14,7 @@ from leankv.evaluation.cache_bytes import CacheBytes
 from leankv.evaluation.divergence import divergence_columns
 from leankv.evaluation.paired import PairedRun
 from leankv.evaluation.perplexity import compare
+from leankv.report import run_files
 from leankv.report.columns import COMPARE_COLUMNS
 from leankv.report.compare import write_compare_report
 from leankv.report.tables import format_number
@@ -77,7 +78,7 @@ def compare_caches(
         workspace.progress.say(format_row(rows[-1]))
     table = pd.DataFrame(rows, columns=list(COMPARE_COLUMNS))
     if workspace.folder is not None:
-        write_text(workspace.folder / "compare.csv", table.to_csv(index=False))
+        write_text(workspace.folder / run_files.COMPARE, table.to_csv(index=False))
         write_compare_report(workspace.folder)
         remove_captures(workspace.folder)
     return table

@@ -12,6 +12,7 @@ from leankv.config.plan_table import PARTS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import BlockNats, Comparison, compare
 from leankv.evaluation.rate_distortion import decibels_over_bound
+from leankv.report import run_files
 from leankv.report.columns import MAP_COLUMNS, SPECTRA_COLUMNS
 from leankv.report.rate_map import write_map_report
 from leankv.storage.files import write_text
@@ -77,8 +78,8 @@ def map_rates(evaluator: PlanEvaluator, recipes: Sequence[Recipe], measure: str)
     table = pd.DataFrame(rows, columns=list(MAP_COLUMNS))
     table = table.sort_values(["layer", "part"], kind="stable", ignore_index=True)
     if workspace.folder is not None:
-        write_text(workspace.folder / "spectra.csv", _spectra_table(variances).to_csv(index=False))
-        write_text(workspace.folder / "map.csv", table.to_csv(index=False))
+        write_text(workspace.folder / run_files.SPECTRA, _spectra_table(variances).to_csv(index=False))
+        write_text(workspace.folder / run_files.MAP, table.to_csv(index=False))
         write_map_report(workspace.folder)
         remove_captures(workspace.folder)
     return table

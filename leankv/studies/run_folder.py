@@ -12,10 +12,9 @@ from typing import Any
 from leankv.config.experiment import Experiment
 from leankv.config.loading import flatten, load_experiment
 from leankv.errors import UserError
+from leankv.report import run_files
 from leankv.storage.files import check_output_dir, read_json, write_text
 from leankv.storage.locks import locked
-
-EXPERIMENT_FILE, GIVEN_FILE = "experiment.yaml", "given.json"
 
 MAY_DIFFER = ("layers", "memory_budget", "output_dir", "model.device", "model.device_map", "data.data_dir")
 """Settings beside those of `SECTIONS_MAY_DIFFER` that may change between runs in one folder: they choose among results,
@@ -36,7 +35,7 @@ def check_folder(experiment: Experiment, given: Mapping[str, str] | None = None)
     """
     folder = Path(experiment.output_dir)
     check_output_dir(folder)
-    path = folder / EXPERIMENT_FILE
+    path = folder / run_files.EXPERIMENT
     if path.is_file():
         begun = flatten(asdict(load_experiment(path, {})))
         for key, value in flatten(asdict(experiment)).items():
@@ -45,8 +44,8 @@ def check_folder(experiment: Experiment, given: Mapping[str, str] | None = None)
                     f"{folder} was begun with {key} {_words(begun[key])}, not {_words(value)}; "
                     "choose another --output-dir"
                 )
-    if given and (folder / GIVEN_FILE).is_file():
-        begun = read_json(folder / GIVEN_FILE)
+    if given and (folder / run_files.GIVEN).is_file():
+        begun = read_json(folder / run_files.GIVEN)
         if differing := [name for name, its_hash in given.items() if begun.get(name) != its_hash]:
             raise UserError(f"{folder} was begun with another {differing[0]} than is given now; choose another folder")
     return folder
@@ -62,9 +61,9 @@ def claim_folder(experiment: Experiment, given: Mapping[str, str] | None = None)
     """
     with locked(Path(experiment.output_dir) / "cells", "experiment"):
         folder = check_folder(experiment, given)
-        write_if_changed(folder / EXPERIMENT_FILE, experiment.to_yaml())
+        write_if_changed(folder / run_files.EXPERIMENT, experiment.to_yaml())
         if given:
-            write_if_changed(folder / GIVEN_FILE, json.dumps(given, indent=1) + "\n")
+            write_if_changed(folder / run_files.GIVEN, json.dumps(given, indent=1) + "\n")
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -14,9 +14,10 @@ from leankv.config.plan_table import EXACT, PARTS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import compare
 from leankv.models.loading import describe
+from leankv.report import run_files
 from leankv.report.columns import read_sweep
 from leankv.report.model_card import model_card
-from leankv.report.summary import SUMMARY_FILE, Summary
+from leankv.report.summary import Summary
 from leankv.search.greedy import Step, select_layers
 from leankv.storage.files import read_json, write_json
 from leankv.studies.activation_store import remove_captures
@@ -59,7 +60,7 @@ def select(evaluator: PlanEvaluator) -> Summary:
 
         chosen, steps = select_layers(costs, points, measure)
     write_json(
-        folder / "selection.json",
+        folder / run_files.SELECTION,
         {
             "budget": str(budget),
             "budget_points": points,
@@ -70,7 +71,7 @@ def select(evaluator: PlanEvaluator) -> Summary:
         },
     )
     summary = _summary(evaluator, budget, chosen, steps)
-    write_json(folder / SUMMARY_FILE, summary.to_json())
+    write_json(folder / run_files.SUMMARY, summary.to_json())
     save_bundle(evaluator, workspace.plan.only(chosen), summary, folder / "bundle")
     remove_captures(folder)
     write_manifest(workspace)
@@ -164,7 +165,7 @@ def write_manifest(workspace: Workspace) -> None:
     """`manifest.json`: what made the results. Written last, so its presence means that the run is complete."""
     experiment = workspace.experiment
     write_json(
-        run_folder(workspace) / "manifest.json",
+        run_folder(workspace) / run_files.MANIFEST,
         {
             "leankv": __version__,
             "model": describe(workspace.loaded),
@@ -177,5 +178,5 @@ def write_manifest(workspace: Workspace) -> None:
 
 def experiment_of(folder: Path, config: Path | None, overrides: dict[str, Any]) -> Experiment:
     """The experiment of a run in `folder`: its own `experiment.yaml` where there is one and no other is named."""
-    own = folder / "experiment.yaml"
+    own = folder / run_files.EXPERIMENT
     return load_experiment(own if config is None and own.is_file() else config, overrides)

@@ -13,8 +13,9 @@ from leankv.config.experiment import Experiment, SelectionConfig
 from leankv.config.notation import Budget, parse_budgets, parse_windows
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import compare
-from leankv.report.plans import PLANS_FILE, write_plans_report
-from leankv.report.summary import SUMMARY_FILE, Summary
+from leankv.report import run_files
+from leankv.report.plans import write_plans_report
+from leankv.report.summary import Summary
 from leankv.search.certificate import Certificate
 from leankv.search.path import Measured
 from leankv.storage.files import read_json, write_json
@@ -79,7 +80,7 @@ def read_selections(folder: Path, experiment: Experiment) -> list[Summary]:
     Raises:
         UserError: one is not finished.
     """
-    path = folder / PLANS_FILE
+    path = folder / run_files.PLANS
     kept: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     summaries = []
     for budget in parse_budgets(experiment.selection.budget):
@@ -152,7 +153,7 @@ def _select(
         summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
         save_bundle(chosen.evaluator, chosen.spec, summary, folder / bundle_name(budget, is_only))
         _keep(folder, budget, summary, chosen, candidates, certificates, found)
-        write_json(folder / SUMMARY_FILE, summary.to_json())
+        write_json(folder / run_files.SUMMARY, summary.to_json())
         write_plans_report(folder)
     return summary
 
@@ -214,7 +215,7 @@ def _keep(
     found: Sequence[Found],
 ) -> None:
     """Put what one selection came to into `plans.json`, in place of an earlier one that was asked the same."""
-    path = folder / PLANS_FILE
+    path = folder / run_files.PLANS
     kept: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     asked = _asked(budget, chosen.evaluator.workspace.experiment)
     entry = {

@@ -11,11 +11,10 @@ from pathlib import Path
 from leankv.config.experiment import Experiment
 from leankv.config.notation import parse_layers
 from leankv.models.geometry import Width
+from leankv.report import run_files
 from leankv.storage.files import read_json
 from leankv.studies.plan_evaluator import EVERYTHING_EXACT, PlanEvaluator
 from leankv.studies.run_folder import write_if_changed
-
-INDEX_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,13 @@ class Index:
     @classmethod
     def read(cls, folder: Path) -> "Index | None":
         """That of the latest run in `folder`; None where none has begun."""
-        path = folder / INDEX_FILE
+        path = folder / run_files.SWEEP_INDEX
         return cls(folder, **read_json(path)) if path.is_file() else None
 
     def write(self) -> None:
         """Write it to its folder; workers that share the sweep write the same."""
         about = {key: value for key, value in vars(self).items() if key != "folder"}
-        write_if_changed(self.folder / INDEX_FILE, json.dumps(about, indent=1) + "\n")
+        write_if_changed(self.folder / run_files.SWEEP_INDEX, json.dumps(about, indent=1) + "\n")
 
     def layers(self, experiment: Experiment) -> tuple[int, ...]:
         """The layers that an experiment asks for."""

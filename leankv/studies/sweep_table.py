@@ -13,12 +13,13 @@ from leankv.config.plan_table import EXACT, PARTS
 from leankv.errors import UserError
 from leankv.evaluation.perplexity import BlockNats, Comparison, compare
 from leankv.models.geometry import Width, part_of_width
+from leankv.report import run_files
 from leankv.report.columns import SWEEP_COLUMNS
 from leankv.report.sweep import write_sweep_report
 from leankv.storage.files import read_json, write_text
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.codec_store import StoredCodec, read_codec
-from leankv.studies.run_folder import EXPERIMENT_FILE, check_folder
+from leankv.studies.run_folder import check_folder
 from leankv.studies.sweep_index import Index
 
 
@@ -34,7 +35,7 @@ def gather(experiment: Experiment) -> pd.DataFrame:
     if index is None:
         raise UserError(f"{folder} holds no sweep to gather; run: leankv sweep --output-dir {folder}")
     if missing := index.missing(experiment):
-        again = f"leankv sweep --config {folder / EXPERIMENT_FILE} --output-dir {folder}"
+        again = f"leankv sweep --config {folder / run_files.EXPERIMENT} --output-dir {folder}"
         raise UserError(
             f"the sweep in {folder} lacks layers {format_layers(missing)}; run: {again} (or its shards, with --shard)"
         )
@@ -54,7 +55,7 @@ def finished_row(index: Index, experiment: Experiment, layer: int) -> dict[str, 
 def write_sweep(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Write a finished sweep's table, its report and its figure, and remove what workers that were stopped left."""
     table = pd.DataFrame(rows, columns=list(SWEEP_COLUMNS))
-    write_text(folder / "sweep.csv", table.to_csv(index=False))
+    write_text(folder / run_files.SWEEP, table.to_csv(index=False))
     write_sweep_report(folder)
     remove_captures(folder)
     return table

@@ -17,6 +17,7 @@ from leankv.models.loading import LoadedModel, load_model
 from leankv.models.rope import KeyRotation, find_rotation
 from leankv.models.structure import earlier_layers
 from leankv.progress import Progress
+from leankv.report import run_files
 from leankv.storage.cells import Cells, StoredCells
 from leankv.studies.run_folder import check_folder, claim_folder
 
@@ -145,7 +146,7 @@ class Workspace:
     def begin(self) -> None:
         """Results are about to change: without its manifest the folder does not pass for a finished run."""
         if self.folder is not None:
-            (self.folder / "manifest.json").unlink(missing_ok=True)
+            (self.folder / run_files.MANIFEST).unlink(missing_ok=True)
 
     def blocks(self, split: str) -> Blocks:
         """The blocks of a split that this experiment uses; but for calibration, as long as its protocol measures."""

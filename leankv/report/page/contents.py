@@ -8,14 +8,11 @@ from typing import Any
 import pandas as pd
 
 from leankv.errors import UserError
+from leankv.report import run_files
 from leankv.report.columns import read_compare, read_map, read_spectra, read_sweep
-from leankv.report.plans import PLANS_FILE
-from leankv.report.runs import COMPLETION_FILE
-from leankv.report.summary import SUMMARY_FILE, Summary, read_summary
+from leankv.report.summary import Summary, read_summary
 from leankv.report.task_scores import TaskScores, read_task_scores
 from leankv.storage.files import read_json
-
-SELECTION_FILE, MANIFEST_FILE, EXPERIMENT_FILE = "selection.json", "manifest.json", "experiment.yaml"
 
 
 @dataclass(frozen=True)
@@ -83,18 +80,18 @@ def read_run(folder: Path) -> RunContents:
     def table_of(name: str, read: Any) -> pd.DataFrame | None:
         return read(folder) if (folder / name).is_file() else None
 
-    experiment = folder / EXPERIMENT_FILE
+    experiment = folder / run_files.EXPERIMENT
     contents = RunContents(
         name=folder.name,
         chosen=_chosen(folder),
-        sweep=table_of("sweep.csv", read_sweep),
-        selection=json_of(SELECTION_FILE),
-        rate_map=table_of("map.csv", read_map),
-        spectra=table_of("spectra.csv", read_spectra),
-        compare=table_of("compare.csv", read_compare),
+        sweep=table_of(run_files.SWEEP, read_sweep),
+        selection=json_of(run_files.SELECTION),
+        rate_map=table_of(run_files.MAP, read_map),
+        spectra=table_of(run_files.SPECTRA, read_spectra),
+        compare=table_of(run_files.COMPARE, read_compare),
         tasks=read_task_scores(folder),
-        completion=json_of(COMPLETION_FILE),
-        manifest=json_of(MANIFEST_FILE),
+        completion=json_of(run_files.COMPLETION),
+        manifest=json_of(run_files.MANIFEST),
         experiment=experiment.read_text(encoding="utf-8") if experiment.is_file() else None,
         missing=_missing(folder),
     )
@@ -106,24 +103,24 @@ def read_run(folder: Path) -> RunContents:
 
 
 def _chosen(folder: Path) -> list[Chosen]:
-    if (folder / PLANS_FILE).is_file():
+    if (folder / run_files.PLANS).is_file():
         return [
             Chosen(Summary.from_json(entry["summary"]), entry["plan"], entry["steps"], entry["candidates"])
-            for entry in read_json(folder / PLANS_FILE)
+            for entry in read_json(folder / run_files.PLANS)
         ]
-    return [Chosen(read_summary(folder))] if (folder / SUMMARY_FILE).is_file() else []
+    return [Chosen(read_summary(folder))] if (folder / run_files.SUMMARY).is_file() else []
 
 
 def _missing(folder: Path) -> list[str]:
     """What an unfinished run lacks; the same command goes on from where it stopped."""
     there = {path.name for path in folder.iterdir()}
     missing = []
-    if "sweep.json" in there and "sweep.csv" not in there:
+    if run_files.SWEEP_INDEX in there and run_files.SWEEP not in there:
         missing.append("The sweep was begun and is not finished: no costs by layer yet.")
-    if "sweep.csv" in there and SELECTION_FILE not in there and PLANS_FILE not in there:
+    if run_files.SWEEP in there and run_files.SELECTION not in there and run_files.PLANS not in there:
         missing.append("The layers were swept, and none was selected: no plan yet.")
-    if SELECTION_FILE in there and SUMMARY_FILE not in there:
+    if run_files.SELECTION in there and run_files.SUMMARY not in there:
         missing.append("Layers were selected, and not measured on report text: no joint cost and no ratios yet.")
-    if (PLANS_FILE in there or SUMMARY_FILE in there) and COMPLETION_FILE not in there:
+    if (run_files.PLANS in there or run_files.SUMMARY in there) and run_files.COMPLETION not in there:
         missing.append("No text was generated: `leankv run` does it at its end.")
     return missing

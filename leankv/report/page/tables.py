@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from leankv.config.plan_table import recipes_by_layer
+from leankv.report import run_files
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.selection import selection_rows
 from leankv.report.tables import format_budget, format_interval, format_number, format_protocol, format_ratio
@@ -226,5 +227,5 @@ def provenance(run: RunContents) -> list[tuple[str, str]]:
     if run.tasks is not None:
         told.append(("tasks.json: what was asked, and of what", json.dumps(dict(run.tasks.about), indent=2)))
     if run.experiment is not None:
-        told.append(("experiment.yaml", run.experiment))
+        told.append((run_files.EXPERIMENT, run.experiment))
     return told
