@@ -17,7 +17,7 @@ from leankv.report import run_files
 from leankv.report.columns import read_compare
 from leankv.report.plans import plans_frame
 from leankv.report.summary import read_summary
-from leankv.report.tables import format_budget, format_number, markdown_table
+from leankv.report.tables import format_budget, format_certified, format_number, markdown_table
 from leankv.report.task_scores import read_task_scores
 from leankv.storage.files import read_json, write_atomically, write_text
 
@@ -77,7 +77,7 @@ def plans_markdown(plans: pd.DataFrame) -> str:
                 f"{row.protocol}, {row.sinks} sinks, window {row.window}, {row.block_length} tokens",
                 format_budget(str(row.budget)),
                 f"{row.delta_percent:+.2f} %{interval}",
-                _certified(row),
+                format_certified(row),
                 *(format_number(row[name], ".1f") for name in ("live", "stored", "cache_ratio", "stored_ratio")),
                 format_number(row.all_in_ratio, ".2f"),
                 f"{row.codec_bytes_memory / 1e6:.1f}",
@@ -86,14 +86,6 @@ def plans_markdown(plans: pd.DataFrame) -> str:
             ]
         )
     return "\n\n".join(["# Plans", markdown_table(header, rows), ""])
-
-
-def _certified(row: Any) -> str:
-    if pd.isna(row.certified):
-        return "not asked for"
-    if not row.certified:
-        return f"no ({row.documents:.0f} documents)"
-    return f"at {100 * row.confidence:g} %, {row.documents:.0f} documents"
 
 
 def draw_frontier(plans: pd.DataFrame, comparisons: Sequence[pd.DataFrame], path: Path) -> None:

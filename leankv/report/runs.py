@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -10,6 +9,7 @@ from leankv.report import run_files
 from leankv.report.summary import read_summary
 from leankv.report.tables import (
     format_budget,
+    format_certified,
     format_interval,
     format_number,
     format_protocol,
@@ -40,7 +40,7 @@ def runs_rows(folders: Sequence[Path]) -> list[list[str]]:
     add("joint cost", [f"{s.delta_percent:+.2f} %, {s.delta_ppl:+.2f} points" for s in summaries])
     add("95 % interval, points", [format_interval(s.delta_ppl_interval) for s in summaries])
     add("budget on report text", ["kept" if s.within_budget else "exceeded" for s in summaries])
-    add("certified", [_certified(s.certificate) for s in summaries])
+    add("certified", [format_certified(s.certificate) for s in summaries])
     add("Same top p", [f"{format_number(s.divergence['top1'], '.1f')} %" for s in summaries])
     add("cache ratio", [f"{format_ratio(s.cache_ratio)} at {s.context} tokens" for s in summaries])
     add("stored", [format_ratio(s.stored_ratio) for s in summaries])
@@ -60,14 +60,6 @@ def runs_table(folders: Sequence[Path]) -> Table:
     """
     header, *rows = runs_rows(folders)
     return text_table("Runs side by side", header, rows)
-
-
-def _certified(certificate: Any) -> str:
-    if certificate is None:
-        return "not asked for"
-    if not certificate["certified"]:
-        return "no"
-    return f"at {100 * certificate['confidence']:g} %, on {certificate['documents']} documents"
 
 
 def _completion(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """How numbers, intervals, budgets and tables are written for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -31,6 +31,18 @@ def format_ratio(ratio: float | None) -> str:
 def format_budget(budget: str) -> str:
     """`+2.5 points`, `+7 %`."""
     return f"+{budget.removesuffix('%')} {'%' if budget.endswith('%') else 'points'}"
+
+
+def format_certified(certificate: "Mapping[str, Any] | pd.Series[Any] | None") -> str:
+    """`at 95 %, 31 documents`, `no, 8 documents`; `not asked for` without a certificate.
+
+    Args:
+        certificate: whether it is `certified`, at which `confidence`, on how many `documents`.
+    """
+    if certificate is None or pd.isna(certificate["certified"]):
+        return "not asked for"
+    level = f"at {100 * certificate['confidence']:g} %" if certificate["certified"] else "no"
+    return f"{level}, {certificate['documents']:.0f} documents"
 
 
 def format_duration(seconds: float) -> str:

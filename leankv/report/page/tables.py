@@ -11,7 +11,14 @@ from leankv.config.plan_table import recipes_by_layer
 from leankv.report import run_files
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.selection import selection_rows
-from leankv.report.tables import format_budget, format_interval, format_number, format_protocol, format_ratio
+from leankv.report.tables import (
+    format_budget,
+    format_certified,
+    format_interval,
+    format_number,
+    format_protocol,
+    format_ratio,
+)
 from leankv.report.task_scores import TaskScores, side_by_side
 
 LONG_CONTEXTS = (4096, 32768, 131072)
@@ -53,17 +60,9 @@ def headline(chosen: Chosen) -> list[tuple[str, str]]:
     """What was asked and what came out, name and text."""
     summary = chosen.summary
     held, stored = format_ratio(summary.cache_ratio), format_ratio(summary.stored_ratio)
-    certificate = summary.certificate
-    if certificate is None:
-        certified = "not asked for"
-    elif certificate["certified"]:
-        confidence = 100 * certificate["confidence"]
-        certified = f"at {confidence:g} % confidence, on {certificate['documents']} documents of {summary.dataset}"
-    else:
-        certified = f"no, after {certificate['documents']} documents"
     return [
         ("budget", format_budget(summary.budget)),
-        ("certified", certified),
+        ("certified", format_certified(summary.certificate)),
         ("cost", f"{summary.delta_percent:+.2f} %, from perplexity {summary.base_ppl:.3f} to {summary.ppl:.3f}"),
         ("95 % interval", f"{format_interval(summary.delta_ppl_interval)} points"),
         ("measured on", f"{summary.tokens:,} tokens of {summary.dataset}, {summary.split} split"),
