@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # torch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import jaxtyping
 import pytest
 import yaml
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 # A file that was renamed outlives the process that wrote it, however it ends; waiting for the disk, 20 ms a file, would
 # only tell what a power cut leaves.
 os.fsync = lambda handle: None  # type: ignore[assignment]
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile(
+    "leankv",
+    parent=hypothesis.settings.default,  # on CI hypothesis has chosen one that draws the same every time
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("leankv")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -199,7 +199,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     operations=OPERATIONS,
     sinks=st.integers(0, 6),
@@ -269,7 +269,7 @@ def test_any_history_agrees_with_an_oracle_that_keeps_every_row(
         assert cache.nbytes() - constants == sum(oracle.nbytes() for oracle in oracles.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chunks=st.lists(st.integers(1, 20), min_size=1, max_size=6), sinks=st.integers(0, 4), window=st.integers(0, 9))
 def test_no_original_rows_stay_beyond_sinks_and_window(chunks: list[int], sinks: int, window: int) -> None:
     """Every float tensor that the cache can reach is as short as sinks or window; the rest is one byte a number."""

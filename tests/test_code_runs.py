@@ -27,7 +27,7 @@ def same(one: Code, other: Code) -> bool:
 
 
 @given(pieces=st.lists(st.integers(1, 400), min_size=1, max_size=12), ends=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_pieces_are_one_code(code: Code, pieces: list[int], ends: tuple[float, float]) -> None:
     runs, total = CodeRuns([code.narrow(0, pieces[0])]), pieces[0]
     for piece in pieces[1:]:

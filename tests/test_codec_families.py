@@ -36,7 +36,7 @@ shapes = {
     "rank": st.integers(1, 6),
     "seed": st.integers(0, 2**31),
 }
-a_few_times = hypothesis.settings(max_examples=40, deadline=None)
+a_few_times = hypothesis.settings(max_examples=40)
 
 
 def pca(dimensions: int, x: torch.Tensor) -> PCA:
@@ -96,7 +96,7 @@ def test_identity_costs_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(decoded, x[0])
 
 
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(rank=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_a_trained_autoencoder_beats_the_mean_on_unseen_vectors_of_low_rank(rank: int, seed: int) -> None:
     x = vectors(1, 1280, 16, rank, seed)

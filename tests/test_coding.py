@@ -17,7 +17,7 @@ from leankv.codecs.coding.mixed_radix import MixedRadix
 from leankv.codecs.coding.packing import pack, packed_bytes, unpack
 from leankv.codecs.coding.shapes import SCALES, SHAPES, fitted_shapes, probabilities
 
-a_few_times = hypothesis.settings(max_examples=40, deadline=None)
+a_few_times = hypothesis.settings(max_examples=40)
 
 
 @a_few_times

@@ -71,7 +71,7 @@ def tokenizer_with_bos() -> Any:
 # -- splits ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=st.lists(st.integers(1, 200), min_size=4, max_size=60))
 def test_each_document_is_in_one_split_and_the_order_is_kept(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
@@ -170,7 +170,7 @@ def test_selection_blocks_are_spread_over_their_split(text: TextSource) -> None:
 
 
 @given(few=st.integers(1, 4), more=st.integers(0, 4), length=st.integers(2, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_fewer_blocks_are_the_first_of_more(
     tmp_path_factory: pytest.TempPathFactory, few: int, more: int, length: int
 ) -> None:

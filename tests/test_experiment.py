@@ -101,7 +101,7 @@ def refusal(path: Path | None, overrides: dict[str, Any] | None = None) -> str:
 # -- what is read ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(experiment=experiments)
 def test_an_experiment_written_as_yaml_reads_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, experiment: Experiment
@@ -110,7 +110,7 @@ def test_an_experiment_written_as_yaml_reads_back_the_same(
     assert load_experiment(path, {}) == experiment
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(experiment=experiments)
 def test_an_experiment_can_be_given_as_overrides(experiment: Experiment) -> None:
     assert load_experiment(None, flatten(dataclasses.asdict(experiment))) == experiment

@@ -10,7 +10,7 @@ from leankv.evaluation.rate_distortion import decibels_over_bound, least_error
 
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40)
 BITS = st.floats(0, 300)
-a_few_times = settings(max_examples=40, deadline=None)
+a_few_times = settings(max_examples=40)
 
 
 def by_bisection(variances: list[float], bits: float) -> float:

@@ -42,7 +42,7 @@ def nested_error(codec: Orthogonal, x: torch.Tensor, metric: torch.Tensor) -> fl
     return torch.einsum("dni,ij,dnj->", errors, metric, errors).item()
 
 
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(seed=st.integers(0, 2**31), dimensions=st.integers(1, 6), weighted=st.booleans())
 def test_a_trained_projection_is_orthogonal_and_its_prefixes_are_codecs(
     seed: int, dimensions: int, weighted: bool

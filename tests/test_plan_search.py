@@ -52,7 +52,7 @@ def test_a_ladder_holds_the_best_option_at_every_price(pairs, price):
     assert all(later.error > former.error for former, later in itertools.pairwise(kept))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(1e-4, 1e-1), min_size=3, max_size=4), st.floats(0.01, 10.0))
 def test_water_filling_is_as_good_as_trying_every_choice_on_the_hull(weights, wanted):
     space = space_of(len(weights))

@@ -244,7 +244,7 @@ def test_a_stream_of_other_bytes_is_read_as_something_or_refused(saved: Path, bu
 
 
 @given(place=st.floats(0, 1), bit=st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_flipped_bit_is_noticed(
     place: float, bit: int, saved: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -256,7 +256,7 @@ def test_a_flipped_bit_is_noticed(
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_random_bytes_are_refused(data: bytes, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "random"
     path.write_bytes(data)

@@ -78,7 +78,7 @@ def test_which_rows_begin_an_article(wiki: Path, row: str, begins: bool) -> None
     assert documents == (whole if begins else ["\n".join(whole)])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     length=st.integers(2, 80),
     calibration=st.integers(2, 60),
