@@ -107,7 +107,7 @@ def bundle(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loaded(llama_folder: Path) -> LoadedModel:
-    return load_model(ModelConfig(str(llama_folder), device="cpu"))
+    return load_model(ModelConfig(str(llama_folder), device="cpu", dtype="float32"))
 
 
 def refusal(bundle: Path, model: Any) -> str:

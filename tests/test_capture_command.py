@@ -54,7 +54,7 @@ def test_captured_keys_are_in_the_key_space_asked_for(experiment: Path, llama_fo
         load_file(Path(succeed_json("capture", *common, "--key-space", space)["folder"]) / "layer-001.safetensors")
         for space in ("pre-rope", "post-rope")
     )
-    rotation = KeyRotation(load_model(ModelConfig(str(llama_folder), device="cpu")).model)
+    rotation = KeyRotation(load_model(ModelConfig(str(llama_folder), device="cpu", dtype="float32")).model)
     heads = plain["k"].reshape(-1, 48, 2, 16).transpose(1, 2)  # blocks, heads, tokens
     expected = rotation.remove(1, heads, torch.arange(48)[None]).transpose(1, 2).reshape(-1, 32)
     assert not torch.allclose(pre_rope["k"].float(), plain["k"].float(), atol=1e-2)
