@@ -57,6 +57,7 @@ def main() -> None:
         both = tables["exact"].merge(tables["screened"], on="layer", suffixes=("", "_screened"))
         ratio.notes["spearman"] = both["delta_ppl"].corr(both["delta_ppl_screened"], method="spearman")
         say(f"Spearman {ratio.notes['spearman']:.3f}")
+        report("screening", ratio)  # choosing takes as long again, and may be stopped
         for budget in BUDGETS:
             chosen = {}
             for kind, evaluator in (("exact", exact), ("screened", screened)):
