@@ -47,7 +47,7 @@ def test_the_page_says_what_the_files_say(written: Path) -> None:
     plans = json.loads((RUNS[0] / "plans.json").read_text())
     for plan in plans:
         assert f"{plan['summary']['ppl']:.3f}" in text
-    assert "at 95 %, 31 documents" in text
+    assert "at 95 % confidence, on 31 documents" in text
     assert "&lt;b&gt;other&lt;/b&gt;" in text  # what a model says is text, not markup
 
 
@@ -158,6 +158,6 @@ def test_tables_are_read_without_javascript(written: Path, browser: Any) -> None
     tab = context.new_page()
     tab.goto(written.as_uri())
     assert tab.locator("noscript").count() == 1
-    assert tab.get_by_text("at 95 %, 31 documents").count() >= 1
+    assert tab.get_by_text("at 95 % confidence, on 31 documents").count() >= 1
     assert tab.locator("td").count() > 500
     context.close()

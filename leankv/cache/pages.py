@@ -106,19 +106,23 @@ def about_page(path: Path) -> About:
     Raises:
         UserError: it is cut off, or no page.
     """
-    try:
-        return _about(read_about(path, WHAT, WAY_OUT))
-    except DamagedError as error:
-        raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
+    return _about_of(path, read_about(path, WHAT, WAY_OUT))
 
 
-def check_page(path: Path) -> None:
-    """Read all of a page.
+def checked_page(path: Path) -> About:
+    """The same, of a page that was read whole.
 
     Raises:
         UserError: something in it is not as it was written.
     """
-    read_tensors(path, WHAT, WAY_OUT)
+    return _about_of(path, read_tensors(path, WHAT, WAY_OUT)[1])
+
+
+def _about_of(path: Path, table: Mapping[str, Any]) -> About:
+    try:
+        return _about(table)
+    except DamagedError as error:
+        raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
 
 
 def _about(table: Mapping[str, Any]) -> About:

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import DamagedError, Held, Sealed, held_by, opened
 from leankv.cache.lean_cache import LeanCache
-from leankv.cache.pages import PAGE, About, about_page, check_page, names_of, part_of, read_page, root_of, write_page
+from leankv.cache.pages import PAGE, About, about_page, checked_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.saved_cache import fill, forget_unseen, rooms_of
 from leankv.errors import UserError
@@ -235,8 +235,7 @@ class PrefixStore:
         if name not in self.pages:
             return False
         try:
-            check_page(self.pages.path(name))
-            return about_page(self.pages.path(name)).is_exact
+            return checked_page(self.pages.path(name)).is_exact
         except UserError as error:
             self.on_damage(str(error))
             return False

@@ -12,7 +12,7 @@ from leankv.report import run_files
 from leankv.report.plans_figure import draw_plans
 from leankv.report.selection import summary_rows
 from leankv.report.summary import Summary
-from leankv.report.tables import format_budget, format_certified, format_number, markdown_table, plain_table
+from leankv.report.tables import format_budget, format_number, markdown_table, plain_table
 from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
 
@@ -121,7 +121,7 @@ def plans_table(entries: Sequence[Mapping[str, Any]]) -> Table:
             [
                 format_budget(row.budget),
                 f"{row.delta_percent:+.2f} %",
-                format_certified(row),
+                f"{row.documents:.0f} documents" if row.certified else "no",  # nothing longer fits
                 *(format_number(row[name], ".1f") for name in ("live", "stored", "cache_ratio", "all_in_ratio")),
                 f"{row.codec_bytes_memory / 1e6:.1f}",
                 f"{row.top1:.1f} %",

@@ -34,15 +34,17 @@ def format_budget(budget: str) -> str:
 
 
 def format_certified(certificate: "Mapping[str, Any] | pd.Series[Any] | None") -> str:
-    """`at 95 %, 31 documents`, `no, 8 documents`; `not asked for` without a certificate.
+    """`at 95 % confidence, on 31 documents`, `no, after 8 documents`; `not asked for` without a certificate.
 
     Args:
         certificate: whether it is `certified`, at which `confidence`, on how many `documents`.
     """
     if certificate is None or pd.isna(certificate["certified"]):
         return "not asked for"
-    level = f"at {100 * certificate['confidence']:g} %" if certificate["certified"] else "no"
-    return f"{level}, {certificate['documents']:.0f} documents"
+    documents = f"{certificate['documents']:.0f} documents"
+    if not certificate["certified"]:
+        return f"no, after {documents}"
+    return f"at {100 * certificate['confidence']:g} % confidence, on {documents}"
 
 
 def format_duration(seconds: float) -> str:
