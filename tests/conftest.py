@@ -33,15 +33,20 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("leankv")
 
+FIRST_ARCHITECTURE = next(iter(tiny.ARCHITECTURES))
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check shapes at every call, but in tests marked `whole_runs`.
+    """Check shapes at every call, a million of them at 50 microseconds each, only where that can find something new.
 
-    Those take a model through whole texts, some a token at a time: a million calls of small functions, each checked in
-    50 microseconds. The tests of the functions themselves check them.
+    Not in tests marked `whole_runs`, which take a model through whole texts, some a token at a time: the tests of the
+    functions themselves check them. And once of each test that goes through all architectures.
     """
-    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("whole_runs") is not None)
+    callspec = getattr(item, "callspec", None)
+    architecture = callspec.params.get("architecture", FIRST_ARCHITECTURE) if callspec else FIRST_ARCHITECTURE
+    unchecked = item.get_closest_marker("whole_runs") is not None or architecture != FIRST_ARCHITECTURE
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))

@@ -34,8 +34,8 @@ BLOCKS = 3
 LAYERS = 8
 """Of the model that the fixture `serial` sweeps."""
 
-TIME_OUT = 120
-"""Seconds; a worker takes about five, a run about ten."""
+TIME_OUT = 300
+"""Seconds; a worker takes about five and a run about ten, on a machine that does nothing beside them."""
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

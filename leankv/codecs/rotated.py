@@ -13,6 +13,7 @@ from leankv.codecs.coding.lloyd_max import gaussian_levels, nearest_level
 from leankv.codecs.coding.packing import looked_up, pack, packed_bytes, unpack
 from leankv.codecs.registry import register
 from leankv.codecs.statistics import mean_of
+from leankv.compiled.packed_rows import PackedRows, ScaledRows
 
 SMALLEST_NORM = 1e-30  # what nothing is divided by
 
@@ -129,9 +130,16 @@ class Rotated(Codec):
             columns["left"] = as_float16(left.norm(dim=1, keepdim=True))
         return Code(columns)
 
+    @property
+    def has_packed_rows(self) -> bool:
+        return self.sketch is None
+
+    def packed_rows(self, code: Code) -> PackedRows:
+        scale = self._scale(code["norm"]).flatten()
+        return ScaledRows(code["q"], self.bits, self.levels, scale, self._rotation(), self.mean)
+
     def factored(self, code: Code) -> Factored:
-        rotation = self.rotate_back(torch.eye(self.width, device=self.mean.device))
-        return Factored(self._turned(code), rotation, self.mean)
+        return Factored(self._turned(code), self._rotation(), self.mean)
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
         return self.mean + self.rotate_back(self._turned(code))
@@ -146,6 +154,10 @@ class Rotated(Codec):
 
     def _scale(self, norm: torch.Tensor) -> torch.Tensor:
         return norm.float() / math.sqrt(self.width)
+
+    def _rotation(self) -> torch.Tensor:
+        """`R` `[W, W]`: what rows are multiplied by to be rotated back."""
+        return self.rotate_back(torch.eye(self.width, device=self.mean.device))
 
     def rotate(self, x: Vectors) -> Vectors:
         """`R x`, float32."""

@@ -158,8 +158,63 @@ class TableRows(PackedRows):
         self._own = _array(packed), bits, *(_array(tensor) for tensor in tensors)
 
 
-class RadixRows(PackedRows):
-    """`mean + q B`, of integers in mixed radix with escapes.
+class SynthesizedRows(PackedRows):
+    """`mean + q B`, of numbers q that are summed before they are multiplied.
+
+    Args:
+        tokens: N.
+        synthesis: B, float32 `[J, width]`.
+        mean: `[width]`.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        synthesis: Float[torch.Tensor, "numbers width"],
+        mean: Float[torch.Tensor, " width"],
+    ):
+        super().__init__(tokens, len(mean))
+        self._synthesis, self._mean = synthesis.detach(), mean.detach().float()
+
+    def _sums_shape(self, heads: int, groups: int) -> tuple[int, ...]:
+        return len(self._synthesis), heads * groups
+
+    def _vectors(self, sums: torch.Tensor, weights: Scores, heads: int) -> torch.Tensor:
+        vectors = sums.T @ self._synthesis + weights.sum(dim=0)[:, None] * self._mean
+        own = torch.arange(heads)  # of each group's vectors, the head that it reads
+        return vectors.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))[own, :, own]
+
+
+class ScaledRows(SynthesizedRows):
+    """Numbers of a table, each token's scaled.
+
+    Args:
+        packed: uint8 `[N, bytes]`, as `leankv.codecs.coding.packing.pack` makes it.
+        bits: of a number.
+        table: `[2^bits]`.
+        scale: float32 `[N]`.
+        synthesis: B, float32 `[width, width]`.
+        mean: `[width]`.
+    """
+
+    loops = "scaled"
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        bits: int,
+        table: torch.Tensor,
+        scale: torch.Tensor,
+        synthesis: Float[torch.Tensor, "width width"],
+        mean: Float[torch.Tensor, " width"],
+    ):
+        super().__init__(len(packed), synthesis, mean)
+        tensors = table.float(), scale, self._synthesis, self._mean
+        self._own = _array(packed), bits, *(_array(tensor) for tensor in tensors)
+
+
+class RadixRows(SynthesizedRows):
+    """Integers in mixed radix with escapes.
 
     Args:
         packed: uint8 `[N, bytes]`.
@@ -179,18 +234,9 @@ class RadixRows(PackedRows):
         synthesis: Float[torch.Tensor, "integers width"],
         mean: Float[torch.Tensor, " width"],
     ):
-        super().__init__(len(packed), len(mean))
-        self._synthesis, self._mean = synthesis.detach(), mean.detach()
-        groups = (packed, *tables), escapes, (synthesis, mean)
+        super().__init__(len(packed), synthesis, mean)
+        groups = (packed, *tables), escapes, (self._synthesis, self._mean)
         self._own = tuple(tuple(_array(tensor) for tensor in group) for group in groups)
-
-    def _sums_shape(self, heads: int, groups: int) -> tuple[int, ...]:
-        return len(self._synthesis), heads * groups
-
-    def _vectors(self, sums: torch.Tensor, weights: Scores, heads: int) -> torch.Tensor:
-        vectors = sums.T @ self._synthesis + weights.sum(dim=0)[:, None] * self._mean
-        own = torch.arange(heads)  # of each group's vectors, the head that it reads
-        return vectors.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))[own, :, own]
 
 
 @cache

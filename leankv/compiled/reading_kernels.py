@@ -123,21 +123,12 @@ def table_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no
         _add(tile, count, place + first, weights, sums)
 
 
-# -- mixed radix with escapes, then a product --------------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True)
-def _first_escape(begin, counts):  # type: ignore[no-untyped-def]
-    """Which item the escapes of a token begin with."""
-    item = 0
-    for n in range(begin):
-        item += int(counts[n])
-    return item
+# -- numbers, then a product ------------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, cache=True, fastmath=True)
 def _synthesize(q, count, mean, synthesis, tile):  # type: ignore[no-untyped-def]
-    """`mean + q B`, four integers of a token at a time: one pass over its vector for four products."""
+    """`mean + q B`, four numbers of a token at a time: one pass over its vector for four products."""
     for n in range(count):
         tile[n, :] = mean
     full = len(synthesis) // 4 * 4
@@ -158,6 +149,73 @@ def _synthesize(q, count, mean, synthesis, tile):  # type: ignore[no-untyped-def
                 into[i] += q[j, n] * row0[i]
 
 
+@njit(nogil=True, cache=True, fastmath=True)
+def _add_columns(q, count, place, weights, own_weights, sums):  # type: ignore[no-untyped-def]
+    """Add a tile's numbers `[J, count]` to sums `[J, queries]`, each by its token's weight."""
+    queries = len(own_weights)
+    for n in range(count):
+        for g in range(queries):
+            own_weights[g, n] = weights[place + n, g]
+    for j in range(len(q)):
+        numbers = q[j]
+        for g in range(queries):
+            row, total = own_weights[g], numpy.float32(0)
+            for n in range(count):
+                total += row[n] * numbers[n]
+            sums[j, g] += total
+
+
+# -- of a table, each token's scaled ----------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _scaled_tile(packed, first, count, bits, table, scale, q):  # type: ignore[no-untyped-def]
+    """Numbers of `count` rows from the one numbered `first` on, column by column `[J, TILE]`."""
+    numbers = numpy.empty(len(q), numpy.uint8)
+    for n in range(count):
+        unpack_row(packed[first + n], bits, numbers)
+        own = scale[first + n]
+        for j in range(len(q)):
+            q[j, n] = own * table[numbers[j]]
+
+
+@njit(nogil=True, cache=True)
+def scaled_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+    packed, bits, table, scale, synthesis, mean = own
+    start, cos, sin, halves, queries = meeting
+    q = numpy.empty((len(synthesis), TILE), numpy.float32)
+    tile = numpy.empty((TILE, width), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _scaled_tile(packed, first, count, bits, table, scale, q)
+        _synthesize(q, count, mean, synthesis, tile)
+        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+
+
+@njit(nogil=True, cache=True)
+def scaled_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+    """Sums of numbers, `[J, queries]`: one product by the synthesis makes them vectors."""
+    packed, bits, table, scale, synthesis, _ = own
+    q = numpy.empty((len(synthesis), TILE), numpy.float32)
+    own_weights = numpy.empty((weights.shape[1], TILE), numpy.float32)
+    for first in range(begin, end, TILE):
+        count = min(TILE, end - first)
+        _scaled_tile(packed, first, count, bits, table, scale, q)
+        _add_columns(q, count, place + first, weights, own_weights, sums)
+
+
+# -- in mixed radix with escapes ---------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _first_escape(begin, counts):  # type: ignore[no-untyped-def]
+    """Which item the escapes of a token begin with."""
+    item = 0
+    for n in range(begin):
+        item += int(counts[n])
+    return item
+
+
 @njit(nogil=True, cache=True)
 def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
     (packed, places, columns, factor, levels, low), (counts, items, sizes), (synthesis, mean) = own
@@ -174,26 +232,16 @@ def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignor
         _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@njit(nogil=True, cache=True)
 def radix_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
     """Sums of integers, `[J, queries]`: one product by the synthesis makes them vectors."""
     (packed, places, columns, factor, levels, low), (counts, items, sizes), _ = own
     bytes_ = numpy.zeros((packed.shape[1], TILE), numpy.float32)
     q = numpy.empty((len(low), TILE), numpy.float32)
-    queries = weights.shape[1]
-    own_weights = numpy.empty((queries, TILE), numpy.float32)
+    own_weights = numpy.empty((weights.shape[1], TILE), numpy.float32)
     item = _first_escape(begin, counts)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
         item = put_escapes(first, count, counts, items, item, sizes, q)
-        for n in range(count):
-            for g in range(queries):
-                own_weights[g, n] = weights[place + first + n, g]
-        for j in range(len(low)):
-            numbers = q[j]
-            for g in range(queries):
-                row, total = own_weights[g], numpy.float32(0)
-                for n in range(count):
-                    total += row[n] * numbers[n]
-                sums[j, g] += total
+        _add_columns(q, count, place + first, weights, own_weights, sums)
