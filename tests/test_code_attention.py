@@ -165,8 +165,8 @@ def test_pieces_are_all_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     stock = LayerReading.pieces
 
-    def watched(reading: LayerReading, queries: int) -> Any:
-        for first, keys, values in stock(reading, queries):
+    def watched(reading: LayerReading, queries: int, by_loops: bool) -> Any:
+        for first, keys, values in stock(reading, queries, by_loops):
             seen.append((first, len(keys)))
             yield first, keys, values
 

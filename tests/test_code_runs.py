@@ -42,12 +42,23 @@ def test_any_pieces_are_one_code(code: Code, pieces: list[int], ends: tuple[floa
     assert same(runs.index(rows).whole(), code.narrow(0, total).index(rows))
 
 
-def test_a_token_is_appended_without_a_copy_of_all(code: Code) -> None:
+def test_a_token_is_appended_without_a_copy_of_all(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leankv.cache.code_runs.LONGEST", 2 * RUN)
     runs = CodeRuns([code.narrow(0, 1)])
-    for token in range(1, 3 * RUN + 10):
+    for token in range(1, MOST):
         before = {tensor.data_ptr() for run in runs._runs[:-1] for tensor in run.tensors()}
         runs = runs.append(code.narrow(token, token + 1))
-        assert before <= {tensor.data_ptr() for run in runs._runs for tensor in run.tensors()}
-    assert len(runs._runs) == 4
-    assert max(run.shape[1] for run in runs._runs) == RUN
+        if (token + 1) % (2 * RUN):  # else two runs become one
+            assert before <= {tensor.data_ptr() for run in runs._runs for tensor in run.tensors()}
+    lengths = [2 * RUN] * (MOST // (2 * RUN)) + [MOST % (2 * RUN)]
+    assert [run.shape[1] for run in runs._runs] == lengths
+    assert list(runs.borders()) == [sum(lengths[:number]) for number in range(len(lengths))]
     assert runs.nbytes == sum(tensor.nbytes for tensor in runs.whole().tensors())
+
+
+def test_runs_of_a_long_text_are_few(code: Code) -> None:
+    runs = CodeRuns([code.narrow(0, 100)])
+    for token in range(100, MOST):
+        runs = runs.append(code.narrow(token, token + 1))
+    assert [run.shape[1] for run in runs._runs] == [4 * RUN, MOST - 4 * RUN]
+    assert same(runs.whole(), code)

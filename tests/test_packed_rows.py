@@ -8,8 +8,8 @@ import torch
 
 from leankv.cache.code_attention import NAME
 from leankv.cache.lean_cache import LeanCache
+from leankv.cache.part_store import PartStore
 from leankv.cache.plan import PlanSpec
-from leankv.cache.reading import LayerReading
 from leankv.compiled import packed_rows
 from leankv.compiled.packed_rows import Meeting
 from leankv.models.rope import CONVENTIONS, find_rotation, rotate
@@ -43,34 +43,30 @@ def test_rows_are_read_as_they_are_decoded(spec: str, tokens: int, monkeypatch: 
     generator = torch.Generator().manual_seed(2)
 
     queries = torch.randn(HEADS, GROUPS, HEAD_DIM, generator=generator)
-    scores = torch.full((tokens + 5, HEADS * GROUPS), 7.0)
-    rows.scores(Meeting.as_cached(queries), 11, scores, place=3)
-    expected = torch.full((tokens + 5, HEADS * GROUPS), 7.0)
-    expected[3 : tokens + 3] = (queries @ heads.mT).flatten(0, 1).T
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-3)
+    expected = (queries @ heads.mT).flatten(0, 1).T
+    torch.testing.assert_close(rows.scores(Meeting.as_cached(queries)), expected, rtol=1e-5, atol=1e-3)
 
-    weights = torch.rand(tokens + 5, HEADS * GROUPS, generator=generator)
-    own = weights[3 : tokens + 3].T.unflatten(0, (HEADS, GROUPS))
-    torch.testing.assert_close(rows.weighted(weights, 3, HEADS), own @ heads, rtol=1e-5, atol=1e-3)
+    weights = torch.rand(tokens, HEADS * GROUPS, generator=generator)
+    own = weights.T.unflatten(0, (HEADS, GROUPS))
+    torch.testing.assert_close(rows.weighted(weights, HEADS), own @ heads, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("convention", list(CONVENTIONS))
 @pytest.mark.parametrize("rotary", [HEAD_DIM, HEAD_DIM - 4])
 def test_keys_are_rotated_as_they_are_read(convention: str, rotary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_rows, "LEAST_TOKENS", 50)
-    tokens, start = 200, 13
+    tokens = 200
     codec = fit("int:4", vectors())[0]
     code = codec.encode(vectors(seed=1)[0, :tokens])
     rows = codec.packed_rows(code)
     angles = torch.arange(packed_rows.BLOCK)[:, None] * torch.logspace(0, -2, rotary // 2)
     angles = torch.cat([angles, angles], 1) if convention == "half" else angles.repeat_interleave(2, 1)
     generator = torch.Generator().manual_seed(3)
-    blocks = -(-(start + tokens) // packed_rows.BLOCK)
+    blocks = -(-tokens // packed_rows.BLOCK)
     queries = torch.randn(blocks, HEADS, GROUPS, HEAD_DIM, generator=generator)
-    scores = torch.zeros(tokens, HEADS * GROUPS)
-    rows.scores(Meeting(queries, angles.cos(), angles.sin(), convention == "half"), start, scores, 0)
+    scores = rows.scores(Meeting(queries, angles.cos(), angles.sin(), convention == "half"))
 
-    places = torch.arange(start, start + tokens)
+    places = torch.arange(tokens)
     own = angles[places % packed_rows.BLOCK][None]
     keys = codec.decode(code).unflatten(1, (HEADS, HEAD_DIM)).transpose(0, 1)[None]
     turned = rotate(keys, own.cos(), own.sin(), CONVENTIONS[convention])[0]  # [heads, tokens, head_dim]
@@ -87,22 +83,23 @@ def test_a_step_is_what_pieces_give(model: Any, keys: str, values: str, monkeypa
     plan = fitted(model, PlanSpec.uniform(keys).with_layers(range(4), v=values).with_layers([1], k="none"))
     model.set_attn_implementation(NAME)
     cache = LeanCache(model.config, plan, sinks=2, window=3, rotation=find_rotation(model, False, lambda reason: None))
-    taken: list[int] = []
-    at_once = LayerReading.at_once
+    monkeypatch.setattr("leankv.cache.reading.LOOPED_PIECE", 64)
+    loops, taken = PartStore.packed, []
 
-    def counted(reading: LayerReading, queries: torch.Tensor) -> Any:
-        weighted = at_once(reading, queries)
-        taken.append(weighted is not None)
-        return weighted
+    def counted(store: PartStore, first: int, last: int) -> Any:
+        taken.append((first, last))
+        return loops(store, first, last)
 
+    monkeypatch.setattr(PartStore, "packed", counted)
+    has_loops = PartStore.has_loops
     with torch.no_grad():
         model(input_ids=tiny.tokens(1, 200), past_key_values=cache, use_cache=True)
         for step in range(2):
             other = copy.deepcopy(cache)
             token = tiny.tokens(1, 1, seed=step)
-            monkeypatch.setattr(LayerReading, "at_once", counted)
+            monkeypatch.setattr(PartStore, "has_loops", has_loops)
             fast = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            monkeypatch.setattr(LayerReading, "at_once", lambda reading, queries: None)
+            monkeypatch.setattr(PartStore, "has_loops", False)
             slow = model(input_ids=token, past_key_values=other, use_cache=True).logits
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=5e-5)
-    assert any(taken)
+    assert taken

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from leankv import compiled
 from leankv.cache.reading import LayerReading
 from leankv.errors import UserError
 from leankv.models.structure import text_config
@@ -103,13 +104,13 @@ def _attend(
     groups = heads // reading.heads  # queries that read the same keys
     # [B, KV heads, groups * T, head_dim]
     queries = (query.float() * scaling).unflatten(1, (reading.heads, groups)).flatten(2, 3)
-    if batch == count == 1 and softcap is None and _hides_nothing(mask):
-        weighted = reading.at_once(queries)
-        if weighted is not None:
-            return weighted.flatten(1, 2)[:, :, None]
+    if _hides_nothing(mask):
+        mask = None
     highest = queries.new_full((*queries.shape[:3], 1), LEAST_SCORE)
     total, sums = torch.zeros_like(highest), None
-    for first, keys, values in reading.pieces(groups * count):
+    for first, keys, values in reading.pieces(
+        groups * count, by_loops=batch == count == 1 and compiled.serves(queries)
+    ):
         scores = keys.scores(queries)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -117,7 +118,7 @@ def _attend(
             part = mask[..., first : first + len(keys)].expand(batch, -1, count, -1)
             scores = _masked(scores.unflatten(2, (groups, count)), part, reading.heads).flatten(2, 3)
         above = torch.maximum(highest, scores.amax(dim=3, keepdim=True))
-        weights = torch.exp(scores.sub_(above))
+        weights = scores.sub_(above).exp_()  # in place: they are the largest part of what a step takes
         kept = torch.exp(highest - above)
         weighted = values.weighted(weights)
         sums = weighted if sums is None else sums.mul_(kept).add_(weighted)

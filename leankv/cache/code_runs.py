@@ -1,5 +1,6 @@
 """The codes of a store as runs of tokens, so that a step appends to the last run and does not copy the others."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
@@ -9,7 +10,11 @@ from leankv.codecs import Code
 
 RUN = 256
 """Tokens after which a new run begins: half as many are copied a step, on average. Assumption: few beside what a step
-reads, and enough that pieces are put together from few runs."""
+reads."""
+
+LONGEST = 2048
+"""Tokens up to which full runs that are equally long become one. Assumption: few enough that making one of two is not
+felt, and enough that a long text is read in few pieces."""
 
 
 class CodeRuns:
@@ -27,19 +32,24 @@ class CodeRuns:
         """`(B, T)`."""
         return self._runs[0].shape[0], sum(run.shape[1] for run in self._runs)
 
-    def __iter__(self) -> Iterator[Code]:
-        """The runs, `[B, tokens]` each."""
-        return iter(self._runs)
-
     def append(self, code: Code) -> "CodeRuns":
         """With a code `[B, tokens]` behind it."""
-        last = self._runs[-1]
-        if last.shape[1] >= RUN:
-            return CodeRuns([*self._runs, code])
-        return CodeRuns([*self._runs[:-1], last.append(code)])
+        *before, last = self._runs
+        if last.shape[1] < RUN:
+            last = last.append(code)
+        else:
+            before, last = [*before, last], code
+        # As digits carry: of each length there is one run at most, but of the longest.
+        while before and RUN <= last.shape[1] == before[-1].shape[1] < LONGEST:
+            last = before.pop().append(last)
+        return CodeRuns([*before, last])
+
+    def borders(self) -> Iterator[int]:
+        """Numbers of the tokens that runs begin with."""
+        return itertools.accumulate((run.shape[1] for run in self._runs[:-1]), initial=0)
 
     def narrow(self, first: int, last: int) -> Code:
-        """Tokens `first` to `last`; a view where they lie in one run and can be."""
+        """Tokens `first` to `last`; views where they lie in one run and can be."""
         parts, start = [], 0
         for run in self._runs:
             length = run.shape[1]

@@ -94,17 +94,16 @@ class KeySpace:
 
     def meeting(self, queries: Float[torch.Tensor, "1 heads groups head_dim"], first: int, count: int) -> Meeting:
         """How `count` keys as codecs give them, the first token `first` of the sequence, meet queries of one row."""
-        near = min(BLOCK, count)
-        padding = 0 if self._of_rows is None else int(self._of_rows)
-        places = torch.cat([torch.arange(near), torch.arange(first - padding, first - padding + count, BLOCK)])
-        table = self._rotation.table_at(self._layer, places[None], queries.device)
-        if table is None:
+        offsets = self.offsets(min(BLOCK, count), queries.device)
+        if offsets is None:
             return Meeting.as_cached(queries[0])
-        cos, sin = table
-        each = queries.flatten(1, 2)[:, :, None].expand(-1, -1, len(places) - near, -1)
-        turned = self._rotation.turned_back(self._layer, each, (cos[:, near:], sin[:, near:]))
+        padding = 0 if self._of_rows is None else int(self._of_rows)
+        places = torch.arange(first - padding, first - padding + count, BLOCK)
+        table = self._rotation.table_at(self._layer, places[None], queries.device)
+        each = queries.flatten(1, 2)[:, :, None].expand(-1, -1, len(places), -1)
+        turned = self._rotation.turned_back(self._layer, each, table)
         blocks = turned[0].transpose(0, 1).unflatten(1, queries.shape[1:3])
-        return Meeting(blocks, cos[0, :near], sin[0, :near], self._rotation.rotates_halves(self._layer))
+        return Meeting(blocks, offsets[0][0], offsets[1][0], self._rotation.rotates_halves(self._layer))
 
     def _positions(self, first: int, count: int) -> torch.Tensor:
         """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""

@@ -12,7 +12,7 @@ other stores show (`leankv.cache.cross_layer`).
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -229,36 +229,41 @@ class PartStore:
 
     def factored(self, first: int, last: int) -> Factored | None:
         """The same tokens as products, `[batch * tokens]` of them, where decoding is one and nobody else sees them."""
-        sinks, coded, _ = self._lengths()
-        is_code = first >= sinks and last <= sinks + coded
-        if not is_code or self.codec is None or self.code is None or self.code_space is not None:
+        if self.codec is None or self.code is None or not self.holds_codes(first, last) or self.code_space is not None:
             return None
         if self.cross_layer.readers or self.codec.n_context_layers:
             return None
-        return self.codec.factored(self.code.narrow(first - sinks, last - sinks).flatten())
+        return self.codec.factored(self._codes(self.code, first, last))
 
     @property
-    def is_packed(self) -> bool:
-        """Whether compiled loops can read all that is held, as `runs`."""
-        if self.batch != 1 or self.cross_layer.readers:
-            return False
-        return self.codec is None or self.code is None or self.codec.has_packed_rows
+    def has_loops(self) -> bool:
+        """Whether compiled loops can read all the codes that are held."""
+        if self.codec is None or self.code is None:
+            return True
+        return self.codec.has_packed_rows and self.batch == 1 and not self.cross_layer.readers
 
-    def runs(self) -> Iterator[Float[torch.Tensor, "tokens heads head_dim"] | PackedRows]:
-        """All tokens of one sequence, run by run, for compiled loops."""
-        if self.sink_rows is not None:
-            yield self.sink_rows[0].transpose(0, 1)
-        for code in self.code or ():
-            assert self.codec is not None, "codes have one"
-            yield self.codec.packed_rows(code.flatten())
-        if self.window_rows is not None:
-            yield self.window_rows[0].transpose(0, 1)
+    def holds_codes(self, first: int, last: int) -> bool:
+        """Whether these tokens are codes, all of them."""
+        sinks, coded, _ = self._lengths()
+        return sinks <= first and last <= sinks + coded
 
-    def meeting(self, queries: Float[torch.Tensor, "1 heads groups head_dim"]) -> Meeting:
-        """How the keys of all codes meet queries."""
+    def packed(self, first: int, last: int) -> PackedRows:
+        """Tokens that are codes, as compiled loops read them, where there are some (`has_loops`)."""
+        assert self.codec is not None
+        assert self.code is not None
+        return self.codec.packed_rows(self._codes(self.code, first, last))
+
+    def meeting(self, first: int, last: int, queries: Float[torch.Tensor, "1 heads groups head_dim"]) -> Meeting:
+        """How keys that are codes, read by compiled loops, meet the queries of one token."""
         if self.code_space is None:
             return Meeting.as_cached(queries[0])
-        return self.code_space.meeting(queries, self._first_coded(), self.n_codes)
+        place = self._first_coded() + first - _length(self.sink_rows)
+        return self.code_space.meeting(queries, place, last - first)
+
+    def _codes(self, code: CodeRuns, first: int, last: int) -> Code:
+        """Of tokens held, `[batch * tokens]`."""
+        sinks = _length(self.sink_rows)
+        return code.narrow(first - sinks, last - sinks).flatten()
 
     def end_reading(self) -> None:
         """All pieces were read: let go of what this store predicts from."""
@@ -268,9 +273,10 @@ class PartStore:
             self.space.end()
 
     def borders(self) -> set[int]:
-        """Numbers of tokens held at which sinks, codes or window begin or end."""
+        """Numbers of tokens held at which sinks, runs of codes or window begin or end."""
         sinks, coded, window = self._lengths()
-        return {0, sinks, sinks + coded, sinks + coded + window}
+        runs = () if self.code is None else self.code.borders()
+        return {0, sinks, *(sinks + first for first in runs), sinks + coded, sinks + coded + window}
 
     @property
     def piece_length(self) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float
 
-from leankv.cache.code_step import attended
 from leankv.cache.key_space import KeySpace
 from leankv.cache.part_store import PartStore, Rows
 from leankv.codecs import Factored
@@ -14,6 +13,10 @@ from leankv.models.rope import Table
 
 PIECE = 1024
 """Tokens that are decoded at a time, at most: what stays in a processor's cache, and bounds what a step takes."""
+
+LOOPED_PIECE = 2048
+"""Tokens that compiled loops read at a time, at most: their scores, and the scales of their codes, bound what a step
+takes. Assumption: few enough starts of loops."""
 
 
 class Keys:
@@ -64,6 +67,47 @@ class Values:
         return summed @ synthesis + weights.sum(dim=3, keepdim=True) * mean
 
 
+class PackedKeys:
+    """Keys of some tokens of one sequence, read by compiled loops.
+
+    Args:
+        store: holds their codes.
+        first, last: which of the tokens held they are.
+    """
+
+    def __init__(self, store: PartStore, first: int, last: int):
+        self._store, self._first, self._last = store, first, last
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    def scores(
+        self, queries: Float[torch.Tensor, "1 heads groups head_dim"]
+    ) -> Float[torch.Tensor, "1 heads groups _"]:
+        """As `Keys.scores`, of which loops write a token's beside each other."""
+        meeting = self._store.meeting(self._first, self._last, queries)
+        scores = self._store.packed(self._first, self._last).scores(meeting)
+        return scores.T.unflatten(0, queries.shape[1:3])[None]
+
+
+class PackedValues:
+    """Values of some tokens of one sequence, read by compiled loops.
+
+    Args:
+        store: holds their codes.
+        first, last: which of the tokens held they are.
+        heads: how many there are.
+    """
+
+    def __init__(self, store: PartStore, first: int, last: int, heads: int):
+        self._store, self._first, self._last, self._heads = store, first, last, heads
+
+    def weighted(self, weights: Float[torch.Tensor, "1 heads groups n"]) -> Float[torch.Tensor, "1 heads groups _"]:
+        """Sums of values, each by its weight."""
+        rows = self._store.packed(self._first, self._last)
+        return rows.weighted(weights[0].flatten(0, 1).T, self._heads)[None]
+
+
 class LayerReading:
     """One layer's keys and values in one forward pass; to be read once, before the next layer is updated.
 
@@ -93,44 +137,47 @@ class LayerReading:
         """Tokens that attention sees."""
         return len(self._parts[0][0]) - self.start
 
-    def at_once(
-        self, queries: Float[torch.Tensor, "1 heads groups head_dim"]
-    ) -> Float[torch.Tensor, "1 heads groups _"] | None:
-        """Weighted values for the scaled queries of one token; None where this has to be read in pieces."""
-        (keys, _), (values, _) = self._parts
-        if self.start:
-            return None
-        weighted = attended(keys, values, queries)
-        if weighted is not None:
-            self._end()
-        return weighted
-
-    def pieces(self, queries: int) -> Iterator[tuple[int, Keys, Values]]:
+    def pieces(
+        self, queries: int, by_loops: bool = False
+    ) -> Iterator[tuple[int, Keys | PackedKeys, Values | PackedValues]]:
         """Number of a piece's first token among those that attention sees, its keys, and its values.
 
         Nothing of the whole context is made, but for what later layers predict from.
 
         Args:
             queries: that read a head's values: products are worth it for fewer of them than a head is wide.
+            by_loops: whether compiled loops read the codes where they can: for one token's queries, of one sequence.
         """
         (key_store, new_keys), (value_store, new_values) = self._parts
         stores = (key_store, value_store)
         total, length = len(stores[0]), min(PIECE, *(store.piece_length for store in stores))
+        by_loops = by_loops and all(store.has_loops for store in stores)
+        if by_loops:
+            length = LOOPED_PIECE
         borders = {self.start, total}.union(*(store.borders() for store in stores))
         is_shown = any(store.cross_layer.readers for store in stores)
         space = key_store.code_space
-        offsets = None if space is None else space.offsets(min(length, total), new_keys.device)
+        offsets = None if space is None or by_loops else space.offsets(min(length, total), new_keys.device)
         for first, end in itertools.pairwise(sorted(borders)):
             if first < self.start and not is_shown:
                 continue
             for begin in range(first, end, length):
                 last = min(begin + length, end)
-                rows, place = key_store.piece(begin, last, new_keys)
-                products = value_store.factored(begin, last) if queries < new_values.shape[3] else None
-                values = value_store.piece(begin, last, new_values)[0] if products is None else products
-                if begin >= self.start:
+                keys: Keys | PackedKeys
+                if by_loops and key_store.holds_codes(begin, last):
+                    keys = PackedKeys(key_store, begin, last)
+                else:
+                    rows, place = key_store.piece(begin, last, new_keys)
                     keys = Keys(rows) if place is None else Keys(rows, space, place, offsets)
-                    yield begin - self.start, keys, Values(values, self.heads)
+                values: Values | PackedValues
+                if by_loops and value_store.holds_codes(begin, last):
+                    values = PackedValues(value_store, begin, last, self.heads)
+                else:
+                    products = value_store.factored(begin, last) if queries < new_values.shape[3] else None
+                    dense = value_store.piece(begin, last, new_values)[0] if products is None else products
+                    values = Values(dense, self.heads)
+                if begin >= self.start:
+                    yield begin - self.start, keys, values
         self._end()
 
     def _end(self) -> None:

@@ -34,7 +34,7 @@ class Meeting:
     began the text, and the queries are turned back by where it does.
 
     Attributes:
-        queries: `[blocks, heads, groups, head_dim]`, float32: of all codes of a layer, turned for each block of them.
+        queries: `[blocks, heads, groups, head_dim]`, float32: turned for each block of codes.
         cos, sin: `[BLOCK, rotary]`, float32; `[1, 0]` for keys that are coded as they are cached: of one block then.
         halves: whether the pairs are halves of the rotated dimensions, or else neighbours.
     """
@@ -70,37 +70,30 @@ class PackedRows:
     def __len__(self) -> int:
         return self.tokens
 
-    def scores(self, meeting: Meeting, start: int, scores: Scores, place: int) -> None:
-        """Put the products of all keys with the queries into `scores`, from a place on.
+    def scores(self, meeting: Meeting) -> Scores:
+        """The products of all keys with the queries."""
+        scores, how = torch.empty(self.tokens, meeting.queries[0, :, :, 0].numel()), meeting.arrays
+        loop, into = getattr(_kernels(), f"{self.loops}_scores"), scores.numpy()
+        _on_all_cores(self.tokens, lambda begin, end: loop(self._own, begin, end, self.width, how, into))
+        return scores
 
-        Args:
-            meeting: of all codes of the layer.
-            start: number of the first of these tokens among them.
-            scores: of all tokens.
-            place: of the first of these tokens in them.
-        """
-        where, how = scores.numpy(), (start, *meeting.arrays)
-        loop = getattr(_kernels(), f"{self.loops}_scores")
-        _on_all_cores(self.tokens, lambda begin, end: loop(self._own, begin, end, self.width, how, place, where))
-
-    def weighted(self, weights: Scores, place: int, heads: int) -> Float[torch.Tensor, "{heads} groups head_dim"]:
+    def weighted(self, weights: Scores, heads: int) -> Float[torch.Tensor, "{heads} groups head_dim"]:
         """Sums of all vectors' heads, each by its weight.
 
         Args:
-            weights: of all tokens.
-            place: of the first of these tokens in them.
+            weights: of these tokens.
             heads: of a vector.
         """
-        array, shape = weights.numpy(), self._sums_shape(heads, weights.shape[1] // heads)
+        array, shape = _array(weights), self._sums_shape(heads, weights.shape[1] // heads)
         loop = getattr(_kernels(), f"{self.loops}_sums")
 
         def sums(begin: int, end: int) -> torch.Tensor:
             out = torch.zeros(shape)
-            loop(self._own, begin, end, self.width, place, array, out.numpy())
+            loop(self._own, begin, end, self.width, array, out.numpy())
             return out
 
         parts = _on_all_cores(self.tokens, sums)
-        return self._vectors(sum(parts[1:], start=parts[0]), weights[place : place + self.tokens], heads)
+        return self._vectors(sum(parts[1:], start=parts[0]), weights, heads)
 
     _own: tuple[Any, ...]
     """The arrays, as loops take them."""
@@ -113,7 +106,7 @@ class PackedRows:
         return heads, groups, self.width // heads
 
     def _vectors(self, sums: torch.Tensor, weights: Scores, heads: int) -> torch.Tensor:
-        """Sums of vectors `[heads, groups, head_dim]`, from what was added up, and these tokens' weights."""
+        """Sums of vectors `[heads, groups, head_dim]`, from what was added up, and all weights."""
         return sums
 
 
@@ -174,7 +167,8 @@ class SynthesizedRows(PackedRows):
         mean: Float[torch.Tensor, " width"],
     ):
         super().__init__(tokens, len(mean))
-        self._synthesis, self._mean = synthesis.detach(), mean.detach().float()
+        # As loops read it, so that there is one of it.
+        self._synthesis, self._mean = synthesis.detach().contiguous(), mean.detach().float()
 
     def _sums_shape(self, heads: int, groups: int) -> tuple[int, ...]:
         return len(self._synthesis), heads * groups

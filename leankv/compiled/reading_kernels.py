@@ -11,8 +11,8 @@ from leankv.compiled.packed_rows import BLOCK
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _meet(tile, count, first, cos, sin, halves, queries, place, scores):  # type: ignore[no-untyped-def]
-    """Scores of a tile's keys, of which the first is number `first` of all codes."""
+def _meet(tile, count, first, cos, sin, halves, queries, scores):  # type: ignore[no-untyped-def]
+    """Scores of a tile's keys, of which the first is the one numbered `first`."""
     _, heads, groups, head_dim = queries.shape
     rotary = cos.shape[1]
     half = rotary // 2
@@ -41,15 +41,15 @@ def _meet(tile, count, first, cos, sin, halves, queries, place, scores):  # type
                 product = numpy.float32(0)
                 for i in range(head_dim):
                     product += turned[i] * query[i]
-                scores[place + n, h * groups + g] = product
+                scores[first + n, h * groups + g] = product
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _add(tile, count, place, weights, sums):  # type: ignore[no-untyped-def]
+def _add(tile, count, first, weights, sums):  # type: ignore[no-untyped-def]
     """Add a tile's vectors to sums, each by its weight."""
     heads, groups, head_dim = sums.shape
     for n in range(count):
-        own = weights[place + n]
+        own = weights[first + n]
         for h in range(heads):
             vector = tile[n, h * head_dim : (h + 1) * head_dim]
             for g in range(groups):
@@ -63,24 +63,24 @@ def _add(tile, count, place, weights, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def affine_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+def affine_scores(own, begin, end, width, meeting, scores):  # type: ignore[no-untyped-def]
     packed, bits, low, step, group = own
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         affine_levels(packed, first, count, bits, low, step, group, tile)
-        start, cos, sin, halves, queries = meeting
-        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+        cos, sin, halves, queries = meeting
+        _meet(tile, count, first, cos, sin, halves, queries, scores)
 
 
 @njit(nogil=True, cache=True)
-def affine_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+def affine_sums(own, begin, end, width, weights, sums):  # type: ignore[no-untyped-def]
     packed, bits, low, step, group = own
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         affine_levels(packed, first, count, bits, low, step, group, tile)
-        _add(tile, count, place + first, weights, sums)
+        _add(tile, count, first, weights, sums)
 
 
 # -- levels of a table, scaled and shifted; some numbers as they are ---------------------------------------------------
@@ -103,24 +103,24 @@ def _table_tile(packed, first, count, bits, table, scale, shift, values, index, 
 
 
 @njit(nogil=True, cache=True)
-def table_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+def table_scores(own, begin, end, width, meeting, scores):  # type: ignore[no-untyped-def]
     packed, bits, table, scale, shift, values, index = own
-    start, cos, sin, halves, queries = meeting
+    cos, sin, halves, queries = meeting
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         _table_tile(packed, first, count, bits, table, scale, shift, values, index, tile)
-        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+        _meet(tile, count, first, cos, sin, halves, queries, scores)
 
 
 @njit(nogil=True, cache=True)
-def table_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+def table_sums(own, begin, end, width, weights, sums):  # type: ignore[no-untyped-def]
     packed, bits, table, scale, shift, values, index = own
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         _table_tile(packed, first, count, bits, table, scale, shift, values, index, tile)
-        _add(tile, count, place + first, weights, sums)
+        _add(tile, count, first, weights, sums)
 
 
 # -- numbers, then a product ------------------------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def _synthesize(q, count, mean, synthesis, tile):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def _add_columns(q, count, place, weights, own_weights, sums):  # type: ignore[no-untyped-def]
+def _add_columns(q, count, first, weights, own_weights, sums):  # type: ignore[no-untyped-def]
     """Add a tile's numbers `[J, count]` to sums `[J, queries]`, each by its token's weight."""
     queries = len(own_weights)
     for n in range(count):
         for g in range(queries):
-            own_weights[g, n] = weights[place + n, g]
+            own_weights[g, n] = weights[first + n, g]
     for j in range(len(q)):
         numbers = q[j]
         for g in range(queries):
@@ -180,20 +180,20 @@ def _scaled_tile(packed, first, count, bits, table, scale, q):  # type: ignore[n
 
 
 @njit(nogil=True, cache=True)
-def scaled_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+def scaled_scores(own, begin, end, width, meeting, scores):  # type: ignore[no-untyped-def]
     packed, bits, table, scale, synthesis, mean = own
-    start, cos, sin, halves, queries = meeting
+    cos, sin, halves, queries = meeting
     q = numpy.empty((len(synthesis), TILE), numpy.float32)
     tile = numpy.empty((TILE, width), numpy.float32)
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         _scaled_tile(packed, first, count, bits, table, scale, q)
         _synthesize(q, count, mean, synthesis, tile)
-        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+        _meet(tile, count, first, cos, sin, halves, queries, scores)
 
 
 @njit(nogil=True, cache=True)
-def scaled_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+def scaled_sums(own, begin, end, width, weights, sums):  # type: ignore[no-untyped-def]
     """Sums of numbers, `[J, queries]`: one product by the synthesis makes them vectors."""
     packed, bits, table, scale, synthesis, _ = own
     q = numpy.empty((len(synthesis), TILE), numpy.float32)
@@ -201,7 +201,7 @@ def scaled_sums(own, begin, end, width, place, weights, sums):  # type: ignore[n
     for first in range(begin, end, TILE):
         count = min(TILE, end - first)
         _scaled_tile(packed, first, count, bits, table, scale, q)
-        _add_columns(q, count, place + first, weights, own_weights, sums)
+        _add_columns(q, count, first, weights, own_weights, sums)
 
 
 # -- in mixed radix with escapes ---------------------------------------------------------------------------------------
@@ -217,9 +217,9 @@ def _first_escape(begin, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignore[no-untyped-def]
+def radix_scores(own, begin, end, width, meeting, scores):  # type: ignore[no-untyped-def]
     (packed, places, columns, factor, levels, low), (counts, items, sizes), (synthesis, mean) = own
-    start, cos, sin, halves, queries = meeting
+    cos, sin, halves, queries = meeting
     bytes_ = numpy.zeros((packed.shape[1], TILE), numpy.float32)
     q = numpy.empty((len(low), TILE), numpy.float32)
     tile = numpy.empty((TILE, width), numpy.float32)
@@ -229,11 +229,11 @@ def radix_scores(own, begin, end, width, meeting, place, scores):  # type: ignor
         radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
         item = put_escapes(first, count, counts, items, item, sizes, q)
         _synthesize(q, count, mean, synthesis, tile)
-        _meet(tile, count, start + first, cos, sin, halves, queries, place + first, scores)
+        _meet(tile, count, first, cos, sin, halves, queries, scores)
 
 
 @njit(nogil=True, cache=True)
-def radix_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no-untyped-def]
+def radix_sums(own, begin, end, width, weights, sums):  # type: ignore[no-untyped-def]
     """Sums of integers, `[J, queries]`: one product by the synthesis makes them vectors."""
     (packed, places, columns, factor, levels, low), (counts, items, sizes), _ = own
     bytes_ = numpy.zeros((packed.shape[1], TILE), numpy.float32)
@@ -244,4 +244,4 @@ def radix_sums(own, begin, end, width, place, weights, sums):  # type: ignore[no
         count = min(TILE, end - first)
         radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
         item = put_escapes(first, count, counts, items, item, sizes, q)
-        _add_columns(q, count, place + first, weights, own_weights, sums)
+        _add_columns(q, count, first, weights, own_weights, sums)

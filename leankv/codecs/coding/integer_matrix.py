@@ -49,8 +49,8 @@ class IntegerMatrix(torch.nn.Module):
         if self.bits == 8:
             return self.integers * self.scale
         if self.bits == 16:
-            upper, lower = self.integers.float().chunk(2)
-            return (256 * upper + lower) * self.scale
+            upper, lower = self.integers.chunk(2)
+            return (256 * upper.float()).add_(lower).mul_(self.scale)
         lower = (self.integers + 8 & 15) - 8
         upper = self.integers - lower >> 4
         return torch.stack([upper, lower], dim=1).flatten(0, 1)[: self.rows] * self.scale
