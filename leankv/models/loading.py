@@ -114,6 +114,10 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
         common["gguf_file"] = gguf_file
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
+    kept = embedded.kept_folder(dtype) if config.name == embedded.NAME and config.device_map is None else None
+    if kept is not None and kept.is_dir():
+        source = str(kept)
+        del common["gguf_file"]
     weights: dict[str, Any] = {"dtype": dtype, **common}
     multiplied = isinstance(dtype, str) or device.type != "cpu" or half_precision.multiplies(dtype)
     if config.load_in_4bit:
@@ -124,15 +128,9 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=_products_of_nf4(dtype, multiplied),
         )
         weights["device_map"] = config.device_map or {"": device}
-    elif gguf_file is not None:
+    elif "gguf_file" in common:
         # Ordinary Linear layers, whether or not packed GGUF kernels happen to be installed.
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    kept = embedded.kept_folder(dtype) if config.name == embedded.NAME and config.device_map is None else None
-    if kept is not None and kept.is_dir():
-        source = str(kept)
-        for named in (common, weights):
-            named.pop("gguf_file", None)
-        del weights["quantization_config"]
     if config.device_map is not None:
         weights["device_map"] = config.device_map
     # The GGUF reader draws its bar on standard error whether or not that is a terminal.
@@ -148,8 +146,6 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             half_precision.multiply_in_float32(model)
     except Exception as error:  # every library under `from_pretrained` raises types of its own
         raise UserError(_why_not_loaded(config, error, Path(source))) from error
-    if kept is not None and not kept.is_dir():
-        embedded.keep(model, tokenizer, kept)
     if gguf_file is not None:
         model.config.name_or_path = config.name  # a bundle made of it says where to get it from, not in which folder
     if absent := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
@@ -157,6 +153,8 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             f"the model {config.name} lacks {len(absent)} of its weights ({absent[0]} first), which would be random; "
             "get its files again"
         )
+    if kept is not None and not kept.is_dir():
+        embedded.keep(model, tokenizer, kept)
     return model, tokenizer
 
 
