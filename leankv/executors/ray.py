@@ -24,7 +24,7 @@ def ray_workers(job: Job, address: str | None) -> Iterator[Start]:
     """Starts workers as Ray tasks, each with its share of the cluster's cores, and a GPU where there are any.
 
     Raises:
-        UserError: Ray is not installed, or `address` does not answer.
+        UserError: Ray is not installed or does not start, or `address` does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports on its use unless told not to
     try:
@@ -33,7 +33,14 @@ def ray_workers(job: Job, address: str | None) -> Iterator[Start]:
         raise UserError("--executor ray needs Ray; run: pip install 'leankv[ray]'") from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, **quiet}
+        try:
+            ray.init(address="local", **local)
+        except Exception as error:  # Ray raises no narrower one where its processes are slow to start
+            raise UserError(
+                f"Ray does not start on this machine ({' '.join(str(error).split())}); start the command again, "
+                "or take --executor local"
+            ) from error
     else:
         _check_answers(address)
         ray.init(address=address, **quiet)
