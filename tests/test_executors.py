@@ -160,6 +160,7 @@ def test_options_that_do_not_go_together(serial: Sweep, tmp_path: Path, argument
     assert words in refuse("sweep", "--config", serial.config, "-o", tmp_path, *arguments)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_a_worker_refuses_is_told_at_once(serial: Sweep, tmp_path: Path) -> None:
     missing = tmp_path / "none"
     sentence = refuse(

@@ -195,6 +195,22 @@ def test_several_budgets_are_rows_of_one_table(config, tmp_path):
     assert (folder / "bundle-60pct").is_dir()
 
 
+def test_codecs_may_be_trained_together(config, tmp_path):
+    """For the plans that are certified; those of the search stay, and what was trained is not trained again."""
+    command = [
+        *("select", "--config", config, "--budget", "60%", "-o", tmp_path / "run", "--strategy", "waterfill"),
+        *("--recipes", "transform", "--refit", "distill"),
+    ]
+    first = succeed(*command)
+    assert "distilled in " in first.stderr
+    table = pd.read_csv(tmp_path / "run" / "plans.csv")
+    assert list(table["refit"]) == ["distill"]
+    before = finished_files(tmp_path / "run")
+    again = succeed(*command)
+    assert "distilled in " not in again.stderr
+    assert finished_files(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

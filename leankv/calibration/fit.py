@@ -76,8 +76,11 @@ class Fitting:
         no held-out token has a neighbour among the fitted ones.
         """
         blocks: int = manifest["blocks"]
-        heldout = min(max(1, round(self.settings.heldout_fraction * blocks)), blocks - 1)
-        return (blocks - heldout) * self.tokens_a_block(manifest)
+        return (blocks - self.heldout_blocks(blocks)) * self.tokens_a_block(manifest)
+
+    def heldout_blocks(self, blocks: int) -> int:
+        """How many of so many blocks are held out."""
+        return min(max(1, round(self.settings.heldout_fraction * blocks)), blocks - 1)
 
     def tokens_a_block(self, manifest: Mapping[str, Any]) -> int:
         """Fitted tokens in each block; all of them where sinks would leave none."""

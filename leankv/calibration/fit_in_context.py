@@ -20,7 +20,7 @@ from leankv.calibration.fit import (
     refuse_if_short,
     weighted_error,
 )
-from leankv.codecs import Codec, Recipe
+from leankv.codecs import Codec, FitData, Recipe
 from leankv.codecs.share import as_context
 from leankv.codecs.statistics import ROWS, fraction_of_variance_unexplained
 
@@ -33,11 +33,13 @@ class SiteInContext:
         recipe: what it gets; None leaves it exact.
         codec: fitted already; None where it is to be fitted, or exact.
         context: the sites that it predicts from, in the order in which its codec takes them.
+        refit: makes the codec of its vectors, in place of the recipe; None where the recipe does.
     """
 
     recipe: Recipe | None
     codec: Codec | None
     context: Sequence[Site]
+    refit: Callable[[FitData], Codec] | None = None
 
 
 def fit_in_context(
@@ -74,7 +76,9 @@ def fit_in_context(
             known = [decoded[source] for source in own.context]
             context = torch.cat(known, dim=1) if known else x[:, :0].float()
             if own.codec is None:
-                codec = _fitted(own.recipe, x, context, site, first_heldout, fitting, error_metrics).to(fitting.device)
+                data = fit_data(x, context, first_heldout, error_metrics.get(site), fitting)
+                codec = own.recipe.fit(data)[0] if own.refit is None else own.refit(data)
+                codec = in_precision(codec, fitting.codec_dtype).to(fitting.device)
             else:
                 codec = codec_on(own.codec, fitting.device)
             shown = reconstructed(codec, x, context)
@@ -86,21 +90,6 @@ def fit_in_context(
                 on_fitted(site, FittedCodec(on_its_own(codec), finite(fvu), [], seconds, error))
         still = {source for later, other in sites.items() if later > site for source in other.context}
         decoded = {known_site: vectors for known_site, vectors in decoded.items() if known_site in still}
-
-
-def _fitted(
-    recipe: Recipe,
-    x: torch.Tensor,
-    context: torch.Tensor,
-    site: Site,
-    first_heldout: int,
-    fitting: Fitting,
-    error_metrics: ErrorMetrics,
-) -> Codec:
-    """The codec of one site, from vectors `[N, W]` and their context `[N, R]`."""
-    data = fit_data(x, context, first_heldout, error_metrics.get(site), fitting)
-    (codec,) = recipe.fit(data)
-    return in_precision(codec, fitting.codec_dtype)
 
 
 def reconstructed(codec: Codec, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

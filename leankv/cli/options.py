@@ -126,7 +126,13 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         PLANS,
         "Make the cost least at this ratio of bytes; the budget is then what is certified.",
     ),
-    "refit": ("selection.refit", "--refit", str, PLANS, "sequential: fit the found plan to what it leaves itself."),
+    "refit": (
+        "selection.refit",
+        "--refit",
+        str,
+        PLANS,
+        "sequential (to what the plan leaves) or distill (trained together).",
+    ),
     "confidence": ("certification.confidence", "--confidence", float, PLANS, "Of the certificate, e.g. 0.95."),
 }
 COMMON = (

@@ -212,6 +212,11 @@ class Share(Codec):
         self.register_buffer("bias", bias)
 
     @property
+    def matrices(self) -> list["Weight"]:
+        """`L`, or the two matrices whose product it is."""
+        return [getattr(self.weights, str(number)) for number in range(self._count)]
+
+    @property
     def bits_per_token(self) -> int:
         return 0
 
@@ -222,7 +227,11 @@ class Share(Codec):
         """The prediction; where nothing is known of the token but what is usual, the mean."""
         if context is None:
             return self.mean.expand(len(code["z"]), -1).clone()
-        weights = [getattr(self.weights, str(number)) for number in range(self._count)]
+        return self.predicted(context)
+
+    def predicted(self, context: Float[torch.Tensor, "tokens known"]) -> Vectors:
+        """The prediction from what is known."""
+        weights = self.matrices
         # In `resid`, the other codec may ask for more.
         return _product(context[:, : len(weights[0])], weights) + self.bias
 

@@ -95,17 +95,11 @@ class TransformRecipe(Recipe):
         q = (y / step).round()
         often = (q != 0).float().mean(dim=0) >= SEEN_AT_LEAST
         used = int(often.nonzero().max()) + 1 if often.any() else 0
-        q = q[:, :used].to(torch.int64)
-        escape_bits = _escape_bits(used)
-        seen = frequencies_of(q, LARGEST_SYMBOL).double() / len(q)
-        ranges = torch.tensor([_range(shares, escape_bits) for shares in seen.tolist()], dtype=torch.int16)
-        low, levels = ranges.reshape(used, 2).T.contiguous().to(y.device)
-        scale, shape = fitted_shapes(frequencies_of(q, LARGEST_TABLE))
         return Transform(
             self,
             *_matrices(found, y, used, step, metric),
             found.mean,
-            {"low": low, "levels": levels, "scale": scale.to(y.device), "shape": shape.to(y.device)},
+            _statistics(q[:, :used]),
         )
 
     def unfitted(self, width: int) -> Codec:
@@ -250,30 +244,48 @@ class Transform(Codec):
 
     # -- stored -------------------------------------------------------------------------------------------------------
 
-    def _probabilities(self) -> torch.Tensor:
+    def probabilities(self) -> torch.Tensor:
+        """Of the sizes of each coordinate that have one of their own, and of all beyond: see `shapes.probabilities`."""
         return probabilities(self.scale, self.shape, LARGEST_TABLE)
 
     def serialize(self, code: Code) -> bytes:
-        return encode_columns(self._values(code), self._probabilities())
+        return encode_columns(self._values(code), self.probabilities())
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
         return self.deserialize_all([data], [tokens])
 
     def deserialize_all(self, streams: Sequence[bytes], tokens: Sequence[int]) -> Code:
-        q = decode_columns(streams, tokens, self._probabilities())
+        q = decode_columns(streams, tokens, self.probabilities())
         return self._packed(q.to(self.mean.device))
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
+    def fit_ranges(self, x: torch.Tensor) -> None:
+        """Set ranges and probabilities to what vectors `[N, W]` need, the matrices being as they are."""
+        for name, tensor in _statistics(self.integers(x[:: max(1, len(x) // FITTED_ROWS)])).items():
+            getattr(self, name).copy_(tensor)
+        self._radix = None
+
     def count_bits(self, heldout: torch.Tensor) -> None:
         """Set `bits` to what vectors `[M, W]` that nothing was fitted to take, live and stored."""
-        layout, table, outside, stored = self._layout(), self._probabilities(), 0, 0.0
+        layout, table, outside, stored = self._layout(), self.probabilities(), 0, 0.0
         for rows in heldout.split(ROWS):
             q = self.integers(rows)
             outside += int(((q < layout.low) | (q >= layout.low + layout.levels)).sum())
             stored += bits_of(q.to(torch.int64).cpu(), table)
         live = 8 * (layout.n_bytes + 1) + _escape_bits(len(self.low)) * outside / len(heldout)
         self.bits.copy_(torch.tensor([live, stored / len(heldout)]))
+
+
+def _statistics(q: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`low` and `levels` of the ranges, `scale` and `shape` of the probabilities, from whole numbers `[N, J]`."""
+    q = q.to(torch.int64)
+    used, escape_bits = q.shape[1], _escape_bits(q.shape[1])
+    seen = frequencies_of(q, LARGEST_SYMBOL).double() / len(q)
+    ranges = torch.tensor([_range(shares, escape_bits) for shares in seen.tolist()], dtype=torch.int16)
+    low, levels = ranges.reshape(used, 2).T.contiguous().to(q.device)
+    scale, shape = fitted_shapes(frequencies_of(q, LARGEST_TABLE))
+    return {"low": low, "levels": levels, "scale": scale.to(q.device), "shape": shape.to(q.device)}
 
 
 def _matrices(

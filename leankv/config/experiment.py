@@ -24,7 +24,7 @@ STRATEGIES = ("greedy", "waterfill", "refine", "evolve")
 
 MINIMIZED = ("live", "stored", "all-in")
 
-REFITS = ("none", "sequential")
+REFITS = ("none", "sequential", "distill")
 
 SPLITS = ("calibration", "selection", "certification", "report")
 

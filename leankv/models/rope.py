@@ -34,8 +34,8 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = x.chunk(2, dim=-1)
-    return first, second
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
 
 
 def _neighbours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +57,8 @@ def rotate(
         cos, sin: as the model's rotary embedding gives them, doubled to the rotated dimensions.
         pairing: the convention.
     """
-    if compiled.serves(k):
+    tracked = torch.is_grad_enabled() and k.requires_grad
+    if compiled.serves(k) and not tracked:
         return compiled.rotated(k, cos, sin, halves=pairing is _halves)
     k = k.float()
     rotated = torch.empty_like(k)
@@ -65,6 +66,10 @@ def rotate(
     rotated[..., rotary:] = k[..., rotary:]
     (first, second), (into_first, into_second) = pairing(k[..., :rotary]), pairing(rotated[..., :rotary])
     (first_cos, second_cos), (first_sin, second_sin) = pairing(cos.float()[:, None]), pairing(sin.float()[:, None])
+    if tracked:  # gradients do not pass what is written to a place
+        into_first.copy_(first * first_cos - second * first_sin)
+        into_second.copy_(second * second_cos + first * second_sin)
+        return rotated
     torch.mul(first, first_cos, out=into_first).addcmul_(second, first_sin, value=-1)
     torch.mul(second, second_cos, out=into_second).addcmul_(first, second_sin)
     return rotated

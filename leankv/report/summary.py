@@ -61,7 +61,7 @@ class Summary:
             files of earlier versions.
         strategy: `greedy`, or what searched, one after another.
         minimize: which bytes were to be few: `live`, `stored` or `all-in`; None under `greedy`.
-        refit: `none`, or `sequential`: fitted anew to what the plan itself leaves.
+        refit: `none`; `sequential`: fitted anew to what the plan itself leaves; `distill`: trained together.
         evaluations: passes over all selection blocks that the search took; None where they were not counted.
         certificate: a `leankv.search.certificate.Certificate` as JSON; None where none was asked for.
     """

@@ -21,6 +21,7 @@ from leankv.evaluation.replay import Replay
 from leankv.storage.cells import StoredCells, cell_name
 from leankv.studies.activation_store import ActivationStore
 from leankv.studies.codec_store import CodecStore
+from leankv.studies.distilled_codecs import DistilledCodecs
 from leankv.studies.workspace import Workspace
 
 EVERYTHING_EXACT = PlanSpec()
@@ -64,6 +65,12 @@ class PlanEvaluator:
         """The same with codecs that are fitted to what `reference` leaves; see `CodecStore.with_reference`."""
         other = copy.copy(self)
         other.codecs = self.codecs.with_reference(reference)
+        return other
+
+    def with_distilled_codecs(self) -> "PlanEvaluator":
+        """The same with codecs that are trained together; see `DistilledCodecs`."""
+        other = copy.copy(self)
+        other.codecs = DistilledCodecs(self.codecs)
         return other
 
     def with_long_blocks(self) -> "PlanEvaluator":

@@ -182,6 +182,11 @@ class PlanSearch:
         """The same with codecs that are fitted to each plan."""
         return self.unreferenced.with_long_blocks()
 
+    @cached_property
+    def long_distilled(self) -> PlanEvaluator:
+        """The same with codecs that are trained together, for each plan."""
+        return self.evaluator.with_distilled_codecs().with_long_blocks()
+
     def _nearest(self, recipe: Recipe) -> Choice:
         """Every site at this recipe; where it is no option of a site, at the one with the error that is nearest."""
         stored = self.evaluator.codecs.codecs(same_everywhere(self._sites, recipe))

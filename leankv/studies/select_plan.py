@@ -185,7 +185,7 @@ def _candidates(
             frontier += [last for last in inside[-1:] if last not in frontier]
     candidates = []
     for own, step, spec in frontier:
-        evaluator = own.long_refitted if selection.refit == "sequential" else own.long
+        evaluator = _refitted(own, selection.refit)
         title = f"selection text in long blocks, {step.ratio:.1f}x"
         cost = compare(evaluator.base(), evaluator.nats_by_batch(spec, title))
         candidates.append(Candidate(evaluator, spec, step, math.log1p(cost.delta_percent / 100)))
@@ -203,6 +203,13 @@ def _candidates(
             "allow finer recipes"
         )
     return within
+
+
+def _refitted(own: PlanSearch, refit: str) -> PlanEvaluator:
+    """Measures a search's plans in long blocks, with the codecs that are asked for."""
+    if refit == "sequential":
+        return own.long_refitted
+    return own.long_distilled if refit == "distill" else own.long
 
 
 def _keep(

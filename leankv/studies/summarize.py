@@ -22,7 +22,7 @@ class Choosing:
     Attributes:
         strategy: `greedy`, or the strategies that searched, one after another.
         minimize: which bytes were to be few; None where layers were simply added.
-        refit: `none` or `sequential`.
+        refit: `none`, `sequential` or `distill`.
         evaluations: full evaluations that the search took; None where it was not counted.
         certificate: what certifying came to; None where it was not asked for.
         seconds: what the stages took.
