@@ -27,7 +27,7 @@ DISTILLING_REVISION = 1
 
 LENGTH = 1024  # assumption: tokens of a pass; errors compound over layers more than over a long text
 LEARNING_RATE = 0.02  # of Adam (Kingma and Ba, 2014, arXiv 1412.6980): a thousandth of a matrix's numbers a step
-PASSES = 4  # assumption: over the calibration text at most
+PASSES = 2  # assumption: over the calibration text at most
 CHECKED_EVERY = 8  # steps
 PATIENCE = 3  # checks without a new best
 COARSER = 1.1  # factor on all steps that the price is found with
