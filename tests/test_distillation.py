@@ -107,7 +107,8 @@ def test_training_lowers_the_loss_on_text_that_it_was_not_trained_on(tmp_path: P
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_family_that_is_not_trained_is_named() -> None:
-    (codec,) = parse_recipe("nuq:4+1").fit(data())
+@pytest.mark.parametrize("text", ["nuq:4+1", "resid(share:-1,nuq:4+1)"])
+def test_a_family_that_is_not_trained_is_named(text: str) -> None:
+    (codec,) = parse_recipe(text).fit(data())
     with pytest.raises(UserError, match=r"nuq:4\+1 is not trained"):
         trainable(codec)

@@ -228,6 +228,7 @@ def test_codecs_may_be_trained_together(config, tmp_path):
         (("--minimize", "time"), "selection.minimize must be one of"),
         (("--recipes", "wishes"), "is not understood"),
         (("--windows", "many"), "windows 'many' are not understood"),
+        (("--recipes", "int:4", "--refit", "distill"), "int:4 is not trained; --refit distill takes transform, share"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(config, tmp_path, options, says):

@@ -8,11 +8,11 @@ from functools import singledispatch
 import torch
 from jaxtyping import Float
 
-from leankv.codecs.base import Codec, FitData, errors_of
+from leankv.codecs.base import Codec, FitData, Recipe, errors_of
 from leankv.codecs.coding.integer_matrix import IntegerMatrix, rounded
 from leankv.codecs.residual import Residual, ResidualRecipe
-from leankv.codecs.share import Share
-from leankv.codecs.transform import LARGEST_TABLE, Transform
+from leankv.codecs.share import Share, ShareRecipe
+from leankv.codecs.transform import LARGEST_TABLE, Transform, TransformRecipe
 from leankv.errors import UserError
 
 Vectors = Float[torch.Tensor, "N W"]
@@ -42,6 +42,19 @@ class Trainable(torch.nn.Module, ABC):
         """The codec with its numbers as they are now, its ranges and probabilities fitted to vectors of one site."""
 
 
+def require_trainable(recipe: Recipe) -> None:
+    """Refuse a recipe whose codecs are not trained.
+
+    Raises:
+        UserError: it is of another family than `transform`, `share` and `resid` of these.
+    """
+    if isinstance(recipe, ResidualRecipe):
+        require_trainable(recipe.first)
+        require_trainable(recipe.second)
+    elif not isinstance(recipe, TransformRecipe | ShareRecipe):
+        raise UserError(f"{recipe.text} is not trained; --refit distill takes transform, share and resid of these")
+
+
 @singledispatch
 def trainable(codec: Codec) -> Trainable:
     """A codec that gradients pass, beginning as the codec is.
@@ -49,7 +62,8 @@ def trainable(codec: Codec) -> Trainable:
     Raises:
         UserError: its family is not trained.
     """
-    raise UserError(f"{codec.recipe.text} is not trained; distillation takes transform, share and resid of these")
+    require_trainable(codec.recipe)
+    raise AssertionError("a family that is trained has a class here")
 
 
 def through(whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

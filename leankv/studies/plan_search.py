@@ -11,6 +11,7 @@ from typing import Any
 from leankv.cache.plan import PlanSpec, Site
 from leankv.calibration.sensitivity import site_contributions
 from leankv.codecs import Recipe
+from leankv.codecs.trainable import require_trainable
 from leankv.config.experiment import SelectionConfig
 from leankv.config.plan_table import EXACT
 from leankv.data.blocks import Blocks
@@ -87,6 +88,8 @@ class PlanSearch:
         self.recipes = search_recipes(selection.recipes, workspace.experiment.fit.error_metric)
         for recipe in self.recipes:
             workspace.checked(PlanSpec.uniform(recipe))
+            if selection.refit == "distill":
+                require_trainable(recipe)
         # From fine to coarse: those that predict, where any do.
         self._rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
         self._sites = search_sites(workspace, selection)
