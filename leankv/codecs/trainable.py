@@ -77,13 +77,14 @@ SLOWLY = 0.05
 
 
 class _TrainableTransform(Trainable):
-    """The matrix that coordinates are decoded with."""
+    """The matrix that coordinates are decoded with, the gain of each, and what they are decoded around."""
 
     def __init__(self, codec: Transform):
         super().__init__()
         self.codec = codec
         kept = codec.synthesis.widened()
         self.change = torch.nn.Parameter(torch.zeros_like(kept))
+        self.gains, self.shift = (torch.nn.Parameter(kept.new_zeros(kept.shape[1])) for _ in range(2))
         self.size: torch.Tensor
         self.register_buffer("size", SLOWLY * kept.square().mean(dim=0).sqrt())
         self.factor = 1.0
@@ -91,13 +92,16 @@ class _TrainableTransform(Trainable):
         sizes = -codec.probabilities()[:, LARGEST_TABLE:].log2().float()
         self.register_buffer("bits", sizes.to(codec.mean.device))
 
-    def _synthesis(self) -> torch.Tensor:
-        return self.codec.synthesis.widened() + self.change * self.size
+    def _read_with(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transpose of `B`, and what is decoded around."""
+        synthesis = self.codec.synthesis.widened() + self.change * self.size
+        return synthesis * (SLOWLY * self.gains).exp(), self.codec.centre + synthesis @ (SLOWLY * self.shift)
 
     def forward(self, x: Vectors, context: Context) -> tuple[Vectors, Float[torch.Tensor, ""]]:
         y = (x - self.codec.mean) @ self.codec.analysis.widened() / self.factor
         q = through(y.detach().round(), y)
-        return self.codec.mean + self.factor * q @ self._synthesis().T, self._bits_of(q)
+        synthesis, centre = self._read_with()
+        return centre + self.factor * q @ synthesis.T, self._bits_of(q)
 
     def _bits_of(self, q: torch.Tensor) -> torch.Tensor:
         """By the probabilities that the codec was fitted with; between whole numbers, a straight line."""
@@ -112,9 +116,11 @@ class _TrainableTransform(Trainable):
         self.factor = factor
 
     def settled(self, data: FitData) -> Codec:
-        codec, trained = copy.deepcopy(self.codec), self._synthesis().detach()
-        weight = torch.eye(len(trained), device=trained.device) if data.error_metric is None else data.error_metric[0]
-        codec.synthesis = rounded(trained, weight, codec.synthesis.bits)
+        codec = copy.deepcopy(self.codec)
+        synthesis, centre = (own.detach() for own in self._read_with())
+        weight = torch.eye(len(centre), device=centre.device) if data.error_metric is None else data.error_metric[0]
+        codec.synthesis = rounded(synthesis, weight, codec.synthesis.bits)
+        codec.read_around(centre)
         codec.fit_ranges(data.train[0])
         codec.count_bits(data.heldout[0])
         return codec

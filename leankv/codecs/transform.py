@@ -11,6 +11,16 @@ from leankv import compiled
 from leankv.codecs.base import Codec, Context, Factored, FitData, Recipe, Shapes, Vectors, length_in
 from leankv.codecs.code import Code
 from leankv.codecs.coding.entropy import bits_of, decode_columns, encode_columns, entropy_of, frequencies_of
+from leankv.codecs.coding.escapes import (
+    ESCAPE_VALUES,
+    FINE,
+    LINEAR,
+    MOST_ESCAPES,
+    escape_bits,
+    escape_byte,
+    escape_value,
+    representable,
+)
 from leankv.codecs.coding.integer_matrix import IntegerMatrix, rounded
 from leankv.codecs.coding.mixed_radix import MixedRadix
 from leankv.codecs.coding.principal_components import Components, principal_components
@@ -20,9 +30,6 @@ from leankv.codecs.registry import register
 from leankv.codecs.statistics import ROWS
 from leankv.compiled.packed_rows import PackedRows, RadixRows
 
-ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
-MOST_ESCAPES = 255  # of a token: a byte counts them
-LINEAR, FINE = 96, 4  # escape values up to 96 are exact, larger ones stand 2^(1/4) apart
 SEEN_AT_LEAST = 2e-4
 """Coordinates that are not zero in fewer vectors are always zero: they would cost more than they bring."""
 LARGEST_TABLE = 63  # integers of at most this size have a frequency of their own in stored chunks
@@ -107,9 +114,12 @@ class TransformRecipe(Recipe):
 
     def shaped(self, width: int, shapes: Shapes) -> Codec:
         bits = 16 if length_in(shapes, ["analysis.integers", "synthesis.integers"], 2 * width) > width else 8
-        return self._empty(width, length_in(shapes, ["low", "levels", "scale", "shape"], width), bits)
+        codec = self._empty(width, length_in(shapes, ["low", "levels", "scale", "shape"], width), bits)
+        if "offset" in shapes:
+            codec.read_around(codec.mean)
+        return codec
 
-    def _empty(self, width: int, used: int, bits: int) -> Codec:
+    def _empty(self, width: int, used: int, bits: int) -> "Transform":
         tensors = {
             "low": torch.zeros(used, dtype=torch.int16),
             "levels": torch.ones(used, dtype=torch.int16),
@@ -141,6 +151,8 @@ class Transform(Codec):
     counts a token's escapes. Stored: the same integers, entropy-coded losslessly (`leankv.codecs.coding.entropy`) by
     probabilities of two parameters a coordinate (`leankv.codecs.coding.shapes`). Both are counted on held-out text.
 
+    Codecs that were trained (`leankv.codecs.trainable`) decode around another vector than the mean.
+
     What it does not do: adapt its probabilities to the text, or look at other tokens.
     """
 
@@ -170,7 +182,18 @@ class Transform(Codec):
         self.scale: torch.Tensor
         self.shape: torch.Tensor
         self.bits: torch.Tensor
+        self.offset: torch.Tensor | None = None
         self._radix: MixedRadix | None = None  # follows from `low` and `levels`
+
+    def read_around(self, centre: Float[torch.Tensor, " width"]) -> None:
+        """Decode codes around another vector than the mean that they were made around (`leankv.codecs.trainable`)."""
+        del self.offset
+        self.register_buffer("offset", centre - self.mean)
+
+    @property
+    def centre(self) -> torch.Tensor:
+        """What codes are decoded around: the mean, unless they were trained."""
+        return self.mean if self.offset is None else self.mean + self.offset
 
     @property
     def bits_per_token(self) -> float:
@@ -186,12 +209,7 @@ class Transform(Codec):
 
     def integers(self, x: torch.Tensor) -> torch.Tensor:
         """`q` of vectors `[N, W]`: `[N, J]`, float32, of a size that an escape can hold."""
-        q = ((x.float() - self.mean) @ self.analysis.widened()).round()
-        size = q.abs()
-        # What an escape says of a large value is coarse.
-        exponent = (FINE * torch.log2(size.clamp_min(LINEAR) / LINEAR)).round().clamp_max(126 - LINEAR)
-        coarse = (LINEAR * torch.exp2(exponent / FINE)).round()
-        return torch.where(size <= LINEAR, size, coarse) * q.sign()
+        return representable(((x.float() - self.mean) @ self.analysis.widened()).round())
 
     def encode(self, x: Vectors, context: Context = None) -> Code:
         return self._packed(self.integers(x))
@@ -199,7 +217,7 @@ class Transform(Codec):
     def _packed(self, q: torch.Tensor) -> Code:
         layout = self._layout()
         if compiled.serves(q):
-            item = _escape_bits(q.shape[1]) // 8
+            item = escape_bits(q.shape[1]) // 8
             items, counts = compiled.escapes_of(q, layout.low, layout.levels, item, LINEAR, FINE)
             if not counts.numel() or int(counts.max()) <= MOST_ESCAPES:
                 return Code({"q": layout.pack(q), "escapes": Ragged.of(items, counts)})
@@ -211,7 +229,7 @@ class Transform(Codec):
             counts = outside.sum(dim=1)
         _, which = outside.nonzero(as_tuple=True)
         index = [which % 256, which // 256] if q.shape[1] > 256 else [which]
-        items = torch.stack([*(i.to(torch.uint8) for i in index), _escape_byte(q[outside])], dim=1)
+        items = torch.stack([*(i.to(torch.uint8) for i in index), escape_byte(q[outside])], dim=1)
         return Code({"q": layout.pack(q), "escapes": Ragged.of(items, counts)})
 
     def _values(self, code: Code) -> torch.Tensor:
@@ -223,16 +241,16 @@ class Transform(Codec):
             return q
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
-        q[escapes.row_numbers(), which] = _escape_value(items[:, -1])
+        q[escapes.row_numbers(), which] = escape_value(items[:, -1])
         return q
 
     def packed_rows(self, code: Code) -> PackedRows:
         escapes = code.ragged("escapes")
         outside = escapes.counts, escapes.items(), ESCAPE_VALUES
-        return RadixRows(code["q"], self._layout().tables, outside, self.synthesis.widened().T, self.mean)
+        return RadixRows(code["q"], self._layout().tables, outside, self.synthesis.widened().T, self.centre)
 
     def factored(self, code: Code) -> Factored:
-        return Factored(self._values(code), self.synthesis.widened().T, self.mean)
+        return Factored(self._values(code), self.synthesis.widened().T, self.centre)
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
         return self.factored(code).product()
@@ -273,16 +291,16 @@ class Transform(Codec):
             q = self.integers(rows)
             outside += int(((q < layout.low) | (q >= layout.low + layout.levels)).sum())
             stored += bits_of(q.to(torch.int64).cpu(), table)
-        live = 8 * (layout.n_bytes + 1) + _escape_bits(len(self.low)) * outside / len(heldout)
+        live = 8 * (layout.n_bytes + 1) + escape_bits(len(self.low)) * outside / len(heldout)
         self.bits.copy_(torch.tensor([live, stored / len(heldout)]))
 
 
 def _statistics(q: torch.Tensor) -> dict[str, torch.Tensor]:
     """`low` and `levels` of the ranges, `scale` and `shape` of the probabilities, from whole numbers `[N, J]`."""
     q = q.to(torch.int64)
-    used, escape_bits = q.shape[1], _escape_bits(q.shape[1])
+    used, item_bits = q.shape[1], escape_bits(q.shape[1])
     seen = frequencies_of(q, LARGEST_SYMBOL).double() / len(q)
-    ranges = torch.tensor([_range(shares, escape_bits) for shares in seen.tolist()], dtype=torch.int16)
+    ranges = torch.tensor([_range(shares, item_bits) for shares in seen.tolist()], dtype=torch.int16)
     low, levels = ranges.reshape(used, 2).T.contiguous().to(q.device)
     scale, shape = fitted_shapes(frequencies_of(q, LARGEST_TABLE))
     return {"low": low, "levels": levels, "scale": scale.to(q.device), "shape": shape.to(q.device)}
@@ -333,25 +351,20 @@ def _coordinates(x: torch.Tensor, found: Components) -> torch.Tensor:
     return torch.cat([(rows.float() - found.mean) @ found.analysis for rows in x.split(ROWS)])
 
 
-def _escape_bits(coordinates: int) -> int:
-    """What one escape takes where so many coordinates are in use."""
-    return ESCAPE_BITS + 8 * (coordinates > 256)
-
-
-def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
+def _range(shares: list[float], item_bits: int) -> tuple[int, int]:
     """The range of usual values of a coordinate: its lowest, and how many; no more than a byte holds.
 
-    The one with the least `log2(levels) + escape_bits * P(outside)`, among those grown from zero towards the more
+    The one with the least `log2(levels) + item_bits * P(outside)`, among those grown from zero towards the more
     frequent side.
 
     Args:
         shares: of the values -255 to 255, as `leankv.codecs.coding.entropy.frequencies_of` counts them.
-        escape_bits: what a value outside takes.
+        item_bits: what a value outside takes.
     """
     zero = LARGEST_SYMBOL
     low = high = zero
     inside = shares[zero]
-    best, chosen = escape_bits * (1 - inside), (0, 1)
+    best, chosen = item_bits * (1 - inside), (0, 1)
     while high - low < 255:
         if shares[low - 1] > shares[high + 1]:
             low -= 1
@@ -359,7 +372,7 @@ def _range(shares: list[float], escape_bits: int) -> tuple[int, int]:
         else:
             high += 1
             inside += shares[high]
-        cost = math.log2(high - low + 1) + escape_bits * (1 - inside)
+        cost = math.log2(high - low + 1) + item_bits * (1 - inside)
         if cost < best:
             best, chosen = cost, (low - zero, high - low + 1)
     return chosen
@@ -380,20 +393,3 @@ def _step_of_rate(y: torch.Tensor, rate: float) -> float:
         else:
             high = middle
     return math.exp(high)
-
-
-def _escape_byte(q: torch.Tensor) -> torch.Tensor:
-    """Values that `Transform.integers` gives, as one byte each: 128 sizes and a sign."""
-    size = q.abs()
-    coarse = LINEAR + (FINE * torch.log2(size.clamp_min(LINEAR) / LINEAR)).round()
-    return (torch.where(size <= LINEAR, size, coarse) + 128 * (q < 0)).to(torch.uint8)
-
-
-def _escape_value(byte: torch.Tensor) -> torch.Tensor:
-    """The way back, float32."""
-    size = (byte % 128).float()
-    coarse = (LINEAR * torch.exp2((size - LINEAR) / FINE)).round()
-    return torch.where(size <= LINEAR, size, coarse) * (1 - 2 * (byte >= 128).float())
-
-
-ESCAPE_VALUES = _escape_value(torch.arange(256, dtype=torch.uint8))
