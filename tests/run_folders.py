@@ -95,7 +95,7 @@ def write_experiment(root: Path, n_layers: int, epochs: int, blocks: dict[str, i
     return path
 
 
-def start(command: Sequence[str]) -> subprocess.Popen[str]:
+def start(command: Sequence[str], niceness: int = 10) -> subprocess.Popen[str]:
     """A process that gives way to others, so that who watches it, to stop it at some point, is not too late."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -104,7 +104,7 @@ def start(command: Sequence[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=lambda: os.nice(10),
+        preexec_fn=lambda: os.nice(niceness),
     )
 
 

@@ -84,7 +84,8 @@ def kill_the_first_worker(folder: Path, known: int | None, process: subprocess.P
 def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     command = serial.command(tmp_path, "--executor", "ray", "--workers", "2")
-    process = start([sys.executable, "-m", "leankv", *command])  # Ray does not outlive a fork
+    # Ray does not outlive a fork; and gives its own processes 15 s to start, whatever else the machine does.
+    process = start([sys.executable, "-m", "leankv", *command], niceness=0)
     kill_the_first_worker(tmp_path, None, process)
     stdout, stderr = process.communicate(timeout=TIME_OUT)
     assert process.returncode == 0, stderr
