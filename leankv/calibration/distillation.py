@@ -17,6 +17,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.on_device import codec_on
 from leankv.cache.plan import Plan, Site
 from leankv.cache.trainable_cache import TrainableCache
+from leankv.calibration.sensitivity import divergence_of
 from leankv.codecs.trainable import Trainable, trainable
 from leankv.errors import UserError
 from leankv.models.logits import piecewise_logits
@@ -106,7 +107,7 @@ class Distillation:
             on_step: called after each of at most `PASSES * n` steps.
 
         Raises:
-            UserError: the loss is not finite, or no gradients come back through the weights.
+            UserError: the divergence is not finite, or coarser steps would save no bits.
         """
         before = self.score(checked)
         price = self._price(checked, before)
@@ -161,11 +162,10 @@ class Distillation:
         with torch.no_grad():
             exact = LeanCache(self._model.config, {}, sinks=0, window=0)
             logits = piecewise_logits(self._model, tokens, exact, count)
-            base = [own[0].log_softmax(dim=1, dtype=torch.float32) for own in logits]
-        total = torch.zeros((), device=tokens.device)
-        for log_p, other in zip(base, piecewise_logits(self._model, tokens, cache, count), strict=True):
-            log_q = other[0].log_softmax(dim=1, dtype=torch.float32)
-            total = total + torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            base = [own[0].clone() for own in logits]
+        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        for own, other in zip(base, piecewise_logits(self._model, tokens, cache, count), strict=True):
+            total = total + divergence_of(own, other[0])
         return total / count, cache.bits / (tokens.shape[1] - self._sinks)
 
     def _state(self) -> dict[str, torch.Tensor]:

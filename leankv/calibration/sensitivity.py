@@ -82,14 +82,14 @@ def _of_block(
                 with torch.no_grad():
                     base = [own.clone() for own in piecewise_logits(model, piece, exact, counted)]
                 for own, other in zip(base, piecewise_logits(model, piece, through, counted), strict=True):
-                    divergence = divergence + _divergence(own[0], other[0])
+                    divergence = divergence + divergence_of(own[0], other[0])
     finally:
         hook.remove()
     divergence.backward(inputs=[leaf])
     return through.gradient_along_errors()
 
 
-def _divergence(base: Float[torch.Tensor, "n V"], other: Float[torch.Tensor, "n V"]) -> torch.Tensor:
+def divergence_of(base: Float[torch.Tensor, "n V"], other: Float[torch.Tensor, "n V"]) -> torch.Tensor:
     """Sum of KL(base || other) over n tokens, float64."""
     log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (base, other))
     return (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)

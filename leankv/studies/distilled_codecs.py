@@ -52,7 +52,7 @@ class DistilledCodecs(CodecStore):
         model, sinks = workspace.loaded.model, workspace.experiment.protocol.sinks
         training = Distillation(model, begin, context, sinks, workspace.rotation)
         calibration, selection = (workspace.blocks(split).tokens for split in ("calibration", "selection"))
-        texts = _rows(calibration[: -fitting.heldout_blocks(len(calibration))])
+        texts = _rows(calibration[: len(calibration) - fitting.heldout_blocks(len(calibration))])
         checked = _rows(selection)
         checked = checked[:: max(1, len(checked) // CHECKED_BLOCKS)][:CHECKED_BLOCKS]
         with workspace.progress.stage("training all codecs together", PASSES * len(texts)) as step:
