@@ -17,9 +17,10 @@ from leankv.cache.plan import Site
 from leankv.calibration import fit as fit_module
 from leankv.calibration.activations import Activations, ActivationsInMemory
 from leankv.calibration.capture import capture
-from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs
-from leankv.codecs import fraction_of_variance_unexplained, parse_recipe
+from leankv.calibration.fit import FittedCodec, Fitting, fit_codecs, on_its_own
+from leankv.codecs import FitData, TrainingSettings, fraction_of_variance_unexplained, parse_recipe
 from leankv.codecs.autoencoder import Autoencoder
+from leankv.codecs.base import fit_together
 from leankv.config.experiment import FitConfig
 from leankv.data.blocks import Blocks
 from leankv.errors import UserError
@@ -291,6 +292,19 @@ def test_a_group_s_vectors_are_gone_when_the_next_ones_are_read(
     monkeypatch.setattr(fit_module, "_stacked", watched)
     fit(captured, spec=spec, memory_bytes=least_memory(captured, spec))
     assert len(held) > 1
+
+
+def test_what_codecs_have_in_common_stays_where_it_is_when_one_of_them_leaves() -> None:
+    """Fitted on another device: the first that is done is brought to the CPU, the others still have to encode there."""
+    x = torch.randn(1, 64, 16)
+    recipes = [parse_recipe(text) for text in ("resid(pca:4,int:4)", "resid(pca:4,int:2)")]
+    (one,), (other,) = fit_together(recipes, FitData(x, x[:, :8], training=TrainingSettings(1, 32, 1e-2, 0)))
+    assert one.first is other.first
+    kept = {name: tensor.data_ptr() for name, tensor in other.state_dict().items()}
+    own = on_its_own(one)
+    assert {name: tensor.data_ptr() for name, tensor in other.state_dict().items()} == kept
+    assert not set(kept.values()) & {tensor.data_ptr() for tensor in own.state_dict().values()}
+    assert torch.equal(own.decode(own.encode(x[0])), one.decode(one.encode(x[0])))
 
 
 def test_a_budget_that_holds_no_layer_is_refused_with_the_least_that_does(captured: Activations) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import reduce
 
 import torch
 
@@ -57,7 +56,7 @@ class CodeRuns:
             if begin < end:
                 parts.append(run if end - begin == length else run.narrow(begin, end))
             start += length
-        return reduce(Code.append, parts) if parts else self._runs[0].narrow(0, 0)
+        return parts[0].append(*parts[1:]) if parts else self._runs[0].narrow(0, 0)
 
     def whole(self) -> Code:
         """All of it as one code."""

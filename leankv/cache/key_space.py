@@ -30,7 +30,7 @@ class KeySpace:
         ends_pass: bool = False,
     ):
         self._rotation, self._layer, self._ends_pass = rotation, layer, ends_pass
-        self._of_prompt = padding
+        self._of_prompt = None if padding is None else padding.cpu()  # where positions are reckoned
         self._of_rows: torch.Tensor | None = None  # once there are rows
 
     def begin(self, batch: int) -> None:
@@ -45,7 +45,7 @@ class KeySpace:
 
     def restore(self, padding: Int64[torch.Tensor, " batch"] | None) -> None:
         """Have such rows."""
-        self._of_rows = padding
+        self._of_rows = None if padding is None else padding.cpu()
 
     def end(self) -> None:
         """These keys were read: tables that layers share in a forward pass go with the last of them."""
@@ -59,12 +59,7 @@ class KeySpace:
     def index(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
         if self._of_rows is not None:
-            self._of_rows = self._of_rows[rows.to(self._of_rows.device)]
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> None:
-        """Bring what is held to a device."""
-        if self._of_rows is not None:
-            self._of_rows = self._of_rows.to(device, non_blocking=non_blocking)
+            self._of_rows = self._of_rows[rows.cpu()]
 
     def enter(self, keys: Keys, first: int) -> Keys:
         """Cached keys, of which the first is token `first` of the sequence, as codecs take them."""
@@ -88,7 +83,7 @@ class KeySpace:
 
     def met(self, queries: Keys, first: int) -> Keys:
         """Queries as they meet `turned` keys of a piece whose first token is `first` of the sequence."""
-        padding = torch.zeros(1, dtype=torch.int64) if self._of_rows is None else self._of_rows.cpu()
+        padding = torch.zeros(1, dtype=torch.int64) if self._of_rows is None else self._of_rows
         table = self._rotation.table_at(self._layer, (first - padding)[:, None], queries.device)
         return self._rotation.turned_back(self._layer, queries, table)
 
@@ -110,4 +105,4 @@ class KeySpace:
         places = torch.arange(first, first + count)[None]
         if self._of_rows is None:
             return places
-        return (places - self._of_rows.cpu()[:, None]).clamp_min(0)
+        return (places - self._of_rows[:, None]).clamp_min(0)

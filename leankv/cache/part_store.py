@@ -27,6 +27,10 @@ from leankv.compiled.packed_rows import Meeting, PackedRows
 PIECE = 4096
 """Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
 
+GPU_PIECE = 16384
+"""On a GPU, where starting its many small operations takes longer than they do: at 4,096 tokens each piece of 1,024
+took 0.7 ms on an H200, whatever its length. Assumption: what so many tokens take is small beside a GPU's memory."""
+
 UNBOUNDED = sys.maxsize
 """As a window: every token behind the sinks stays exact until `encode_all`."""
 
@@ -163,7 +167,7 @@ class PartStore:
         batch, coded = code.shape
         if self.cross_layer.readers:  # at once: pieces that are joined later stand in memory twice
             shown.append(torch.empty(batch, coded - start, codec.width, dtype=torch.float16, device=into.device))
-        piece = self.piece_length
+        piece = self.piece_length(into.device)
         for first in range(start, coded, piece):
             last = min(first + piece, coded)
             rows, seen = self._decoded_codes(codec, code, first, last, into)
@@ -272,16 +276,18 @@ class PartStore:
         if self.space is not None:
             self.space.end()
 
-    def borders(self) -> set[int]:
-        """Numbers of tokens held at which sinks, runs of codes or window begin or end."""
+    def borders(self, device: torch.device) -> set[int]:
+        """Numbers of tokens held at which sinks, codes or window begin or end.
+
+        And runs of codes, which are read in place; on a GPU they are joined, so that there are few pieces.
+        """
         sinks, coded, window = self._lengths()
-        runs = () if self.code is None else self.code.borders()
+        runs = () if self.code is None or device.type != "cpu" else self.code.borders()
         return {0, sinks, *(sinks + first for first in runs), sinks + coded, sinks + coded + window}
 
-    @property
-    def piece_length(self) -> int:
+    def piece_length(self, device: torch.device) -> int:
         """Tokens that are decoded at a time: what codes are predicted from stands beside them, so there are fewer."""
-        return max(1, PIECE // (1 + len(self.cross_layer.sources)))
+        return max(1, (PIECE if device.type == "cpu" else GPU_PIECE) // (1 + len(self.cross_layer.sources)))
 
     def _shown(self, rows: Rows, first: int) -> torch.Tensor:
         """What readers see of `rows` as cached, `[B, T, W]`, the first of them token `first`."""
@@ -343,8 +349,6 @@ class PartStore:
             self.code = self.code.to(device, non_blocking=True)
         if self.window_rows is not None:
             self.window_rows = self.window_rows.to(device, non_blocking=True)
-        if self.space is not None:
-            self.space.to(device, non_blocking=True)
 
     def serialized(self) -> list[bytes]:
         """What is held as it would be stored: sinks and window as they are, codes serialized, a stream for each row."""

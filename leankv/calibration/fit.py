@@ -3,6 +3,7 @@
 A codec's numbers depend on its own layer and part only, never on which others are fitted with it.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -186,11 +187,17 @@ def in_precision(codec: Codec, dtype: torch.dtype) -> Codec:
 
 
 def on_its_own(codec: Codec) -> Codec:
-    """The codec on the CPU, in tensors of its own: as fitted they may be views of what holds far more."""
-    codec = codec.cpu()
+    """A copy on the CPU, in tensors of its own.
+
+    As fitted they may be views of what holds far more; and codecs that were fitted together may have a part in common,
+    which the others still need where it is.
+    """
+    copies: dict[int, Any] = {id(codec.recipe): codec.recipe}
     for tensor in codec.state_dict(keep_vars=True).values():
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    return codec
+        own = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        copies[id(tensor)] = torch.nn.Parameter(own, tensor.requires_grad) if is_parameter else own
+    return copy.deepcopy(codec, copies)
 
 
 def finite(fvu: float) -> float:

@@ -1,6 +1,5 @@
 """What every family is: a recipe, which says what to fit, and a codec, which turns vectors into codes and back."""
 
-import functools
 import hashlib
 import inspect
 import linecache
@@ -158,13 +157,14 @@ class Codec(torch.nn.Module, ABC):
         return code.to_bytes()
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
-        """The code of `tokens` tokens from what `serialize` made of it, on the CPU."""
-        return self.encode(torch.zeros(1, self.width)).read(data, tokens)
+        """The code of `tokens` tokens from what `serialize` made of it, where the codec is."""
+        device = next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
+        return self.encode(torch.zeros(1, self.width, device=device)).read(data, tokens).to(device)
 
     def deserialize_all(self, streams: Sequence[bytes], tokens: Sequence[int]) -> Code:
         """The code of all tokens of several streams, behind each other: as `deserialize` gives them, one by one."""
         codes = [self.deserialize(data, count).unflatten(1) for data, count in zip(streams, tokens, strict=True)]
-        return functools.reduce(Code.append, codes).flatten()
+        return codes[0].append(*codes[1:]).flatten()
 
     @property
     def n_parameters(self) -> int:

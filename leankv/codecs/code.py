@@ -59,10 +59,12 @@ class Code:
             return [self.flatten()]
         return [self.index(row).flatten() for row in torch.arange(self.shape[0]).split(1)]
 
-    def append(self, other: "Code") -> "Code":
-        """`[B, T]` and `[B, S]` -> `[B, T + S]`."""
-        joined = {name: column.append(other.columns[name]) for name, column in self.columns.items()}
-        return Code(joined, (self.shape[0], self.shape[1] + other.shape[1]))
+    def append(self, *others: "Code") -> "Code":
+        """`[B, T]`, `[B, S]` and so on -> `[B, T + S + ...]`."""
+        joined = {
+            name: column.append(*(other.columns[name] for other in others)) for name, column in self.columns.items()
+        }
+        return Code(joined, (self.shape[0], sum(code.shape[1] for code in (self, *others))))
 
     def narrow(self, first: int, last: int) -> "Code":
         """Tokens `first` to `last` of each row of `[B, T]`; views where they can be, which keep all of it alive."""

@@ -116,7 +116,7 @@ def _exchanged(argument: Any, positions: torch.Tensor, dtype: torch.dtype | None
     # Hidden states give the tables their dtype and device, positions are the whole numbers.
     if not isinstance(argument, torch.Tensor):
         return argument
-    return argument.to(dtype) if argument.is_floating_point() else positions.to(argument.device)
+    return argument.to(dtype) if argument.is_floating_point() else positions.to(argument.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

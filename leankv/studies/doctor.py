@@ -64,7 +64,11 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """What LeanKV asks for, and its extras."""
-    wanted = [Requirement(text) for text in requires("leankv") or ()]
+    try:
+        wanted = [Requirement(text) for text in requires("leankv") or ()]
+    except PackageNotFoundError:
+        yield Finding("packages", MISSING, "leankv itself is not installed", "pip install .")
+        return
     optional = [requirement for requirement in wanted if requirement.marker is not None]
     yield from (_installed(requirement) for requirement in wanted if requirement.marker is None)
     for extra in sorted(metadata("leankv").get_all("Provides-Extra") or ()):

@@ -23,8 +23,8 @@ class Column(ABC):
         """`[B * T]` -> `[B, T]`."""
 
     @abstractmethod
-    def append(self, other: Any) -> "Column":
-        """`[B, T]` and another `[B, S]` of the same kind -> `[B, T + S]`."""
+    def append(self, *others: Any) -> "Column":
+        """`[B, T]` and others `[B, S]` of the same kind -> `[B, T + S + ...]`."""
 
     @abstractmethod
     def narrow(self, first: int, last: int) -> "Column":
@@ -63,8 +63,8 @@ class Dense(Column):
     def unflatten(self, batch: int) -> "Dense":
         return Dense(self.data.unflatten(0, (batch, -1)))
 
-    def append(self, other: "Dense") -> "Dense":
-        return Dense(torch.cat([self.data, other.data], dim=1))
+    def append(self, *others: "Dense") -> "Dense":
+        return Dense(torch.cat([self.data, *(other.data for other in others)], dim=1))
 
     def narrow(self, first: int, last: int) -> "Dense":
         return Dense(self.data[:, first:last])

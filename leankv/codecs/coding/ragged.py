@@ -1,5 +1,6 @@
 """Rows of different lengths, as one flat tensor: what a code may hold where tokens need more or less room."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,12 +58,15 @@ class Ragged(Column):
     def unflatten(self, batch: int) -> "Ragged":
         return Ragged(self.data, self.counts.unflatten(0, (batch, -1)), self.item)
 
-    def append(self, other: "Ragged") -> "Ragged":
-        counts = torch.cat([self.counts.flatten(), other.counts.flatten()])
-        both = Ragged(torch.cat([self.data, other.data]), counts, self.item)
+    def append(self, *others: "Ragged") -> "Ragged":
+        parts = (self, *others)
+        counts = torch.cat([part.counts.flatten() for part in parts])
+        joined = Ragged(torch.cat([part.data for part in parts]), counts, self.item)
         if len(self.counts) == 1:
-            return both.unflatten(1)
-        return both._taken(torch.cat([self._grid(), other._grid() + self.counts.numel()], dim=1))
+            return joined.unflatten(1)
+        before = itertools.accumulate((part.counts.numel() for part in parts[:-1]), initial=0)
+        grids = [part._grid() + count for part, count in zip(parts, before, strict=True)]
+        return joined._taken(torch.cat(grids, dim=1))
 
     def narrow(self, first: int, last: int) -> "Ragged":
         """Tokens `first` to `last` of each row of `[B, T]`; views where there is one row."""
