@@ -1,6 +1,7 @@
 """Error metrics: moments of gradients, queries and output projections, against the model's own modules."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from leankv.models.geometry import find_geometry
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import KeyRotation
 from leankv.progress import Silent
+from leankv.studies import metric_store
 from tests import tiny
+from tests.run_folders import evaluator_of, folder_of
 
 BLOCKS = Blocks(tiny.tokens(3, 24, seed=2), "calibration", "random")
 LAYERS = [0, 2, 3]
@@ -123,3 +126,38 @@ def test_shrinking_keeps_the_trace_and_gives_the_identity_where_nothing_was_seen
     metric = second_moment(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
     assert shrunk(metric).trace().item() == pytest.approx(metric.trace().item(), rel=1e-5)
     assert torch.equal(shrunk(torch.zeros(4, 4)), torch.eye(4))
+
+
+@pytest.mark.parametrize("kind", ["gradient", "attention"])
+def test_metrics_are_estimated_once_a_folder(
+    kind: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process finds them for the layers that were asked for; those of others are estimated then."""
+    asked: list[list[int]] = []
+
+    def watched(kind: str, loaded: Any, sample: MetricSample, progress: Any) -> ErrorMetrics:
+        asked.append(list(sample.layers))
+        return fit_error_metrics(kind, loaded, sample, progress)
+
+    monkeypatch.setattr(metric_store, "fit_error_metrics", watched)
+
+    def metrics(layers: Sequence[int], folder: str = "run") -> ErrorMetrics:
+        evaluator = evaluator_of({**settings, "fit.error_metric": kind}, tmp_path / folder)
+        return evaluator.codecs.metrics.of(layers)
+
+    first, again, more = metrics([0, 1]), metrics([0, 1]), metrics([1, 2])
+    assert asked == [[0, 1], [2]]
+    assert first.keys() == again.keys() == {(layer, part) for layer in (0, 1) for part in PARTS}
+    assert all(torch.equal(again[site], metric) for site, metric in first.items())
+    alone = metrics([0, 1, 2], "other")
+    assert all(torch.equal(alone[site], metric) for site, metric in more.items()), "those of other layers do not matter"
+
+
+def test_a_damaged_file_of_metrics_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**settings, "fit.error_metric": "gradient"}
+    evaluator = evaluator_of(changed, tmp_path / "run")
+    evaluator.codecs.metrics.of([0])
+    (path,) = (folder_of(evaluator) / "metrics").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"metrics.*damaged.*delete it"):
+        evaluator_of(changed, tmp_path / "run").codecs.metrics.of([0])

@@ -11,14 +11,13 @@ import torch
 
 from leankv.cache.codec_files import load_codec, save_codec
 from leankv.cache.plan import Plan, PlanSpec, Site
-from leankv.calibration.error_metrics import ErrorMetrics, fit_error_metrics
 from leankv.calibration.fit import FITTING_REVISION, FittedCodec, Fitting, fit_codecs
 from leankv.calibration.fit_in_context import SiteInContext, fit_in_context
 from leankv.calibration.fit_ladder import fit_ladders
-from leankv.calibration.metric_sample import MetricSample
 from leankv.codecs import Codec, Recipe
 from leankv.storage.files import hash_of
 from leankv.studies.activation_store import ActivationStore
+from leankv.studies.metric_store import MetricStore
 from leankv.studies.workspace import Workspace
 
 Keeper = Callable[[Site, FittedCodec], None]
@@ -62,7 +61,7 @@ class CodecStore:
         self.reference = reference
         self._at_hand: dict[str, StoredCodec] = {}
         self._keys: dict[tuple[PlanSpec, Site], str] = {}
-        self._metrics: ErrorMetrics = {}
+        self.metrics = MetricStore(workspace)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -86,7 +85,7 @@ class CodecStore:
                     asked = {site.layer for spec in specs for site in self._closure(spec)}
                     layers = sorted({*asked, *self.workspace.layers})
                     self.activations.of(layers)
-                    self._error_metrics(layers)
+                    self.metrics.of(layers)
                 # Another worker with the same shard may have fitted some while this one waited.
                 if self.reference is None:
                     self._fit_alone(specs)
@@ -107,7 +106,7 @@ class CodecStore:
     def with_reference(self, reference: PlanSpec) -> "CodecStore":
         """The same codecs, but that those which predict are fitted to what `reference` leaves of their context."""
         other = CodecStore(self.workspace, self.activations, reference)
-        other._at_hand, other._metrics = self._at_hand, self._metrics
+        other._at_hand, other.metrics = self._at_hand, self.metrics
         return other
 
     def key(self, spec: PlanSpec, site: Site) -> str:
@@ -194,7 +193,7 @@ class CodecStore:
                     activations,
                     wanted,
                     self.fitting,
-                    self._error_metrics(group),
+                    self.metrics.of(group),
                     self._keeper(spec),
                     self.workspace.progress,
                 )
@@ -205,7 +204,7 @@ class CodecStore:
         if not missing:
             return
         layers = sorted({site.layer for spec in specs for site in self._closure(spec)})
-        activations, metrics = self.activations.of(layers), self._error_metrics(layers)
+        activations, metrics = self.activations.of(layers), self.metrics.of(layers)
         names = ", ".join(sorted({recipe.text for recipe in missing.values()}))
         with self.workspace.progress.stage(f"fitting {names} layer by layer", len(missing)) as step:
             for spec in specs:
@@ -250,7 +249,7 @@ class CodecStore:
 
             for group, activations in groups:
                 own = {site: context for site, context in sites.items() if site.layer in group}
-                fit_ladders(activations, ladders, own, self.fitting, self._error_metrics(list(group)), on_fitted)
+                fit_ladders(activations, ladders, own, self.fitting, self.metrics.of(group), on_fitted)
 
     def _find_all(self, spec: PlanSpec, sites: Iterable[Site]) -> None:
         """Read the codecs of these sites that are in files."""
@@ -298,18 +297,6 @@ class CodecStore:
                 self._at_hand[key] = read_codec(self.path(spec, site))
 
         return keep
-
-    def _error_metrics(self, layers: list[int]) -> ErrorMetrics:
-        """What the errors of these layers' vectors count by; nothing where they all count alike."""
-        kind = self.workspace.experiment.fit.error_metric
-        if kind == "none":
-            return {}
-        if asked := [layer for layer in layers if Site(layer, "k") not in self._metrics]:
-            workspace = self.workspace
-            blocks, sinks = workspace.blocks("calibration"), workspace.experiment.protocol.sinks
-            sample = MetricSample(blocks, asked, workspace.rotation, sinks, workspace.experiment.seed)
-            self._metrics |= fit_error_metrics(kind, workspace.loaded, sample, workspace.progress)
-        return self._metrics
 
 
 def _distinct(missing: Iterable[Mapping[Site, Recipe]]) -> list[dict[Site, Recipe]]:

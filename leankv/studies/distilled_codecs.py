@@ -26,7 +26,7 @@ class DistilledCodecs(CodecStore):
     def __init__(self, undistilled: CodecStore):
         super().__init__(undistilled.workspace, undistilled.activations)
         self._undistilled = undistilled
-        self._metrics = undistilled._metrics
+        self.metrics = undistilled.metrics
 
     def fit(self, specs: Iterable[PlanSpec]) -> None:
         """See that the codecs of all these plans are trained."""
@@ -47,8 +47,7 @@ class DistilledCodecs(CodecStore):
         }
 
     def _train(self, spec: PlanSpec, begin: Plan) -> Distilled:
-        workspace, fitting = self.workspace, self.fitting
-        context = {site: workspace.context_of(site, recipe) for site, recipe in spec.sites(workspace.n_layers).items()}
+        workspace, fitting, context = self.workspace, self.fitting, self._contexts(spec)
         model, sinks = workspace.loaded.model, workspace.experiment.protocol.sinks
         training = Distillation(model, begin, context, sinks, workspace.rotation)
         calibration, selection = (workspace.blocks(split).tokens for split in ("calibration", "selection"))
@@ -65,9 +64,8 @@ class DistilledCodecs(CodecStore):
 
     def _settle(self, spec: PlanSpec, found: Distilled) -> None:
         """Fit ranges and probabilities to what the trained codecs make of calibration text, and keep the codecs."""
-        workspace = self.workspace
+        workspace, context = self.workspace, self._contexts(spec)
         recipes = spec.sites(workspace.n_layers)
-        context = {site: workspace.context_of(site, recipe) for site, recipe in recipes.items()}
         sites = {
             site: SiteInContext(recipes.get(site), None, context.get(site, []), found.codecs[site].settled)
             if site in recipes
@@ -75,7 +73,7 @@ class DistilledCodecs(CodecStore):
             for site in sorted({*recipes, *(source for sources in context.values() for source in sources)})
         }
         layers = sorted({site.layer for site in sites})
-        activations, metrics = self.activations.of(layers), self._error_metrics(layers)
+        activations, metrics = self.activations.of(layers), self.metrics.of(layers)
         keep = self._keeper(spec)
         with workspace.progress.stage("ranges of trained codecs", len(recipes)) as step, torch.no_grad():
 
@@ -84,6 +82,11 @@ class DistilledCodecs(CodecStore):
                 step()
 
             fit_in_context(activations, sites, self.fitting, metrics, on_fitted)
+
+    def _contexts(self, spec: PlanSpec) -> dict[Site, list[Site]]:
+        """What each site of a plan predicts from."""
+        workspace = self.workspace
+        return {site: workspace.context_of(site, recipe) for site, recipe in spec.sites(workspace.n_layers).items()}
 
 
 def _rows(tokens: torch.Tensor) -> torch.Tensor:
