@@ -21,12 +21,12 @@ from smollm2 import GENERATING, prepared, stock_cache
 from transformers import DynamicCache
 
 from leankv.cache.code_attention import attention_over_codes
-from leankv.cache.lean_cache import LeanCache
+from leankv.cache.lean_cache import ENCODE_EVERY, LeanCache
 from leankv.cache.memory import held_bytes
 from leankv.cache.plan import Plan, PlanSpec
 from leankv.evaluation.step_peak import peak_bytes, watched
 
-GENERATED, REPEATS = 8, 3
+GENERATED, REPEATS = ENCODE_EVERY, 3  # so that each time of generating tokens pays for coding as many
 CERTIFIED = Path(__file__).parent.parent / "results" / "plans-smollm2" / "plans.json"
 """Its plan under +7 %."""
 
@@ -61,7 +61,7 @@ def spec_of(what: str) -> PlanSpec:
 @torch.no_grad()
 def taken_in(model: Any, plan: Plan, rotation: Any, stock: DynamicCache) -> LeanCache:
     """A compressed cache that was given the same keys and values."""
-    cache = LeanCache(model.config, plan, sinks=4, window=128, rotation=rotation)
+    cache = LeanCache(model.config, plan, sinks=4, window=128, encode_every=ENCODE_EVERY, rotation=rotation)
     for number, layer in enumerate(stock.layers):
         cache.update(layer.keys, layer.values, number)
     return cache

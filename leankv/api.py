@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ def perplexity(
             nats = measure_nats(model, blocks, asked, make_base, step)
             return PerplexityReport(nats.perplexity, nats.tokens_per_block * len(nats.nats), asked)
         base_pass = BasePass(model, make_base, 0)
-        pair = measure_pair(model, blocks, asked, base_pass, lambda: bundle.new_cache(window=exact_window(asked)), step)
+        caches = partial(bundle.new_cache, window=exact_window(asked), encode_every=1)
+        pair = measure_pair(model, blocks, asked, base_pass, caches, step)
     return _report(pair, asked)
 
 

@@ -59,8 +59,11 @@ def through(codec: Codec | None, rows: torch.Tensor) -> torch.Tensor:
 class EveryRow:
     """The oracle of one part of one layer: all original rows of the sequence, and which of them have been encoded."""
 
-    def __init__(self, codec: Codec | None, sinks: int, window: int, sliding_window: int | None = None):
+    def __init__(
+        self, codec: Codec | None, sinks: int, window: int, sliding_window: int | None = None, encode_every: int = 1
+    ):
         self.codec, self.sinks, self.window, self.sliding_window = codec, sinks, window, sliding_window
+        self.encode_every = encode_every
         self.rows: torch.Tensor | None = None
         self.encoded: list[bool] = []
         self.first_held = 0
@@ -71,9 +74,9 @@ class EveryRow:
         self.encoded += [False] * new.shape[2]
         if self.codec is not None:
             # Once encoded always encoded: a crop does not bring rows back.
-            self.encoded = [
-                was or self.sinks <= t < total - self.window for t, was in zip(range(total), self.encoded, strict=True)
-            ]
+            left = [self.sinks <= t < total - self.window and not was for t, was in enumerate(self.encoded)]
+            if sum(left) >= self.encode_every:
+                self.encoded = [was or now for was, now in zip(self.encoded, left, strict=True)]
         if not record_past:
             self.forget_unseen()
         visible = total if self.sliding_window is None else min(total, self.sliding_window - 1 + new.shape[2])
@@ -105,11 +108,11 @@ class EveryRow:
 class SlowCache(DynamicCache):
     """A stock cache whose layers return what `EveryRow` says that a compressed one must."""
 
-    def __init__(self, config: Any, plan: Plan, sinks: int = 0, window: int = 0):
+    def __init__(self, config: Any, plan: Plan, sinks: int = 0, window: int = 0, encode_every: int = 1):
         super().__init__(config=config)
         self.parts = {
             (layer, part): EveryRow(
-                codecs.get(part), sinks, window, getattr(self.layers[layer], "sliding_window", None)
+                codecs.get(part), sinks, window, getattr(self.layers[layer], "sliding_window", None), encode_every
             )
             for layer, codecs in codecs_by_layer(plan).items()
             for part in ("k", "v")

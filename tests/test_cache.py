@@ -115,13 +115,15 @@ def test_two_turns_with_one_cache_are_bit_equal(model: Any, identical: Any) -> N
 # -- lossy codecs: what `update` returns, and what is held -------------------------------------------------------------
 
 
-def test_fitted_codecs_return_reconstructions_outside_sinks_and_window(model: Any) -> None:
+@pytest.mark.parametrize("encode_every", [1, 3])
+def test_fitted_codecs_return_reconstructions_outside_sinks_and_window(model: Any, encode_every: int) -> None:
     plan = fitted_plan(model)
     sinks, window = 2, 5
-    lean, slow = LeanCache(model.config, plan, sinks=sinks, window=window), SlowCache(model.config, plan, sinks, window)
+    lean = LeanCache(model.config, plan, sinks=sinks, window=window, encode_every=encode_every)
+    slow = SlowCache(model.config, plan, sinks, window, encode_every)
     generator = torch.Generator().manual_seed(0)
     for layer, geometry in enumerate(find_geometry(model).layers):
-        for length in (9, 1, 4):
+        for length in (9, 1, 1, 4):
             shape = (2, geometry.kv_heads, length, geometry.head_dim)
             k, v = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
             ours, theirs = lean.update(k, v, layer), slow.update(k, v, layer)

@@ -51,14 +51,14 @@ def dense(keys: Keys, values: Values, like: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def assert_pieces_are_what_update_hands_out(
-    model: Any, plan: Any, rotation: Any, sinks: int, window: int, queries: int
+    model: Any, plan: Any, rotation: Any, sinks: int, window: int, queries: int, encode_every: int = 1
 ) -> None:
     """The same keys and values into two copies of a filled cache. Through a whole model, last bits may flip codes."""
     # What is predicted from is seen in 16 bits, where a last bit of a product over other rows may round another way.
     atol = 1e-2 if any(codec.n_context_layers for codec in plan.values()) else 3e-5
-    stock = LeanCache(model.config, plan, sinks=sinks, window=window, rotation=rotation)
+    stock = LeanCache(model.config, plan, sinks=sinks, window=window, encode_every=encode_every, rotation=rotation)
     with torch.no_grad():
-        for length in (1, 9, 14, 1):
+        for length in (1, 9, 14, 1, 1, 1):
             ours = copy.deepcopy(stock)
             piece = tiny.tokens(2, length, seed=length)
             given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -91,11 +91,11 @@ def assert_pieces_are_what_update_hands_out(
 
 
 @pytest.mark.parametrize("spec", ["int:4", PREDICTING, "resid(pca:4,int:4)"])
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 3)])
-def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int) -> None:
+@pytest.mark.parametrize(("sinks", "window", "encode_every"), [(0, 0, 1), (2, 3, 1), (2, 3, 2)])
+def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int, encode_every: int) -> None:
     plan = fitted(model, PlanSpec.uniform(spec).with_layers([2], v="none").with_layers([1], k="none"))
     rotation = find_rotation(model, False, lambda reason: None)
-    assert_pieces_are_what_update_hands_out(model, plan, rotation, sinks, window, queries=1000)
+    assert_pieces_are_what_update_hands_out(model, plan, rotation, sinks, window, 1000, encode_every)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if suits(spec, 32)])

@@ -141,7 +141,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = bundle.new_cache(window=3)
+    cache = bundle.new_cache(window=3, encode_every=1)
     fed(tiny.build("llama"), cache, tiny.tokens(1, 40))
     path = tmp_path_factory.mktemp("saved") / "cache"
     cache.save(path, tiny.tokens(1, 40))
@@ -205,6 +205,7 @@ LIES: dict[str, tuple[Edit, str]] = {
     "10^12 rows": (put("batch", 10**12), "batch is 1000000000000"),
     "sinks less": (put("sinks", 1), "2 sinks, more than 1"),
     "sinks negative": (put("sinks", -1), "sinks is -1"),
+    "encoded never": (put("encode_every", -1), "encode_every is -1"),
     "no streams": (put("streams", []), "lacks tokens or streams"),
     "tokens a list": (put("tokens", [1]), "lacks tokens or streams"),
     "a store of nobody": (put("streams", {"99.k": [1, 1]}), "belongs to no codec"),
@@ -230,6 +231,13 @@ def test_lies_under_a_right_checksum_are_refused(
     edit(about, tensors)
     write_tensors(tmp_path / "cache", tensors, about)
     assert words in refused(tmp_path / "cache", bundle)
+
+
+def test_what_an_earlier_version_saved_encodes_each_token(saved: Path, bundle: Bundle, tmp_path: Path) -> None:
+    tensors, about = read_tensors(saved, "it", "nothing")
+    del about["encode_every"]
+    write_tensors(tmp_path / "cache", tensors, about)
+    assert load_cache(tmp_path / "cache", bundle).encode_every == 1
 
 
 def test_a_stream_of_other_bytes_is_read_as_something_or_refused(saved: Path, bundle: Bundle, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from leankv.cache.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.cache.codec_files import tensors_of
-from leankv.cache.lean_cache import LeanCache, Origin
+from leankv.cache.lean_cache import ENCODE_EVERY, LeanCache, Origin
 from leankv.cache.plan import Plan, PlanSpec
 from leankv.cache.plan_checksum import checksum_of
 from leankv.codecs.registry import codec_from_tensors
@@ -76,6 +76,7 @@ class Bundle:
         sinks: int | None = None,
         window: int | None = None,
         decode_once: bool = False,
+        encode_every: int = ENCODE_EVERY,
     ) -> LeanCache:
         """An empty cache for one batch of sequences: `model.generate(**inputs, past_key_values=bundle.new_cache())`.
 
@@ -84,12 +85,14 @@ class Bundle:
             sinks: in place of the bundle's.
             window: in place of the bundle's.
             decode_once: for measuring, which is faster then; such a cache saves no memory.
+            encode_every: tokens that left the window are encoded once there are so many; 1 to measure.
         """
         return LeanCache(
             self.config,
             self.plan,
             sinks=self.sinks if sinks is None else sinks,
             window=self.window if window is None else window,
+            encode_every=encode_every,
             attention_mask=attention_mask,
             rotation=self.rotation,
             origin=Origin(self.made_for["fingerprint"], lambda: self.checksum),

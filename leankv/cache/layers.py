@@ -34,6 +34,7 @@ class LeanLayer(DynamicLayer):
         key_space: where the key codec takes its vectors; as cached unless given.
         earlier: layers before this one, the nearest first, that its codecs predict from.
         store_type: holds the keys, and the values.
+        encode_every: see `leankv.cache.part_store.PartStore`.
     """
 
     is_compileable = False
@@ -50,6 +51,7 @@ class LeanLayer(DynamicLayer):
         key_space: KeySpace | None = None,
         earlier: Sequence["LeanLayer"] = (),
         store_type: type[PartStore] = PartStore,
+        encode_every: int = 1,
     ):
         super().__init__()
         self.codecs = dict(codecs)
@@ -60,7 +62,7 @@ class LeanLayer(DynamicLayer):
             sources = [layer.parts[each] for layer in earlier[:back] for each in ("k", "v")]
             # Values may be predicted from the layer's own keys too.
             own = list(self.parts.values()) if back else []
-            self.parts[part] = store_type(codec, sinks, window, space, sources + own)
+            self.parts[part] = store_type(codec, sinks, window, space, sources + own, encode_every)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype and device, and take codecs and what was restored to the device where this layer's keys are."""
@@ -160,8 +162,9 @@ class LeanSlidingLayer(LeanLayer):
         key_space: KeySpace | None = None,
         earlier: Sequence[LeanLayer] = (),
         store_type: type[PartStore] = PartStore,
+        encode_every: int = 1,
     ):
-        super().__init__(codecs, sinks, window, key_space, earlier, store_type)
+        super().__init__(codecs, sinks, window, key_space, earlier, store_type, encode_every)
         self.sliding_window = sliding_window
         self.record_past = False
 

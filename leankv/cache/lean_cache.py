@@ -27,6 +27,10 @@ SAVED_FORMAT = 1
 """Of the files that `LeanCache.save` writes; `leankv.cache.saved_cache` says what stands in them."""
 
 
+ENCODE_EVERY = 16
+"""While text is generated. Assumption: a step that encodes is then one of many, and so many exact tokens are few."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a saved cache has to be read with.
@@ -57,6 +61,8 @@ class LeanCache(Cache):
         sinks: first tokens of each sequence held exact in compressed layers.
         window: latest tokens held exact in compressed layers; `leankv.cache.part_store.UNBOUNDED` for all, until
             `encode_all`.
+        encode_every: tokens that left the window are encoded once there are so many, and are exact until then; so a
+            step that generates a token seldom encodes. 1 where there is no window. Costs are measured with 1.
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
@@ -72,6 +78,7 @@ class LeanCache(Cache):
         *,
         sinks: int,
         window: int,
+        encode_every: int = 1,
         attention_mask: torch.Tensor | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
@@ -103,15 +110,16 @@ class LeanCache(Cache):
                 space = KeySpace(shared, layer, padding, ends_pass=layer == ours[-1])
             if type(stock) is DynamicSlidingWindowLayer:
                 layers[layer] = LeanSlidingLayer(
-                    stock.sliding_window, codecs, sinks, window, space, sources, store_type
+                    stock.sliding_window, codecs, sinks, window, space, sources, store_type, encode_every
                 )
             else:
                 assert type(stock) is DynamicLayer, "find_geometry lets no other layers pass"
-                layers[layer] = LeanLayer(codecs, sinks, window, space, sources, store_type)
+                layers[layer] = LeanLayer(codecs, sinks, window, space, sources, store_type, encode_every)
         for layer in range(first_layer):
             layers[layer] = SkippedLayer(getattr(layers[layer], "sliding_window", None), layers[first_layer])
         super().__init__(layers=layers)
-        self.config, self.plan, self.window, self.rotation = config, plan, window, rotation
+        self.config, self.plan, self.rotation = config, plan, rotation
+        self.window, self.encode_every = window, encode_every
         self.origin = origin
         self.first_layer, self.decode_once = first_layer, decode_once
 
@@ -144,6 +152,7 @@ class LeanCache(Cache):
             self.plan,
             sinks=self.sinks,
             window=self.window,
+            encode_every=self.encode_every,
             attention_mask=None if self.padding is None else mask_of(self.padding),
             first_layer=self.first_layer,
             rotation=self.rotation,
@@ -193,6 +202,7 @@ class LeanCache(Cache):
             "batch": max((own.batch for own in held.values()), default=0),
             "sinks": self.sinks,
             "window": self.window,
+            "encode_every": self.encode_every,
             "streams": streams,
         }
         write_tensors(Path(path), tensors, about)

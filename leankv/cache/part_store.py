@@ -4,6 +4,9 @@ Three runs of tokens lie behind each other: the *sinks* (the first S tokens, exa
 latest R tokens, exact). Tokens enter at the end of the window and are encoded when they leave it; with S = R = 0 every
 vector that attention reads, the current token's included, went through the codec.
 
+Encoding one token takes as many operations as encoding many, and a step has little else to do. So those that leave the
+window may wait, exact behind it, until there are E of them: as KIVI's residual does (arXiv 2402.02750).
+
 With an `UNBOUNDED` window nothing becomes a code by itself: `encode_all` codes whatever is held exact behind the sinks,
 whole, and what comes after is exact again. So a prompt is computed exactly, and saved as codes.
 
@@ -46,7 +49,8 @@ class PartStore:
     Args:
         codec: None to hold all exact.
         sinks: first tokens held exact.
-        window: latest tokens held exact; `UNBOUNDED` for all, until `encode_all`.
+        window: latest tokens held exact, at least; `UNBOUNDED` for all, until `encode_all`.
+        encode_every: E; tokens that left the window are encoded once there are so many. 1 where there is no window.
         space: where codecs take the vectors; as cached unless given.
         sources: stores that are read before this one in every forward pass, and that the codec predicts from.
     """
@@ -60,10 +64,12 @@ class PartStore:
         window: int,
         space: KeySpace | None = None,
         sources: Sequence["PartStore"] = (),
+        encode_every: int = 1,
     ):
         self.codec = codec
         self.sinks = sinks
         self.window = window
+        self.encode_every = encode_every if window else 1
         self.space = space
         self.code_space = None if codec is None or codec.lossless else space
         self.cross_layer: CrossLayer = CrossLayer([store.cross_layer for store in sources])
@@ -99,8 +105,8 @@ class PartStore:
             self.sink_rows = _behind(self.sink_rows, rows[:, :, :missing])
             rows = rows[:, :, missing:]
         rows = _behind(self.window_rows, rows)
-        leaving = max(rows.shape[2] - self.window, 0)
-        if leaving:
+        leaving = rows.shape[2] - self.window
+        if leaving >= self.encode_every:
             self._encode(self.codec, rows[:, :, :leaving], self.seen - rows.shape[2])
             rows = rows[:, :, leaving:].clone()
         self.window_rows = rows if rows.shape[2] else None

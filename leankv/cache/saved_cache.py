@@ -78,8 +78,9 @@ def _restored(
             f"{WHAT} {path} has format {about.get('format')!r}, this version reads {SAVED_FORMAT}; {WAY_OUT}"
         )
     check_origin(path, WHAT, about, bundle)
+    about = {"encode_every": 1, **about}  # what an earlier version saved does not say
     numbers = {"seen": MOST_TOKENS, "batch": MOST_ROWS, "sinks": MOST_TOKENS, "window": UNBOUNDED}
-    for name, most in numbers.items():
+    for name, most in {**numbers, "encode_every": MOST_TOKENS}.items():
         if type(about.get(name)) is not int or not 0 <= about[name] <= most:
             raise DamagedError(f"{name} is {about.get(name)!r}")
     if not isinstance(about.get("tokens"), str | None) or not isinstance(about.get("streams"), dict):
@@ -89,7 +90,7 @@ def _restored(
     if rows is not None and len(rows) != batch:
         raise DamagedError(f"it has the padding of {len(rows)} rows, not of {batch}")
     mask = None if padding is None else mask_of(padding)
-    cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"])
+    cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"], encode_every=about["encode_every"])
     rooms = rooms_of(bundle, cache.sinks_with_padding)
     sealed = sealed_in(tensors, about["streams"], rooms, batch)
     for number, layer in enumerate(cache.layers):

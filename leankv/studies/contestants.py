@@ -49,7 +49,7 @@ def of_bundle(folder: Path, bundle: Bundle, protocol: ProtocolConfig) -> Contest
     """A bundle's cache, with the protocol's sinks and window."""
 
     def make(decode_once: bool) -> LeanCache:
-        return bundle.new_cache(None, protocol.sinks, protocol.window, decode_once)
+        return bundle.new_cache(None, protocol.sinks, protocol.window, decode_once, encode_every=1)
 
     key = {"codecs": bundle.checksum, "sinks": protocol.sinks, "window": protocol.window}
     # One that decodes once gives the same numbers as the one that saves memory, sooner.

@@ -70,7 +70,9 @@ def evaluate(
     # Before the first long pass, so that a bad bundle is refused at once.
     first_cache = None
     if bundle is not None:
-        first_cache = load_bundle(bundle, model).new_cache(sinks=protocol.sinks, window=exact_window(protocol))
+        first_cache = load_bundle(bundle, model).new_cache(
+            sinks=protocol.sinks, window=exact_window(protocol), encode_every=1
+        )
     elif plan is not None:
         first_cache = PlanEvaluator(workspace).new_cache(plan)
         remove_captures(workspace.folder)
