@@ -61,6 +61,8 @@ class Code:
 
     def append(self, *others: "Code") -> "Code":
         """`[B, T]`, `[B, S]` and so on -> `[B, T + S + ...]`."""
+        if not others:
+            return self  # and not a copy
         joined = {
             name: column.append(*(other.columns[name] for other in others)) for name, column in self.columns.items()
         }
