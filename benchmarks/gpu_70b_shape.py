@@ -1,10 +1,13 @@
 """The 70B shape on one GPU: capture, fit and sweep of all 80 layers, K and V, `ae:4`; seconds by stage, peak memory.
 
+    python benchmarks/gpu_70b_shape.py [BLOCKS]    of 2,048 tokens, 32 unless given; all passes are in proportion to it
+
 Random weights in NF4 with double quantization: what is timed does not depend on their values. Without a GPU a reduced
 shape runs on the CPU, to show that the same code does; its figures say nothing of a GPU.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +45,8 @@ def random_nf4_llama(shape: dict[str, int], device: torch.device) -> Any:
         for name, child in list(module.named_children()):
             if not isinstance(child, torch.nn.Linear) or name == "lm_head":
                 continue
-            weights = torch.randn(child.out_features, child.in_features, dtype=torch.bfloat16) * 0.02
+            shape_of = child.out_features, child.in_features
+            weights = torch.randn(shape_of, dtype=torch.bfloat16, device=device) * 0.02
             linear = bitsandbytes.nn.Linear4bit(
                 child.in_features,
                 child.out_features,
@@ -70,6 +74,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     shape, n_blocks, length = (FULL, 32, 2048) if on_gpu else (REDUCED, 2, 256)
+    n_blocks = int(sys.argv[1]) if len(sys.argv) > 1 else n_blocks
     memory_bytes = (16 if on_gpu else 2) * 10**9
     say(f"{'the 70B shape on a GPU' if on_gpu else 'no GPU here: a REDUCED shape on the CPU'}: {shape}")
     torch.manual_seed(0)

@@ -55,7 +55,8 @@ def test_maps_and_comparisons_have_a_figure_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(ConnectionError("no route to host"), "no route to host"), (ImportError(), "pip install")]
+    ("error", "told"),
+    [(ConnectionError("no route to host"), "no route to host"), (ImportError("cannot import name"), "cannot import")],
 )
 def test_a_tracker_that_cannot_be_told_is_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str

@@ -68,7 +68,7 @@ def track(tracker: str, folder: Path, say: Callable[[str], None]) -> None:
         with TRACKERS[tracker](figures, folder) as log:
             for step, values in figures.rows:
                 log(step, values)
-    except ImportError:
+    except ModuleNotFoundError:
         say(f"{tracker} is not installed, so it was told nothing; run: pip install 'leankv[{tracker}]'")
     except Exception as error:  # each tracker raises what it likes when its server cannot be reached
         reason = first_line(error)[:200]
@@ -150,7 +150,7 @@ def _trackio(figures: Figures, folder: Path) -> Iterator[Log]:
     import trackio
 
     trackio.init(project=PROJECT, name=figures.name, config=dict(figures.settings))
-    yield lambda step, values: trackio.log({**values, "step": step})
+    yield lambda step, values: trackio.log(values, step=step)
     trackio.finish()
 
 
