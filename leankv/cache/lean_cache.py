@@ -126,11 +126,15 @@ class LeanCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Take in new keys and values; see `LeanLayer.update`. Under attention over codes, the codes are handed out."""
+        """Take in new keys and values; see `LeanLayer.update`. Under attention over codes, the codes are handed out.
+
+        Not on a GPU, where a step takes as long as starting its operations does: to rebuild a layer takes two thirds as
+        many as to read its codes, which torch's operations do there. Nor where they were decoded before.
+        """
         layer = self.layers[layer_idx]
         if isinstance(layer, LeanLayer):
-            # Caches that decode once have what attention wants already.
-            layer.hands_out_codes = not self.decode_once and reads_codes(self.config)
+            is_read = reads_codes(self.config) and key_states.device.type == "cpu"
+            layer.hands_out_codes = is_read and not self.decode_once
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def encode_all(self) -> None:
