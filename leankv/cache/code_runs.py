@@ -32,7 +32,12 @@ class CodeRuns:
         return self._runs[0].shape[0], sum(run.shape[1] for run in self._runs)
 
     def append(self, code: Code) -> "CodeRuns":
-        """With a code `[B, tokens]` behind it."""
+        """With a code `[B, tokens]` behind it.
+
+        On a GPU as one run: copying is quick there, and to read several starts as many operations for each.
+        """
+        if code.tensors()[0].device.type != "cpu":
+            return CodeRuns([self.whole().append(code)])
         *before, last = self._runs
         if last.shape[1] < RUN:
             last = last.append(code)

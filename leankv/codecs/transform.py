@@ -18,7 +18,7 @@ from leankv.codecs.coding.escapes import (
     MOST_ESCAPES,
     escape_bits,
     escape_byte,
-    escape_value,
+    escape_values,
     representable,
 )
 from leankv.codecs.coding.integer_matrix import IntegerMatrix, rounded
@@ -241,7 +241,7 @@ class Transform(Codec):
             return q
         items = escapes.items().long()
         which = items[:, 0] + 256 * items[:, 1] if escapes.item == 3 else items[:, 0]
-        q[escapes.row_numbers(), which] = escape_value(items[:, -1])
+        q[escapes.row_numbers(), which] = escape_values(q.device)[items[:, -1]]
         return q
 
     def packed_rows(self, code: Code) -> PackedRows:

@@ -1,5 +1,7 @@
 """Escapes: what a code says of values that lie outside of the usual ones, a byte for which and a byte for what."""
 
+from functools import cache
+
 import torch
 
 ESCAPE_BITS = 16  # one byte says which coordinate, one says its value; 24 where coordinates need two
@@ -35,3 +37,9 @@ def escape_value(byte: torch.Tensor) -> torch.Tensor:
 
 
 ESCAPE_VALUES = escape_value(torch.arange(256, dtype=torch.uint8))
+
+
+@cache
+def escape_values(device: torch.device) -> torch.Tensor:
+    """`ESCAPE_VALUES` there: what each byte means is looked up, not worked out again for each token."""
+    return ESCAPE_VALUES.to(device)

@@ -36,7 +36,8 @@ class Ragged(Column):
     def row_numbers(self) -> Int64[torch.Tensor, " total"]:
         """Which row (counted over all leading dimensions) each item belongs to."""
         flat = self.counts.flatten().long()
-        return torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+        total = len(self.data) // self.item  # told, so that nobody waits for a GPU to count
+        return torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat, output_size=total)
 
     def _grid(self) -> torch.Tensor:
         """The number of each row, in the shape of `counts`."""
