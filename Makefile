@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Two processes, a file of tests at a time: each test takes one thread.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check leankv tests benchmarks examples

@@ -36,6 +36,27 @@ hypothesis.settings.load_profile("leankv")
 FIRST_ARCHITECTURE = next(iter(tiny.ARCHITECTURES))
 
 
+SLOW_FILES = (
+    "test_executors.py",
+    "test_export.py",
+    "test_sharding.py",
+    "test_resume.py",
+    "test_seventy_b_shape.py",
+    "test_eval_tasks.py",
+    "test_replay.py",
+    "test_select_plan.py",
+    "test_model.py",
+    "test_api.py",
+)
+"""Few tests, but long ones: whole runs and real processes. They come first, so that no process is left alone with one at
+the end (xdist, left to itself, begins with the files of many tests)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Check shapes at every call, a million of them at 50 microseconds each, only where that can find something new.

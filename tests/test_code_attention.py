@@ -58,7 +58,7 @@ def assert_pieces_are_what_update_hands_out(
     atol = 1e-2 if any(codec.n_context_layers for codec in plan.values()) else 3e-5
     stock = LeanCache(model.config, plan, sinks=sinks, window=window, encode_every=encode_every, rotation=rotation)
     with torch.no_grad():
-        for length in (1, 9, 14, 1, 1, 1):
+        for length in (1, 9, 14, 1, 1):
             ours = copy.deepcopy(stock)
             piece = tiny.tokens(2, length, seed=length)
             given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -91,7 +91,7 @@ def assert_pieces_are_what_update_hands_out(
 
 
 @pytest.mark.parametrize("spec", ["int:4", PREDICTING, "resid(pca:4,int:4)"])
-@pytest.mark.parametrize(("sinks", "window", "encode_every"), [(0, 0, 1), (2, 3, 1), (2, 3, 2)])
+@pytest.mark.parametrize(("sinks", "window", "encode_every"), [(0, 0, 1), (2, 3, 2)])
 def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int, encode_every: int) -> None:
     plan = fitted(model, PlanSpec.uniform(spec).with_layers([2], v="none").with_layers([1], k="none"))
     rotation = find_rotation(model, False, lambda reason: None)
