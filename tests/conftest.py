@@ -48,8 +48,8 @@ SLOW_FILES = (
     "test_model.py",
     "test_api.py",
 )
-"""Few tests, but long ones: whole runs and real processes. They come first, so that no process is left alone with one at
-the end (xdist, left to itself, begins with the files of many tests)."""
+"""Few tests, but long ones: whole runs and real processes. They come first, so that no process is left alone with one
+at the end (xdist, left to itself, begins with the files of many tests)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
