@@ -101,6 +101,7 @@ def test_a_search_ends_with_a_certified_plan_and_its_bundle(run):
     bundle = load_bundle(folder / "bundle", model)
     sites = PlanSpec.parse(entry["plan"]).sites(4)
     assert {site: codec.recipe for site, codec in bundle.plan.items()} == sites
+    assert PlanSpec.parse(json.loads((folder / "plan.json").read_text())).sites(4) == sites
     assert "certified: at most +20 %" in (folder / "bundle" / "README.md").read_text()
     assert "certified: at most +20 %" in (folder / "selection.md").read_text()
 
@@ -191,6 +192,7 @@ def test_several_budgets_are_rows_of_one_table(config, tmp_path):
     table = pd.read_csv(folder / "plans.csv")
     assert list(table["budget"]) == ["15%", "60%"]
     assert table["cache_ratio"].is_monotonic_increasing
+    assert (folder / "plan-15pct.json").is_file()
     assert (folder / "bundle-15pct").is_dir()
     assert (folder / "bundle-60pct").is_dir()
 

@@ -54,7 +54,8 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     """Search, certify and write a plan for each budget that the experiment names.
 
     Returns:
-        A summary a budget; `summary.json` holds the last one, `plans.json` and `plans.csv` all.
+        A summary a budget; `summary.json` holds the last one, `plans.json` and `plans.csv` all, and `plan.json` the
+        plan, as `--plan` reads it.
 
     Raises:
         UserError: no plan meets a budget or a ratio (the sentence names the nearest), or recipes, sites and limits do
@@ -111,7 +112,12 @@ def _strategies(selection: SelectionConfig) -> list[str]:
 
 def bundle_name(budget: Budget, is_only: bool) -> str:
     """The folder of a budget's bundle in a run's."""
-    return "bundle" if is_only else f"bundle-{str(budget).replace('%', 'pct')}"
+    return f"bundle{_of_budget(budget, is_only)}"
+
+
+def _of_budget(budget: Budget, is_only: bool) -> str:
+    """What tells files of one budget from those of others."""
+    return "" if is_only else f"-{str(budget).replace('%', 'pct')}"
 
 
 def _search_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> PlanSearch:
@@ -152,6 +158,7 @@ def _select(
     with locked(folder / "cells", "selection"):
         summary = summarize(chosen.evaluator, chosen.spec, budget, base_ppl, how)
         save_bundle(chosen.evaluator, chosen.spec, summary, folder / bundle_name(budget, is_only))
+        write_json(folder / f"plan{_of_budget(budget, is_only)}.json", chosen.spec.table())
         _keep(folder, budget, summary, chosen, candidates, certificates, found)
         write_json(folder / run_files.SUMMARY, summary.to_json())
         write_plans_report(folder)
