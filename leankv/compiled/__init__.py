@@ -40,7 +40,7 @@ def serves(tensor: torch.Tensor) -> bool:
 def packed_numbers(numbers: torch.Tensor, bits: int, n_bytes: int) -> torch.Tensor:
     """Whole numbers `[N, count]` of any dtype, each of so many bits: uint8 `[N, n_bytes]`."""
     packed = torch.empty(len(numbers), n_bytes, dtype=torch.uint8)
-    _kernels().pack_numbers(_array(numbers.to(torch.uint8)), bits, packed.numpy())
+    _kernels().pack_numbers(array_of(numbers.to(torch.uint8)), bits, packed.numpy())
     return packed
 
 
@@ -58,14 +58,14 @@ def affine_levels(
     """
     out = torch.empty(len(packed), width)
     low, step = (side.detach().float().contiguous().reshape(-1, width // group) for side in (low, step))
-    _kernels().affine_levels(_array(packed), 0, len(packed), bits, low.numpy(), step.numpy(), group, out.numpy())
+    _kernels().affine_levels(array_of(packed), 0, len(packed), bits, low.numpy(), step.numpy(), group, out.numpy())
     return out
 
 
 def table_levels(packed: torch.Tensor, bits: int, table: torch.Tensor, width: int) -> torch.Tensor:
     """`table[q]` of packed numbers: `[N, width]`, float32."""
     out = torch.empty(len(packed), width)
-    _kernels().table_levels(_array(packed), bits, _array(table), out.numpy())
+    _kernels().table_levels(array_of(packed), bits, array_of(table), out.numpy())
     return out
 
 
@@ -88,7 +88,7 @@ def radix_values(
         low: float32 `[J]`.
     """
     out = torch.empty(len(low), len(packed))
-    arrays = [_array(tensor) for tensor in (packed, places, columns, factor, levels, low)]
+    arrays = [array_of(tensor) for tensor in (packed, places, columns, factor, levels, low)]
     _kernels().radix_values(*arrays, out.numpy())
     return out.T
 
@@ -104,7 +104,7 @@ def radix_packed(
 ) -> torch.Tensor:
     """What `leankv.codecs.coding.mixed_radix.MixedRadix.pack` gives, of float32 `[N, J]`; see `radix_values`."""
     packed = torch.zeros(len(q), n_bytes, dtype=torch.uint8)
-    arrays = [_array(tensor) for tensor in (q.T, places, columns, factor, levels, low)]
+    arrays = [array_of(tensor) for tensor in (q.T, places, columns, factor, levels, low)]
     _kernels().pack_radix(*arrays, packed.numpy())
     return packed
 
@@ -122,7 +122,7 @@ def escapes_of(
         fine: larger ones stand `2^(1/fine)` apart.
     """
     counts = torch.zeros(len(q), dtype=torch.int32)
-    columns, ends = _array(q.T), [_array(tensor) for tensor in (low, levels)]
+    columns, ends = array_of(q.T), [array_of(tensor) for tensor in (low, levels)]
     _kernels().count_outside(columns, *ends, counts.numpy())
     starts = counts.cumsum(0) - counts
     items = torch.empty(int(counts.sum()), item, dtype=torch.uint8)
@@ -139,7 +139,7 @@ def put_escapes(q: torch.Tensor, counts: torch.Tensor, items: torch.Tensor, size
         items: uint8 `[total, 2 or 3]`: which integer, in one byte or two, and a byte for its value.
         sizes: float32 `[256]`, the value that each such byte means.
     """
-    _kernels().put_escapes(0, len(q), _array(counts), _array(items), 0, _array(sizes), q.T.numpy())
+    _kernels().put_escapes(0, len(q), array_of(counts), array_of(items), 0, array_of(sizes), q.T.numpy())
 
 
 Array = numpy.ndarray[Any, numpy.dtype[Any]]
@@ -154,7 +154,7 @@ def encode_symbols(columns: torch.Tensor, probabilities: Array, others: Array) -
         others: uint16, those, token by token, in the order in which they are read.
     """
     largest = probabilities.shape[1] // 2 - 1
-    return numpy.asarray(_ans().encode(_array(columns), largest, borders_of(probabilities), others))
+    return numpy.asarray(_ans().encode(array_of(columns), largest, borders_of(probabilities), others))
 
 
 def decode_symbols(words: Array, tokens: int, n_others: int, borders: Array) -> tuple[torch.Tensor, Array]:
@@ -202,5 +202,6 @@ def rotated(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool)
     return out.transpose(1, 2)
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
+def array_of(tensor: torch.Tensor) -> Any:
+    """What loops take: the tensor's own memory, where it is contiguous."""
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()

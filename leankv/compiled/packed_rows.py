@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 
+from leankv.compiled import array_of
+
 BLOCK = 128
 """Codes for which queries are turned once; see `Meeting`. Assumption: tables of so many are small, and turns few."""
 
@@ -53,7 +55,7 @@ class Meeting:
     @cached_property
     def arrays(self) -> tuple[Any, ...]:
         """What loops take."""
-        return _array(self.cos), _array(self.sin), self.halves, _array(self.queries)
+        return array_of(self.cos), array_of(self.sin), self.halves, array_of(self.queries)
 
 
 class PackedRows:
@@ -84,7 +86,7 @@ class PackedRows:
             weights: of these tokens.
             heads: of a vector.
         """
-        array, shape = _array(weights), self._sums_shape(heads, weights.shape[1] // heads)
+        array, shape = array_of(weights), self._sums_shape(heads, weights.shape[1] // heads)
         loop = getattr(_kernels(), f"{self.loops}_sums")
 
         def sums(begin: int, end: int) -> torch.Tensor:
@@ -118,7 +120,7 @@ class AffineRows(PackedRows):
     def __init__(self, packed: torch.Tensor, bits: int, low: torch.Tensor, step: torch.Tensor, group: int, width: int):
         super().__init__(len(packed), width)
         low, step = (side.float().reshape(-1, width // group) for side in (low, step))
-        self._own = _array(packed), bits, _array(low), _array(step), group
+        self._own = array_of(packed), bits, array_of(low), array_of(step), group
 
 
 class TableRows(PackedRows):
@@ -148,7 +150,7 @@ class TableRows(PackedRows):
     ):
         super().__init__(len(packed), len(mean))
         tensors = table.float(), scale.float(), mean.float(), values.float(), index
-        self._own = _array(packed), bits, *(_array(tensor) for tensor in tensors)
+        self._own = array_of(packed), bits, *(array_of(tensor) for tensor in tensors)
 
 
 class SynthesizedRows(PackedRows):
@@ -204,7 +206,7 @@ class ScaledRows(SynthesizedRows):
     ):
         super().__init__(len(packed), synthesis, mean)
         tensors = table.float(), scale, self._synthesis, self._mean
-        self._own = _array(packed), bits, *(_array(tensor) for tensor in tensors)
+        self._own = array_of(packed), bits, *(array_of(tensor) for tensor in tensors)
 
 
 class RadixRows(SynthesizedRows):
@@ -230,7 +232,7 @@ class RadixRows(SynthesizedRows):
     ):
         super().__init__(len(packed), synthesis, mean)
         groups = (packed, *tables), escapes, (self._synthesis, self._mean)
-        self._own = tuple(tuple(_array(tensor) for tensor in group) for group in groups)
+        self._own = tuple(tuple(array_of(tensor) for tensor in group) for group in groups)
 
 
 @cache
@@ -250,7 +252,3 @@ def _on_all_cores(tokens: int, work: Callable[[int, int], Any]) -> list[Any]:
     others = [_cores().submit(work, *borders[piece : piece + 2]) for piece in range(pieces - 1)]
     last = work(*borders[-2:])
     return [other.result() for other in others] + [last]
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
