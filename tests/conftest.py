@@ -1,6 +1,8 @@
 """Fixtures that several test files use."""
 
+import json
 import os
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import jaxtyping
 import pytest
+import torch
 import yaml
 
 from tests import tiny
@@ -162,3 +165,52 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> "Sweep":
     from tests.run_folders import swept_by_one
 
     return swept_by_one(tmp_path_factory.mktemp("serial"))
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of different lengths."""
+    rng = random.Random(0)
+    texts = [tiny.text(rng.randrange(60, 160), seed=number) for number in range(160)]
+    path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that has read the documents for two seconds: in an untrained one, errors cost nothing."""
+    model, texts = tiny.build("llama"), [json.loads(line)["text"] for line in documents.read_text().split("\n")]
+    ids = torch.tensor(tiny.tokenizer()("\n".join(texts))["input_ids"])
+    blocks = ids[: len(ids) // 48 * 48].reshape(-1, 48)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(120):
+        batch = blocks[step * 8 % (len(blocks) - 8) :][:8]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tiny.save(tmp_path_factory.mktemp("trained"), model.eval())
+
+
+@pytest.fixture(scope="session")
+def search_config(trained: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment whose plans are searched: a model that errors hurt, and documents to certify on."""
+    values = {
+        "model": {"name": str(trained), "device": "cpu", "dtype": "float32"},
+        "data": {
+            "dataset": str(documents),
+            "block_length": 48,
+            "selection_block_length": 24,
+            "calibration_blocks": 16,
+            "selection_blocks": 8,
+            "report_blocks": 4,
+        },
+        "codec": {"key_space": "pre-rope"},
+        "fit": {"error_metric": "gradient"},
+        "protocol": {"kind": "stream", "sinks": 2, "window": 4, "chunk": 8},
+        "selection": {"recipes": "int,resid(share:-1,int:4),resid(share:-1,int:2)"},
+        "certification": {"least_tokens": 24, "clip": 0.3},
+    }
+    path = tmp_path_factory.mktemp("config") / "plan.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path

@@ -28,7 +28,6 @@ from tests.test_codecs import SPECS
 from tests.test_decoded_once import fitted
 from tests.test_encode_all import bundle_of
 from tests.test_saved_cache import goes_on_alike
-from tests.test_select_plan import config, documents, trained  # noqa: F401 - fixtures
 
 DEVICE = torch.device(os.environ.get("LEANKV_TEST_DEVICE", "cuda"))
 CPU = torch.device("cpu")
@@ -255,9 +254,9 @@ def test_a_run_there_says_what_a_run_here_says(experiment: Path, tmp_path: Path)
     ],
     ids=lambda options: options[1],
 )
-def test_a_search_there_is_certified(config: Path, tmp_path: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+def test_a_search_there_is_certified(search_config: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Sensitivities, waterfilling, refinement, certificate, bundle; and codecs that are trained together."""
-    command = ("select", "--config", config, "--budget", "20%", "-o", tmp_path / "run", "--device", DEVICE.type)
+    command = ("select", "--config", search_config, "--budget", "20%", "-o", tmp_path / "run", "--device", DEVICE.type)
     (summary,) = succeed_json(*command, *options)
     assert summary["certificate"]["certified"]
     assert summary["cache_ratio"] > 1

@@ -1,7 +1,6 @@
 """Searching a plan, from the command to the bundle, on a tiny model."""
 
 import json
-import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-import yaml
 
 from leankv.cache.bundle import load_bundle
 from leankv.cache.codec_files import load_codec, save_codec
@@ -24,7 +21,6 @@ from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.plan_options import search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
 from leankv.studies.workspace import Workspace
-from tests import tiny
 from tests.forked import CommandProcess
 from tests.run_folders import finished_files, refuse, succeed, succeed_json, wait_for
 
@@ -32,50 +28,8 @@ pytestmark = pytest.mark.whole_runs
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(0)
-    texts = [tiny.text(rng.randrange(60, 160), seed=number) for number in range(160)]
-    path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama that has read the documents for two seconds: in an untrained one, errors cost nothing."""
-    model, texts = tiny.build("llama"), [json.loads(line)["text"] for line in documents.read_text().split("\n")]
-    ids = torch.tensor(tiny.tokenizer()("\n".join(texts))["input_ids"])
-    blocks = ids[: len(ids) // 48 * 48].reshape(-1, 48)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(120):
-        batch = blocks[step * 8 % (len(blocks) - 8) :][:8]
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return tiny.save(tmp_path_factory.mktemp("trained"), model.eval())
-
-
-@pytest.fixture(scope="module")
-def config(trained: Path, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    values = {
-        "model": {"name": str(trained), "device": "cpu", "dtype": "float32"},
-        "data": {
-            "dataset": str(documents),
-            "block_length": 48,
-            "selection_block_length": 24,
-            "calibration_blocks": 16,
-            "selection_blocks": 8,
-            "report_blocks": 4,
-        },
-        "codec": {"key_space": "pre-rope"},
-        "fit": {"error_metric": "gradient"},
-        "protocol": {"kind": "stream", "sinks": 2, "window": 4, "chunk": 8},
-        "selection": {"recipes": "int,resid(share:-1,int:4),resid(share:-1,int:2)"},
-        "certification": {"least_tokens": 24, "clip": 0.3},
-    }
-    path = tmp_path_factory.mktemp("config") / "plan.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+def config(search_config: Path) -> Path:
+    return search_config
 
 
 @pytest.fixture(scope="module")
