@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int64
 
+from leankv import compiled
 from leankv.compiled.packed_rows import BLOCK, Meeting
 from leankv.models.rope import KeyRotation, Table
 
@@ -84,8 +85,8 @@ class KeySpace:
     def met(self, queries: Keys, first: int) -> Keys:
         """Queries as they meet `turned` keys of a piece whose first token is `first` of the sequence."""
         padding = torch.zeros(1, dtype=torch.int64) if self._of_rows is None else self._of_rows
-        table = self._rotation.table_at(self._layer, (first - padding)[:, None], queries.device)
-        return self._rotation.turned_back(self._layer, queries, table)
+        table = self._rotation.turning_back_at(self._layer, (first - padding)[:, None], queries.device)
+        return self._rotation.turned(self._layer, queries, table)
 
     def meeting(self, queries: Float[torch.Tensor, "1 heads groups head_dim"], first: int, count: int) -> Meeting:
         """How `count` keys as codecs give them, the first token `first` of the sequence, meet queries of one row."""
@@ -94,11 +95,12 @@ class KeySpace:
             return Meeting.as_cached(queries[0])
         padding = 0 if self._of_rows is None else int(self._of_rows)
         places = torch.arange(first - padding, first - padding + count, BLOCK)
-        table = self._rotation.table_at(self._layer, places[None], queries.device)
-        each = queries.flatten(1, 2)[:, :, None].expand(-1, -1, len(places), -1)
-        turned = self._rotation.turned_back(self._layer, each, table)
-        blocks = turned[0].transpose(0, 1).unflatten(1, queries.shape[1:3])
-        return Meeting(blocks, offsets[0][0], offsets[1][0], self._rotation.rotates_halves(self._layer))
+        table = self._rotation.turning_back_at(self._layer, places[None], queries.device)
+        assert table is not None, "there is one of offsets"
+        halves = self._rotation.rotates_halves(self._layer)
+        each = queries.flatten(1, 2)[:, None].expand(-1, len(places), -1, -1)
+        blocks = compiled.rotated_by_token(each, *table, halves)[0].unflatten(1, queries.shape[1:3])
+        return Meeting(blocks, offsets[0][0], offsets[1][0], halves)
 
     def _positions(self, first: int, count: int) -> torch.Tensor:
         """Positions `[B or 1, T]` of `count` tokens of the sequence from token `first` on."""

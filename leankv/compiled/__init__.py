@@ -188,18 +188,23 @@ def borders_of(probabilities: Array) -> Array:
 
 
 def rotated(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
-    """What `leankv.models.rope.rotate` gives.
+    """What `leankv.models.rope.rotate` gives of `[B, heads, T, head_dim]`; else as `rotated_by_token`."""
+    return rotated_by_token(k.detach().transpose(1, 2), cos, sin, halves).transpose(1, 2)
+
+
+def rotated_by_token(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
+    """The same, where all heads of a token are neighbours.
 
     Args:
-        k: `[B, heads, T, head_dim]`.
+        k: `[B, T, heads, head_dim]`.
         cos, sin: `[B or 1, T or 1, rotary]`.
         halves: whether the pairs are halves of the rotated dimensions, or else neighbours.
     """
-    by_token = k.detach().float().transpose(1, 2).contiguous()
+    by_token = k.float().contiguous()
     out = torch.empty_like(by_token)
-    tables = [table.float().expand(-1, by_token.shape[1], -1).contiguous().numpy() for table in (cos, sin)]
+    tables = [array_of(table.float().expand(-1, by_token.shape[1], -1)) for table in (cos, sin)]
     _kernels().rotate(by_token.numpy(), *tables, halves, out.numpy())
-    return out.transpose(1, 2)
+    return out
 
 
 def array_of(tensor: torch.Tensor) -> Any:

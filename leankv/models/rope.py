@@ -184,15 +184,30 @@ class KeyRotation:
         call = self._found[layer].call
         return None if call is None else self._table(call, positions, torch.float32, device)
 
-    def _table(self, call: "_Call", positions: Positions, dtype: torch.dtype | None, device: torch.device) -> Table:
+    def turning_back_at(self, layer: int, positions: Positions, device: torch.device) -> Table | None:
+        """As `table_at`, to turn the other way and never scale: so queries meet keys that were not turned so far."""
+        call = self._found[layer].call
+        return None if call is None else self._table(call, positions, torch.float32, device, turns_back=True)
+
+    def _table(
+        self,
+        call: "_Call",
+        positions: Positions,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        turns_back: bool = False,
+    ) -> Table:
         """Cos and sin of positions, in the model's dtype unless another is given."""
-        key = (id(call), positions.shape, positions.numpy().tobytes(), dtype, device)
+        key = (id(call), positions.shape, positions.numpy().tobytes(), dtype, device, turns_back)
         if self._tables is not None and key in self._tables:
             return self._tables[key]
         # As one row: the model's module need not know in how many rows the positions stand.
         cos, sin = (
             part[0].unflatten(0, positions.shape).to(device) for part in call.table_of(positions.reshape(1, -1), dtype)
         )
+        if turns_back:
+            size = (cos.square() + sin.square()).sqrt()
+            cos, sin = cos / size, -sin / size
         if self._tables is not None:
             self._tables[key] = cos, sin
         return cos, sin
@@ -202,20 +217,10 @@ class KeyRotation:
         return self._found[layer].convention == "half"
 
     def turned(self, layer: int, vectors: Keys, table: Table | None) -> Float32[torch.Tensor, "B heads T head_dim"]:
-        """Vectors rotated by a table of `table_at`, float32."""
+        """Vectors rotated by a table of `table_at` or `turning_back_at`, float32."""
         if table is None:
             return vectors.float()
         return rotate(vectors, *table, CONVENTIONS[self._found[layer].convention])
-
-    def turned_back(
-        self, layer: int, vectors: Keys, table: Table | None
-    ) -> Float32[torch.Tensor, "B heads T head_dim"]:
-        """Vectors rotated the other way and never scaled, so that queries may meet keys that were not turned so far."""
-        if table is None:
-            return vectors.float()
-        cos, sin = table
-        size = (cos.square() + sin.square()).sqrt()
-        return rotate(vectors, cos / size, -sin / size, CONVENTIONS[self._found[layer].convention])
 
     def remove_from_gradient(
         self, layer: int, gradients: Keys, positions: Positions
