@@ -71,7 +71,12 @@ def _draw_method(axes: Any, rows: pd.DataFrame, column: str, method: str, style:
 
 
 def _rate(spec: str) -> str:
-    """What tells a spec from others of its method: `4` of `int:4`, `s0.03` of `resid(share:-2,transform:s0.03)`."""
+    """What tells a spec from others of its method: `4` of `int:4`, `s0.03` of `resid(share:-2,transform:s0.03)`.
+
+    Of a plan's file, its name alone.
+    """
+    if spec.endswith(".json"):
+        return Path(spec).stem
     return spec.rstrip(")").rpartition(":")[2]
 
 
