@@ -1,9 +1,9 @@
 """Attention over codes: keys and values are decoded a piece at a time, and nothing dense of the whole context is made.
 
 A function registered with transformers' `AttentionInterface` gets what a cache layer's `update` returned, untouched. So
-under the implementation `leankv` a compressed layer hands out its codes, and attention reads them with an online
-softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867; as FlashAttention, arXiv 2205.14135): running maximum, sum and
-weighted values of each query, corrected as larger scores come. Tensors, of other caches or exact layers, go to `sdpa`.
+under the implementation `leankv` a compressed layer on the CPU hands out its codes, and attention reads them with an
+online softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867; as FlashAttention, arXiv 2205.14135): running maximum,
+sum and weighted values of each query, corrected as larger scores come. Tensors go to `sdpa`.
 
     model.set_attn_implementation("leankv")
 """

@@ -31,8 +31,8 @@ PIECE = 4096
 """Tokens decoded at a time: what bounds temporaries. With 1,024 two cores were slower; see the log, 2026-11-24."""
 
 GPU_PIECE = 16384
-"""On a GPU, where starting its many small operations takes longer than they do: at 4,096 tokens each piece of 1,024
-took 0.7 ms on an H200, whatever its length. Assumption: what so many tokens take is small beside a GPU's memory."""
+"""On a GPU, where starting many small operations takes longer than they do. Assumption: what so many tokens take is
+small beside a GPU's memory."""
 
 UNBOUNDED = sys.maxsize
 """As a window: every token behind the sinks stays exact until `encode_all`."""
@@ -282,13 +282,10 @@ class PartStore:
         if self.space is not None:
             self.space.end()
 
-    def borders(self, device: torch.device) -> set[int]:
-        """Numbers of tokens held at which sinks, codes or window begin or end.
-
-        And runs of codes, which are read in place; on a GPU they are joined, so that there are few pieces.
-        """
+    def borders(self) -> set[int]:
+        """Numbers of tokens held at which sinks, runs of codes or window begin or end."""
         sinks, coded, window = self._lengths()
-        runs = () if self.code is None or device.type != "cpu" else self.code.borders()
+        runs = () if self.code is None else self.code.borders()
         return {0, sinks, *(sinks + first for first in runs), sinks + coded, sinks + coded + window}
 
     def piece_length(self, device: torch.device) -> int:

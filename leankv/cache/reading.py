@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 
 from leankv.cache.key_space import KeySpace
-from leankv.cache.part_store import GPU_PIECE, PartStore, Rows
+from leankv.cache.part_store import PartStore, Rows
 from leankv.codecs import Factored
 from leankv.models.rope import Table
 
@@ -151,11 +151,11 @@ class LayerReading:
         (key_store, new_keys), (value_store, new_values) = self._parts
         stores = (key_store, value_store)
         total, device = len(stores[0]), new_keys.device
-        length = min(PIECE if device.type == "cpu" else GPU_PIECE, *(store.piece_length(device) for store in stores))
+        length = min(PIECE, *(store.piece_length(device) for store in stores))
         by_loops = by_loops and all(store.has_loops for store in stores)
         if by_loops:
             length = LOOPED_PIECE
-        borders = {self.start, total}.union(*(store.borders(device) for store in stores))
+        borders = {self.start, total}.union(*(store.borders() for store in stores))
         is_shown = any(store.cross_layer.readers for store in stores)
         space = key_store.code_space
         offsets = None if space is None or by_loops else space.offsets(min(length, total), device)

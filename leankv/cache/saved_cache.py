@@ -79,8 +79,14 @@ def _restored(
         )
     check_origin(path, WHAT, about, bundle)
     about = {"encode_every": 1, **about}  # what an earlier version saved does not say
-    numbers = {"seen": MOST_TOKENS, "batch": MOST_ROWS, "sinks": MOST_TOKENS, "window": UNBOUNDED}
-    for name, most in {**numbers, "encode_every": MOST_TOKENS}.items():
+    numbers = {
+        "seen": MOST_TOKENS,
+        "batch": MOST_ROWS,
+        "sinks": MOST_TOKENS,
+        "window": UNBOUNDED,
+        "encode_every": MOST_TOKENS,
+    }
+    for name, most in numbers.items():
         if type(about.get(name)) is not int or not 0 <= about[name] <= most:
             raise DamagedError(f"{name} is {about.get(name)!r}")
     if not isinstance(about.get("tokens"), str | None) or not isinstance(about.get("streams"), dict):
