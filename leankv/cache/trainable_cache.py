@@ -9,29 +9,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from leankv.cache.plan import Site
 from leankv.codecs.share import as_context
 from leankv.codecs.trainable import Trainable
-from leankv.models.observers import attention_windows
+from leankv.models.observers import PassingLayer, attention_windows
 from leankv.models.rope import KeyRotation
 
 Rows = Float[torch.Tensor, "batch heads tokens head_dim"]
-
-
-class _TrainableLayer(DynamicLayer):
-    """Holds nothing: hands keys and values to the cache's codecs, and what they make of them to attention."""
-
-    def __init__(self, sliding_window: int | None, coded: Any):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
-        self._coded = coded
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._coded("k", key_states), self._coded("v", value_states)
 
 
 class TrainableCache(Cache):
@@ -57,11 +43,14 @@ class TrainableCache(Cache):
         rotation: KeyRotation | None,
     ):
         windows = attention_windows(config) or []
-        super().__init__(layers=[_TrainableLayer(own, partial(self._coded, n)) for n, own in enumerate(windows)])
+        super().__init__(layers=[PassingLayer(own, partial(self._read, n)) for n, own in enumerate(windows)])
         self._codecs, self._context, self._sinks, self._rotation = codecs, context, sinks, rotation
         self._sources = {source for sources in context.values() for source in sources}
         self._shown: dict[Site, torch.Tensor] = {}
         self.bits = torch.zeros(())
+
+    def _read(self, layer: int, keys: Rows, values: Rows) -> tuple[Rows, Rows]:
+        return self._coded(layer, "k", keys), self._coded(layer, "v", values)
 
     def _coded(self, layer: int, part: str, rows: Rows) -> Rows:
         """Keys or values of a layer as attention reads them."""

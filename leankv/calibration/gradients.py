@@ -26,5 +26,5 @@ def _gradients(model: Any, tokens: Int[torch.Tensor, "1 T"]) -> GradientCache:
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
         loss = cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum")
         # For keys and values only: the model's parameters keep the gradients that they have, or none.
-        loss.backward(inputs=[leaf for layer in cache.leaf_layers for leaf in layer.leaves.values()])
+        loss.backward(inputs=cache.leaves)
     return cache

@@ -6,11 +6,14 @@ This module and the package `leankv.cache` are the only ones that build on trans
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from leankv.config.plan_table import PARTS
 
 Keys = Float[torch.Tensor, "B heads T head_dim"]
 Values = Float[torch.Tensor, "B v_heads T v_head_dim"]
@@ -67,45 +70,58 @@ def layer_inputs(
             hook.remove()
 
 
-class _LeafLayer(DynamicLayer):
-    """Holds nothing: adds a zero to keys and values that gradients can be asked of."""
+class PassingLayer(DynamicLayer):
+    """Holds nothing: attention reads what a function makes of the keys and values of one forward pass.
 
-    def __init__(self, sliding_window: int | None):
+    Args:
+        sliding_window: the model's own, of this layer.
+        passed: keys and values, both `[B, heads, T, head_dim]` -> those that attention reads.
+    """
+
+    def __init__(
+        self,
+        sliding_window: int | None,
+        passed: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ):
         super().__init__()
         self.is_sliding = sliding_window is not None
-        self.leaves: dict[str, torch.Tensor] = {}
-        self.states: dict[str, torch.Tensor] = {}
+        self.passed = passed
 
     def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
-        self.states = {"k": key_states.detach(), "v": value_states.detach()}
-        self.leaves = {part: torch.zeros_like(states).requires_grad_() for part, states in self.states.items()}
-        return key_states + self.leaves["k"], value_states + self.leaves["v"]
+        return self.passed(key_states, value_states)
 
 
 class GradientCache(Cache):
-    """For one forward and backward pass: the loss's gradient with respect to every key and value of that pass."""
+    """For one forward and backward pass: the loss's gradient with respect to every key and value of that pass.
+
+    A zero is added to all of them that gradients can be asked of.
+    """
 
     def __init__(self, config: Any):
-        self.leaf_layers = [_LeafLayer(window) for window in attention_windows(config) or []]
-        super().__init__(layers=list(self.leaf_layers))
+        windows = attention_windows(config) or []
+        states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        zeros: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Not a method: the layers would hold the cache that holds them, and all its gradients would outlive their use.
+        self._states, self._zeros = states, zeros
+
+        def with_zeros(layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            states[layer] = keys.detach(), values.detach()
+            zeros[layer] = torch.zeros_like(keys).requires_grad_(), torch.zeros_like(values).requires_grad_()
+            return keys + zeros[layer][0], values + zeros[layer][1]
+
+        super().__init__(
+            layers=[PassingLayer(window, partial(with_zeros, layer)) for layer, window in enumerate(windows)]
+        )
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The zeros that were added, after a forward pass: what gradients are to be asked of."""
+        return [zeros for both in self._zeros.values() for zeros in both]
 
     def states_and_gradients(self, layer: int, part: str) -> tuple[Keys, Keys | None]:
         """Keys or values of a layer and their gradient; None where none came back through the weights."""
-        own = self.leaf_layers[layer]
-        return own.states[part], own.leaves[part].grad
-
-
-class _RecordingLayer(DynamicLayer):
-    """Holds nothing: hands the keys and values of one forward pass on, and returns them."""
-
-    def __init__(self, sliding_window: int | None, record: Callable[[torch.Tensor, torch.Tensor], Any]):
-        super().__init__()
-        self.is_sliding = sliding_window is not None
-        self.record = record
-
-    def update(self, key_states: Keys, value_states: Values, *args: Any, **kwargs: Any) -> tuple[Keys, Values]:
-        self.record(key_states, value_states)
-        return key_states, value_states
+        place = PARTS.index(part)
+        return self._states[layer][place], self._zeros[layer][place].grad
 
 
 class RecordingCache(Cache):
@@ -119,7 +135,8 @@ class RecordingCache(Cache):
     def __init__(self, config: Any, record: Record):
         windows = attention_windows(config) or []
 
-        def for_layer(layer: int) -> Callable[[torch.Tensor, torch.Tensor], Any]:
-            return lambda k, v: record(layer, k, v)
+        def shown(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            record(layer, k, v)
+            return k, v
 
-        super().__init__(layers=[_RecordingLayer(window, for_layer(layer)) for layer, window in enumerate(windows)])
+        super().__init__(layers=[PassingLayer(window, partial(shown, layer)) for layer, window in enumerate(windows)])
