@@ -104,6 +104,21 @@ def test_a_certificate_is_about_the_perplexity_of_all_documents_measured(evaluat
     assert certificate.documents_left_out == available.left_out > 0
 
 
+def test_a_prefix_is_certified_on_documents_that_hold_its_whole_continuation(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """Some of these documents reach the continuation and not its end."""
+    prefix = {"protocol.kind": "prefix", "protocol.prefix_length": 24, "protocol.continuation": LENGTH - 24}
+    evaluator = evaluator_of({**asked, **prefix}, tmp_path / "run")
+    shorter = evaluator_of(asked, tmp_path / "stream").workspace.documents("certification", 20)
+    assert any(24 < block.tokens.shape[1] < LENGTH for block in shorter.blocks)
+    _, (certificate,) = certify(evaluator, [SAFE], BUDGET, SETTINGS)
+    assert certificate.certified
+    assert certificate.least_tokens == LENGTH
+    assert certificate.documents_left_out > shorter.left_out
+    assert certificate.tokens == certificate.documents * (LENGTH - 24 - 1)
+
+
 def test_a_document_alone_has_the_nats_that_it_has_as_a_block_of_the_split(evaluator: PlanEvaluator) -> None:
     block = evaluator.workspace.blocks("certification").take([1])
     for spec in (EVERYTHING_EXACT, BOLD):

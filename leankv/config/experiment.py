@@ -180,7 +180,7 @@ class CertificationConfig:
     """Documents that a plan is measured on at most; fewer where fewer certify it."""
     least_tokens: int = 256
     """Documents with fewer tokens are left out, and the claim does not cover them. With blocks shorter than this, those
-    shorter than a block are."""
+    shorter than a block are; under `prefix`, those without a whole continuation."""
     clip: float | str = "auto"
     """What one document may count for at most, in nats a token; `auto`: chosen on selection text, for each plan."""
 

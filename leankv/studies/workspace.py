@@ -172,7 +172,7 @@ class Workspace:
 
         Args:
             split: whose.
-            least_tokens: documents with fewer are left out.
+            least_tokens: documents with fewer are left out; under `prefix`, those without a whole continuation too.
 
         Raises:
             UserError: the text did not come in documents.
@@ -182,8 +182,9 @@ class Workspace:
                 "certification takes documents one by one, and text given in blocks has none; use a data set"
             )
         tokenizer, length = self.loaded.tokenizer, self.experiment.measured_length
+        least = length if self.experiment.protocol.kind == "prefix" else least_tokens
         texts = self._source.documents(split, tokenizer)
-        return documents_of(texts, tokenizer, length, least_tokens, split, self._source.name)
+        return documents_of(texts, tokenizer, length, least, split, self._source.name)
 
     @cached_property
     def rotation(self) -> KeyRotation | None:
