@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -95,7 +97,7 @@ def write_experiment(root: Path, n_layers: int, epochs: int, blocks: dict[str, i
     return path
 
 
-def start(command: Sequence[str], niceness: int = 10) -> subprocess.Popen[str]:
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
     """A process that gives way to others, so that who watches it, to stop it at some point, is not too late."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -104,7 +106,7 @@ def start(command: Sequence[str], niceness: int = 10) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=lambda: os.nice(niceness),
+        preexec_fn=lambda: os.nice(10),
     )
 
 
@@ -191,3 +193,18 @@ def wait_for(point: Callable[[], bool], process: subprocess.Popen[str] | Command
 
 def layers_measured(folder: Path) -> int:
     return max(0, len(list(folder.glob("cells/nats-selection-*.json"))) - 1)
+
+
+def worker_processes(folder: Path) -> dict[int, int]:
+    """Number of a shard -> its latest worker, as the logs tell."""
+    found: dict[int, int] = {}
+    for log in folder.glob("logs/shard-*.log"):
+        if pids := re.findall(r"^shard \d+/\d+: process (\d+) on", log.read_text(), re.MULTILINE):
+            found[int(log.stem.removeprefix("shard-"))] = int(pids[-1])
+    return found
+
+
+def kill_the_first_worker(folder: Path, known: int | None = None) -> None:
+    """As soon as it is at work for this process; not the one that is known, of an earlier pool."""
+    wait_for(lambda: worker_processes(folder).get(1, known) != known, None)
+    os.kill(worker_processes(folder)[1], signal.SIGKILL)

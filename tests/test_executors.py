@@ -1,7 +1,9 @@
-"""Worker pools, local, on Ray and under Slurm: workers that die are started again, and all are stopped at the end."""
+"""Worker pools, local, on Ray and under Slurm: workers that die are started again, and all are stopped at the end.
+
+A search by workers on Ray, one of which is killed, stands in `tests/test_select_plan.py`.
+"""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,18 +27,19 @@ from leankv.executors.worker import work
 from leankv.progress import Progress, Silent
 from leankv.studies.sweep_table import gather
 from tests.forked import CommandProcess, ForkedWorker
-from tests.run_folders import TIME_OUT, Sweep, assert_swept, finished_files, layers_measured, refuse, start, wait_for
+from tests.run_folders import (
+    TIME_OUT,
+    Sweep,
+    assert_swept,
+    finished_files,
+    kill_the_first_worker,
+    layers_measured,
+    refuse,
+    wait_for,
+    worker_processes,
+)
 
 pytestmark = pytest.mark.whole_runs
-
-
-def worker_processes(folder: Path) -> dict[int, int]:
-    """Number of a shard -> its latest worker, as the logs tell."""
-    found: dict[int, int] = {}
-    for log in folder.glob("logs/shard-*.log"):
-        if pids := re.findall(r"^shard \d+/\d+: process (\d+) on", log.read_text(), re.MULTILINE):
-            found[int(log.stem.removeprefix("shard-"))] = int(pids[-1])
-    return found
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     assert not (tmp_path / "sweep.csv").exists()
     before = finished_files(tmp_path)
 
-    killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1], None))
+    killer = Thread(target=kill_the_first_worker, args=(tmp_path, stopped[1]))
     killer.start()
     experiment = load_experiment(serial.config, {"output_dir": str(tmp_path)})
     sweep_with_workers(experiment, WorkerOptions("local", 2), Progress())
@@ -73,25 +76,6 @@ def test_local_workers_are_stopped_by_ctrl_c_and_started_again_when_killed(
     assert_swept(tmp_path, serial)
     after = finished_files(tmp_path)
     assert {name: after[name] for name in before} == before
-
-
-def kill_the_first_worker(folder: Path, known: int | None, process: subprocess.Popen[str] | None) -> None:
-    """As soon as it is at work; not the one that is known, of an earlier pool."""
-    wait_for(lambda: worker_processes(folder).get(1, known) != known, process)
-    os.kill(worker_processes(folder)[1], signal.SIGKILL)
-
-
-def test_a_ray_worker_that_is_killed_is_started_again(serial: Sweep, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    command = serial.command(tmp_path, "--executor", "ray", "--workers", "2")
-    # Ray does not outlive a fork; and gives its own processes 15 s to start, whatever else the machine does.
-    process = start([sys.executable, "-m", "leankv", *command], niceness=0)
-    kill_the_first_worker(tmp_path, None, process)
-    stdout, stderr = process.communicate(timeout=TIME_OUT)
-    assert process.returncode == 0, stderr
-    assert "cheapest first" in stdout
-    assert "shard 1/2 died (" in stderr
-    assert_swept(tmp_path, serial)
 
 
 def test_slurm_jobs(serial: Sweep, tmp_path: Path) -> None:

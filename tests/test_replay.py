@@ -29,6 +29,7 @@ PROTOCOLS = [
     ProtocolConfig(kind="decode", sinks=1, window=3),
 ]
 BLOCKS = Blocks(tiny.tokens(3, 30), "selection", "random")
+TWO_BLOCKS = BLOCKS.take([0, 1])
 SHORT_BLOCKS = Blocks(tiny.tokens(2, 16), "selection", "random")
 """Longer than the sliding window, for the protocol that feeds token by token."""
 MEMORY = 1 << 30
@@ -59,10 +60,10 @@ def full_pass(model: Any, plan: Plan, protocol: ProtocolConfig, blocks: Blocks =
 def test_every_single_layer_and_a_growing_plan_match_full_passes(
     model: Any, protocol: ProtocolConfig, tmp_path: Path
 ) -> None:
-    blocks = SHORT_BLOCKS if protocol.kind == "decode" else BLOCKS
+    blocks = SHORT_BLOCKS if protocol.kind == "decode" else BLOCKS if protocol.batch_size > 1 else TWO_BLOCKS
     replay = Replay(model, blocks, protocol, MEMORY, tmp_path)
     codecs = lossy_plan(model, (0, 1, 2, 3))
-    for chosen in [(), (3,), (0,), (2,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
+    for chosen in [(), (3,), (0,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
         plan = of_layers(codecs, chosen)
         measured = replay.measure(plan, extends_to_supersets=bool(chosen[1:]))
         assert measured.nats == full_pass(model, plan, protocol, blocks), chosen

@@ -1,9 +1,9 @@
 """Searching a plan, from the command to the bundle, on a tiny model."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas as pd
@@ -22,7 +22,15 @@ from leankv.studies.plan_options import search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
 from leankv.studies.workspace import Workspace
 from tests.forked import CommandProcess
-from tests.run_folders import finished_files, refuse, succeed, succeed_json, wait_for
+from tests.run_folders import (
+    finished_files,
+    kill_the_first_worker,
+    refuse,
+    succeed,
+    succeed_json,
+    wait_for,
+    worker_processes,
+)
 
 pytestmark = pytest.mark.whole_runs
 
@@ -83,11 +91,19 @@ def test_asked_again_nothing_is_measured_anew(run, config):
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_workers_that_search_together_come_to_the_same(run, config, tmp_path, executor):
+    """On Ray, also where one of them is killed; `tests/test_executors.py` kills local ones."""
+    folder, _ = run
+    command = ["select", "--config", config, "--budget", "20%", "-o", tmp_path, "--executor", executor, "--workers", 2]
     if executor == "ray":
         pytest.importorskip("ray")
-    folder, _ = run
-    command = ("select", "--config", config, "--budget", "20%", "-o", tmp_path, "--executor", executor, "--workers", 2)
-    (summary,) = succeed_json(*command)
+        killer = Thread(target=kill_the_first_worker, args=(tmp_path,))
+        killer.start()
+        result = succeed(*command, "--json")
+        killer.join()
+        assert "shard 1/2 died (" in result.stderr
+    else:
+        result = succeed(*command, "--json")
+    (summary,) = json.loads(result.stdout)
     (expected,), (entry,) = (json.loads((own / "plans.json").read_text()) for own in (folder, tmp_path))
     for name in ("plan", "steps", "candidates", "evaluations"):
         assert entry[name] == expected[name]
@@ -96,7 +112,7 @@ def test_workers_that_search_together_come_to_the_same(run, config, tmp_path, ex
         path.name for path in (folder / "cells").glob("nats-selection*.json")
     }
     logs = [(tmp_path / "logs" / f"shard-{number}.log").read_text() for number in (1, 2)]
-    assert len({re.search(r"process (\d+)", log)[1] for log in logs}) == 2
+    assert len(set(worker_processes(tmp_path).values())) == 2
     assert all("certifying" in log for log in logs)
     load_bundle(tmp_path / "bundle", load_model(load_experiment(tmp_path / "experiment.yaml", {}).model).model)
 

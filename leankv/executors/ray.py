@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from leankv.config.notation import Shard
@@ -52,10 +52,12 @@ def ray_workers(job: Job, address: str | None) -> Iterator[Start]:
     def start(shards: Sequence[Shard]) -> list[Worker]:
         return [RayWorker(job, shard, task) for shard in shards]
 
-    try:
-        yield start
-    finally:
-        ray.shutdown()
+    # Of dead workers Ray itself tells too, on standard output, where what a command found stands alone.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield start
+        finally:
+            ray.shutdown()
 
 
 class RayWorker:
