@@ -8,9 +8,10 @@ FOLDER holds WikiText-2. Measuring takes half an hour on 2 cores; every document
 takes a minute.
 
 The documents are the first 512 tokens of each article of WikiText-2 that no codec was fitted on, and of each article
-of the Wikipedia sample. All of them together are the source: a plan's true cost is what they give. A draw parts them
-at random: `SELECTION` documents order the plans and choose their bounds, the others certify. A second kind of draw
-takes certification documents with replacement, so that they are independent draws, as the test supposes.
+of the Wikipedia sample: 256 are coded, and 256 read behind them (protocol `prefix`). All of them together are the
+source: a plan's true cost is what they give. A draw parts them at random: `SELECTION` documents order the plans and
+choose their bounds, the others certify. A second kind of draw takes certification documents with replacement, so that
+they are independent draws, as the test supposes.
 """
 
 import json
@@ -26,27 +27,29 @@ from side_by_side import machine, say
 RESULTS = Path(__file__).parent.parent / "results" / "budget-coverage"
 
 PLANS: dict[str, Any] = {
-    "transform:s0.01": "transform:s0.01",
     "transform:s0.014": "transform:s0.014",
     "transform:s0.02": "transform:s0.02",
     "transform:s0.028": "transform:s0.028",
-    "resid(share:-2,transform:s0.02)": "resid(share:-2,transform:s0.02)",
-    "nuq:4+1": "nuq:4+1",
-    "int:4": "int:4",
+    "transform:s0.04": "transform:s0.04",
+    "transform:s0.056": "transform:s0.056",
+    "resid(share:-2,transform:s0.04)": "resid(share:-2,transform:s0.04)",
 }
 """Families and rates whose costs lie around the budgets."""
 
+PREFIX, CONTINUATION = 256, 256
+
 SETTINGS: dict[str, Any] = {
-    "data.block_length": 512,
+    "data.block_length": PREFIX + CONTINUATION,
     "data.calibration_blocks": 32,
     "codec.key_space": "pre-rope",
     "fit.error_metric": "gradient",
-    "protocol.kind": "stream",
+    "protocol.kind": "prefix",
+    "protocol.prefix_length": PREFIX,
+    "protocol.continuation": CONTINUATION,
     "protocol.sinks": 4,
-    "protocol.window": 64,
+    "protocol.window": 0,
 }
-
-LEAST_TOKENS = 256
+"""Whether budgets hold does not depend on the protocol; under this one all plans share the pass over a prefix."""
 
 
 def measure(wikitext: str, seconds: float) -> None:
@@ -71,9 +74,9 @@ def measure(wikitext: str, seconds: float) -> None:
     fitted_on = len(source.documents("calibration", tokenizer))
     texts = {"wikitext-2": source.documents("all", tokenizer)[fitted_on:]}
     texts["wikipedia-sample"] = TextSource(DataConfig(dataset="wikipedia-sample")).documents("all", tokenizer)
-    documents = [documents_of(own, tokenizer, length, LEAST_TOKENS, name, name) for name, own in texts.items()]
+    documents = [documents_of(own, tokenizer, length, length, name, name) for name, own in texts.items()]
     blocks = [block for own in documents for block in own.blocks]
-    say(f"{len(blocks)} documents, {sum(own.left_out for own in documents)} shorter than {LEAST_TOKENS} left out")
+    say(f"{len(blocks)} documents, {sum(own.left_out for own in documents)} shorter than {length} left out")
 
     specs = {name: PlanSpec.parse(written) for name, written in PLANS.items()}
     evaluator.codecs.fit(specs.values())  # at once, so that the calibration text runs through the model once
@@ -106,11 +109,11 @@ def measure(wikitext: str, seconds: float) -> None:
         "model_fingerprint": workspace.loaded.fingerprint,
         "numerics": workspace.loaded.numerics,
         "settings": SETTINGS,
-        "least_tokens": LEAST_TOKENS,
+        "least_tokens": length,
         "plans": plans,
         "columns": ["source", "predicted tokens", *rows],
         "documents": [
-            [block.source, block.tokens.shape[1] - 1, *(round(own[place], 4) for own in rows.values())]
+            [block.source, CONTINUATION - 1, *(round(own[place], 4) for own in rows.values())]
             for place, block in enumerate(blocks)
         ],
         "machine": machine(),

@@ -112,11 +112,11 @@ def first_token(model: Any, cache: Any, last: torch.Tensor) -> Any:
 def stock_rows(
     rows: list[dict[str, Any]], folder: Path, cache: Any, megabytes: float, prefill: float, model: Any, last: Any
 ) -> None:
-    """The stock cache in 16 bits as safetensors, plain and under zstd (level 3)."""
+    """The stock cache in 16 bits as safetensors, plain and under zstd (level 3), without the last token it took in."""
     tensors = {
         f"{number}.{part}": rows_.to(torch.bfloat16).contiguous()
         for number, layer in enumerate(cache.layers)
-        for part, rows_ in (("k", layer.keys[:, :, :PREFIX]), ("v", layer.values[:, :, :PREFIX]))
+        for part, rows_ in (("k", layer.keys[:, :, :-1]), ("v", layer.values[:, :, :-1]))
     }
 
     def restored(data: bytes) -> Any:
