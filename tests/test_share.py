@@ -188,11 +188,11 @@ def test_a_codec_depends_on_the_plan_s_sites_upstream_and_on_nothing_else(tmp_pa
     activations = captured(model, tmp_path / "a", None)
     before = fitted(model, activations, spec)
     for changed in (Site(layer, part) for layer in range(4) for part in "kv"):
-        for recipe in {None, parse_recipe("int:2")} - {spec[changed]}:
-            after = fitted(model, activations, spec.with_sites({changed: recipe}))
-            for site in (before.keys() & after.keys()) - {changed}:
-                depends = changed in upstream(model, spec, site)
-                assert same_tensors(before[site], after[site]) != depends, (site, changed, recipe)
+        recipe = None if changed.layer % 2 and spec[changed] is not None else parse_recipe("int:2")
+        after = fitted(model, activations, spec.with_sites({changed: recipe}))
+        for site in (before.keys() & after.keys()) - {changed}:
+            depends = changed in upstream(model, spec, site)
+            assert same_tensors(before[site], after[site]) != depends, (site, changed, recipe)
 
 
 def test_codecs_that_are_fitted_already_serve_as_context(tmp_path: Path) -> None:
