@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from saved_cache import best, break_even, first_token, stock_rows
 from side_by_side import RESULTS, machine, say, timed
-from smollm2 import prepared, stock_cache
+from smollm2 import bundle_of, prepared, stock_cache
 
 import leankv
 from leankv.cache.bundle import Bundle
 from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.part_store import UNBOUNDED
-from leankv.cache.plan import PlanSpec
-from leankv.config.experiment import ProtocolConfig
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.perplexity import compare, measure_nats
-from leankv.models.loading import describe
 
 ROWS = {1024: 32, 7936: 8}
 """Tokens of a prefix (the longer one, with what follows, is all that the model allows) -> rows of report text."""
@@ -39,16 +36,14 @@ CONTINUATION, SINKS = 256, 4
 KEPT_BYTES = 6 << 30  # of exact prefixes, which all caches are measured behind
 
 
-def cost(
-    bundle: Bundle, evaluator: Any, protocol: ProtocolConfig, prefixes: ExactPrefixes, base: Any
-) -> dict[str, Any]:
+def cost(bundle: Bundle, evaluator: Any, prefixes: ExactPrefixes, base: Any) -> dict[str, Any]:
     """What a bundle adds to perplexity behind stored prefixes."""
     model, blocks = evaluator.workspace.loaded.model, evaluator.workspace.blocks("report")
 
     def fresh() -> LeanCache:
         return bundle.new_cache(window=UNBOUNDED, decode_once=True, encode_every=1)
 
-    found = compare(base, measure_nats(model, blocks, protocol, fresh, prefixes=prefixes))
+    found = compare(base, measure_nats(model, blocks, evaluator.protocol, fresh, prefixes=prefixes))
     assert found.interval is not None
     low, high = (100 * end / found.base_ppl for end in found.interval)
     return {"delta_percent": found.delta_percent, "low": low, "high": high, "base_ppl": found.base_ppl}
@@ -86,30 +81,20 @@ def rows_of(length: int, count: int, folder: Path) -> list[dict[str, Any]]:
         protocol__window=0,
     )
     workspace, protocol = evaluator.workspace, evaluator.protocol
-    model, loaded = workspace.loaded.model, workspace.loaded
+    model, blocks = workspace.loaded.model, workspace.blocks("report")
     bundles = {
-        "int:4": Bundle(
-            evaluator.codecs.plan(PlanSpec.uniform("int:4")),
-            SINKS,
-            0,
-            workspace.rotation,
-            model.config,
-            describe(loaded),
-            {},
-            {},
-        ),
+        "int:4": bundle_of(evaluator, "int:4"),
         "certified": leankv.load(sys.argv[2], model),
     }
-    text = workspace.blocks("report").tokens[:1]
+    text = blocks.tokens[:1]
     prefix, last = text[:, :length], text[:, length : length + 1]
-    base_bytes = loaded.geometry.bytes_per_token * length
+    base_bytes = workspace.loaded.geometry.bytes_per_token * length
     prefill_seconds, stock = timed(lambda: first_token(model, stock_cache(model, prefix), last))
     rows: list[dict[str, Any]] = []
     stock_rows(rows, folder, stock, base_bytes / 1e6, prefill_seconds, model, last)
     for row in rows:
         row["delta_percent"] = 0.0
     prefixes = ExactPrefixes(model, KEPT_BYTES)
-    blocks = workspace.blocks("report")
     base = measure_nats(
         model, blocks, protocol, lambda: LeanCache(model.config, {}, sinks=0, window=0), prefixes=prefixes
     )
@@ -129,7 +114,7 @@ def rows_of(length: int, count: int, folder: Path) -> list[dict[str, Any]]:
             "ratio": base_bytes / size,
             "first_token_seconds": seconds,
             "sooner_than_computing": prefill_seconds / seconds,
-            **cost(bundle, evaluator, protocol, prefixes, base),
+            **cost(bundle, evaluator, prefixes, base),
         }
         break_even(row, rows[0])
         rows.append(row)

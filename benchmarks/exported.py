@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from side_by_side import report, side_by_side, timed
-from smollm2 import GENERATING, prepared
+from smollm2 import GENERATING, bundle_of, prepared
 from transformers import AutoModelForCausalLM
 
 import leankv
-from leankv.cache.bundle import Bundle
-from leankv.cache.plan import PlanSpec
 from leankv.export.repository import write_repository
-from leankv.models.loading import describe
 
 PLAN, CONTEXT, GENERATED, REPEATS = "transform:s0.02", 2048, 8, 3
 
@@ -27,10 +24,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         evaluator = prepared(Path(folder) / "run", **GENERATING)
         workspace = evaluator.workspace
-        loaded, protocol = workspace.loaded, workspace.experiment.protocol
-        plan = evaluator.codecs.plan(PlanSpec.uniform(PLAN))
-        made = describe(loaded)
-        bundle = Bundle(plan, protocol.sinks, protocol.window, workspace.rotation, loaded.model.config, made, {}, {})
+        loaded = workspace.loaded
+        bundle = bundle_of(evaluator, PLAN)
         repository = Path(folder) / "repository"
         write_repository(repository, bundle, loaded, with_weights=True)
         exported = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True, dtype=loaded.model.dtype)

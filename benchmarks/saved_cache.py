@@ -16,16 +16,13 @@ import pyarrow
 import safetensors.torch
 import torch
 from side_by_side import RESULTS, machine, say, timed
-from smollm2 import GENERATING, prepared, stock_cache
+from smollm2 import GENERATING, bundle_of, prepared, stock_cache
 from transformers import DynamicCache
 
 import leankv
-from leankv.cache.bundle import Bundle
 from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.contents import held_by, opened, sealed_in, tensors_of
-from leankv.cache.plan import PlanSpec
 from leankv.cache.saved_cache import load_cache, rooms_of
-from leankv.models.loading import describe
 
 PREFIX, CONTINUATION, REPEATS = 4096, 512, 3
 REQUIRED = {"transform:s0.02": (250, 180, 8), "resid(share:-2,transform:s0.02)": (250, 180, 5), "int:4": (None,) * 3}
@@ -54,8 +51,7 @@ def main() -> None:
         prefill_seconds, stock = timed(lambda: first_token(model, stock_cache(model, prefix), last))
         stock_rows(rows, folder, stock, megabytes, prefill_seconds, model, last)
         for spec, required in REQUIRED.items():
-            plan = evaluator.codecs.plan(PlanSpec.uniform(spec))
-            bundle = Bundle(plan, 4, 128, workspace.rotation, model.config, describe(loaded), {}, {})
+            bundle = bundle_of(evaluator, spec)
             store = leankv.PrefixStore(folder / spec, bundle, model)
             add_seconds, _ = timed(lambda store=store: store.add(prefix))
 
@@ -67,7 +63,7 @@ def main() -> None:
             seconds, _ = best(stored)
             cache = store.cache_for(text)
             held = held_by(cache.layers)
-            codecs = {f"{site.layer}.{site.part}": codec for site, codec in plan.items()}
+            codecs = {f"{site.layer}.{site.part}": codec for site, codec in bundle.plan.items()}
             write_seconds, (tensors, table) = best(lambda held=held, codecs=codecs: tensors_of(held, codecs))
             rooms = rooms_of(bundle, 4)
             read_seconds, _ = best(

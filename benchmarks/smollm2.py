@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from leankv.cache.bundle import Bundle
+from leankv.cache.plan import PlanSpec
 from leankv.config.loading import load_experiment
+from leankv.models.loading import describe
 from leankv.progress import Progress
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
@@ -36,6 +39,14 @@ def prepared(folder: Path, **changes: Any) -> PlanEvaluator:
     settings = {key.replace("__", "."): value for key, value in changes.items()}
     experiment = load_experiment(None, {**dataset, "output_dir": str(folder), "protocol.sinks": 0, **settings})
     return PlanEvaluator(Workspace.open(experiment, Progress()))
+
+
+def bundle_of(evaluator: PlanEvaluator, spec: str) -> Bundle:
+    """A bundle of one recipe at every site, with the sinks and the window that costs are measured with."""
+    workspace, protocol = evaluator.workspace, evaluator.protocol
+    plan, loaded = evaluator.codecs.plan(PlanSpec.uniform(spec)), workspace.loaded
+    made_for = describe(loaded)
+    return Bundle(plan, protocol.sinks, protocol.window, workspace.rotation, loaded.model.config, made_for, {}, {})
 
 
 @torch.no_grad()
