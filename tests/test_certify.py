@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
 
 
 def test_too_few_documents_for_any_plan_are_refused_with_the_number_needed(evaluator: PlanEvaluator) -> None:
-    with pytest.raises(UserError, match=r"takes at least 169 documents.*split of .* has \d+ of 20 tokens.*\.jsonl"):
-        certify(evaluator, [SAFE], 1.0, CertificationConfig(least_tokens=20, clip=0.5, max_documents=1000))
+    few = CertificationConfig(least_tokens=20, clip=0.5, max_documents=1000)
+    what = r"takes at least 169 documents.*split of .* has \d+ of 20 tokens.*\.jsonl.*certification.least_tokens"
+    with pytest.raises(UserError, match=what):
+        certify(evaluator, [SAFE], 1.0, few)
+    whole = replace(few, least_tokens=LENGTH)  # then a lower one alone lets nothing in that is not there already
+    with pytest.raises(UserError, match=rf"has \d+ of {LENGTH} tokens.*data.block_length"):
+        certify(evaluator, [SAFE], 1.0, whole)
     with pytest.raises(UserError, match=r"at least 169 documents.*certification.max_documents to more than 100"):
         certify(evaluator, [SAFE], 1.0, CertificationConfig(least_tokens=20, clip=0.5, max_documents=100))
     assert not cells(evaluator)

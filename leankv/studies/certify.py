@@ -107,10 +107,13 @@ def _check_enough(documents: Documents, budget_percent: float, clip: float, sett
         raise UserError(f"{needs}; set certification.max_documents to more than {settings.max_documents}")
     if len(documents) >= least:
         return
+    # Where whole blocks are asked for, as under `prefix`, only shorter ones let more documents in.
+    whole_blocks = documents.least_tokens == documents.block_length
+    shorter = "protocol.prefix_length or data.block_length" if whole_blocks else "certification.least_tokens"
     raise UserError(
         f"{needs}, but the certification split of {documents.source} has {len(documents)} of {documents.least_tokens} "
         f"tokens or more ({documents.left_out} shorter ones are left out); give a larger data set (rows of a .jsonl or "
-        ".parquet file are documents), lower data.calibration_blocks or certification.least_tokens, or raise the budget"
+        f".parquet file are documents), lower data.calibration_blocks or {shorter}, or raise the budget"
     )
 
 
