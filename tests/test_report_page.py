@@ -44,9 +44,12 @@ def test_the_page_says_what_the_files_say(written: Path) -> None:
     summary = read_summary(RUNS[1])
     for figure in (f"{summary.ppl:.3f}", f"{summary.base_ppl:.3f}", f"{summary.delta_percent:+.2f} %"):
         assert figure in text
+    assert f"{summary.cache_ratio:.1f} times smaller for" in text
     plans = json.loads((RUNS[0] / "plans.json").read_text())
     for plan in plans:
         assert f"{plan['summary']['ppl']:.3f}" in text
+        stored = plan["summary"]["base_bytes"] / plan["summary"]["stored_bytes"]  # what these searches made small
+        assert f"{stored:.1f} times smaller stored for" in text
     assert "at 95 % confidence, on 31 documents" in text
     assert "&lt;b&gt;other&lt;/b&gt;" in text  # what a model says is text, not markup
 

@@ -55,7 +55,7 @@ def page(runs: Sequence[RunContents]) -> str:
     body = environment.get_template("page.html").render(
         version=__version__,
         runs=runs,
-        side_by_side=_side_by_side(finished) if len(runs) > 1 and finished else None,
+        side_by_side=_side_by_side(finished) if len(finished) > 1 else None,
         frontier=chart(charts.frontier(runs)) if has_frontier else None,
         chart=chart,
         charts=charts,

@@ -56,6 +56,16 @@ class PageTable:
     rows: Sequence[Sequence[Cell]]
 
 
+def claim(chosen: Chosen) -> str:
+    """What came out in one line: by the bytes that were to be few."""
+    summary = chosen.summary
+    ratio, what = {
+        "stored": (summary.stored_ratio, " stored"),
+        "all-in": (summary.all_in_ratio, " all in"),
+    }.get(summary.minimize or "live", (summary.cache_ratio, ""))
+    return f"{ratio or 1:.1f} times smaller{what} for {summary.delta_percent:+.2f} %"
+
+
 def headline(chosen: Chosen) -> list[tuple[str, str]]:
     """What was asked and what came out, name and text."""
     summary = chosen.summary
