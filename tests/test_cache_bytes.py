@@ -51,6 +51,24 @@ def test_a_cache_counted_by_hand(llama: Any) -> None:
     assert bytes_.all_in_ratio == bytes_.base / (bytes_.held + bytes_.codecs + bytes_.peak_step)
 
 
+def test_what_a_sliding_window_drops_is_not_saved() -> None:
+    """After 128 tokens it still holds all, 2 exact sinks among them; after 256 it holds 139, the sinks no more."""
+    model = tiny.build("gemma3", sliding_window=140).bfloat16()
+    geometry = find_geometry(model)
+    whole = [number for number, layer in enumerate(geometry.layers) if layer.sliding_window is None]
+    assert 0 < len(whole) < len(geometry.layers)
+    assert geometry.width == WIDTH
+    plan = {Site(layer, "k"): codec("pca:4") for layer in range(len(geometry.layers))}
+    bytes_ = measured(model, plan, 300, sinks=2, window=5)
+    vector, code = 2 * WIDTH, 2 * 4
+    assert bytes_.code_ratio_live == bytes_.code_ratio_stored == vector / code
+    assert bytes_.base_growth == PIECE * len(whole) * vector
+    windows_only = tiny.build("mistral", sliding_window=140).bfloat16()
+    none = measured(windows_only, {Site(0, "k"): codec("pca:4")}, 300, sinks=2, window=5)
+    assert none.code_ratio_live is none.code_ratio_stored is None
+    assert none.cache_ratio is not None
+
+
 def test_the_context_decides_what_is_known(llama: Any) -> None:
     """Where half a fill is still held exact, growth is not that of codes."""
     plan = {Site(0, part): codec("int:4") for part in "kv"}

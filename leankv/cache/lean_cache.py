@@ -1,7 +1,7 @@
 """The compressed transformers cache, made of a plan for one batch of sequences."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,16 +234,21 @@ class LeanCache(Cache):
         """
         return held_bytes(self)
 
-    def serialized_nbytes(self) -> int:
-        """Bytes that the cache would take serialized: codes entropy-coded where their codec can, all else as held."""
+    def serialized_nbytes(self, layers: Iterable[int] | None = None) -> int:
+        """Bytes that the cache would take serialized: codes entropy-coded where their codec can, all else as held.
+
+        Args:
+            layers: the numbers of those to count; all unless given.
+        """
+        asked = self.layers if layers is None else [self.layers[number] for number in layers]
         sizes = [
             len(stream)
-            for layer in self.layers
+            for layer in asked
             if isinstance(layer, LeanLayer)
             for part in layer.parts.values()
             for stream in part.serialized()
         ]
-        stock = [layer for layer in self.layers if not isinstance(layer, LeanLayer) and layer.is_initialized]
+        stock = [layer for layer in asked if not isinstance(layer, LeanLayer) and layer.is_initialized]
         return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
 
 

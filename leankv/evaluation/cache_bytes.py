@@ -45,8 +45,9 @@ class CacheBytes:
         peak_step: the most that one decoding step takes over `held`: what it decodes, and the model's own activations
             of one token, which are the same for all caches. Ours are read by attention over codes, as `generate` does.
         codecs: of the codecs in memory, with what decoding builds and keeps.
-        base_growth: of the compressed layers and parts of the 16-bit cache, over the tokens that the next two are of.
-        held_growth: by how much `held` grew in those layers and parts; None where tokens are too few to be codes alone.
+        base_growth: of the compressed parts of layers that let go of nothing, in the 16-bit cache, over the tokens that
+            the next two are of. What a sliding window drops would be counted as bytes saved.
+        held_growth: by how much `held` grew in those; None where tokens are too few to be codes alone.
         stored_growth: the same, of `stored`.
     """
 
@@ -116,8 +117,9 @@ def measure_bytes(
     """
     device, context = model.device, tokens.shape[1]
     shorter, longer = marks = _marks(context)
-    held: dict[int, int] = {}
-    stored: dict[int, int] = {}
+    # Only layers that let go of nothing grow by codes alone.
+    growing = [number for number, layer in enumerate(geometry.layers) if layer.tokens_held(longer) == longer]
+    grown: dict[int, tuple[int, int]] = {}
     with watched(device):
         cache = make_cache()
     fed = 0
@@ -127,8 +129,8 @@ def measure_bytes(
         fed += piece.shape[1]
         if fed in (*marks, context):
             counted = _coded(cache, is_last=fed == context)
-            held[fed] = held_bytes(counted)
-            stored[fed] = len_stored(counted)
+            held, stored = held_bytes(counted), len_stored(counted)
+            grown[fed] = _of_layers(counted, growing, len(geometry.layers), held, stored)
         on_piece()
     # Any two tokens do for the steps, and any positions, where the model has no more.
     last = tokens[:, -1:].to(device)
@@ -142,21 +144,31 @@ def measure_bytes(
         with watched(device):
             decode_one()  # what is built once is built now
         peak = peak_bytes(decode_one, device)
-    uncompressed = Footprint(geometry, {}, 0, 0)
-    left_alone = _left_alone(geometry, plan, longer) - _left_alone(geometry, plan, shorter)
-    exact = left_alone * model.dtype.itemsize // BYTES_16_BIT
+    sites = [Site(layer, part) for layer in growing for part in PARTS]
+    per_token = {site: geometry.layers[site.layer].width_of(site.part) for site in sites}
+    compressed = sum(width for site, width in per_token.items() if plan is None or site in plan)
+    exact = (longer - shorter) * (sum(per_token.values()) - compressed) * model.dtype.itemsize
     is_settled = shorter >= settled
     return CacheBytes(
         context=context,
-        base=uncompressed.base_bytes(context),
-        held=held[context],
-        stored=stored[context],
+        base=Footprint(geometry, {}, 0, 0).base_bytes(context),
+        held=held,
+        stored=stored,
         peak_step=peak,
         codecs=codec_memory(cache.codecs.values()) if isinstance(cache, LeanCache) else 0,
-        base_growth=uncompressed.base_bytes(longer) - uncompressed.base_bytes(shorter) - left_alone,
-        held_growth=held[longer] - held[shorter] - exact if is_settled else None,
-        stored_growth=stored[longer] - stored[shorter] - exact if is_settled else None,
+        base_growth=(longer - shorter) * compressed * BYTES_16_BIT,
+        held_growth=grown[longer][0] - grown[shorter][0] - exact if is_settled else None,
+        stored_growth=grown[longer][1] - grown[shorter][1] - exact if is_settled else None,
     )
+
+
+def _of_layers(cache: Any, layers: list[int], n_layers: int, held: int, stored: int) -> tuple[int, int]:
+    """What some layers of a cache that takes `held` and `stored` bytes take of them."""
+    others = [cache.layers[number] for number in set(range(n_layers)) - set(layers)]
+    if not others:
+        return held, stored
+    own = held - held_bytes(others)
+    return own, cache.serialized_nbytes(layers) if isinstance(cache, LeanCache) else own
 
 
 def _coded(cache: Any, is_last: bool) -> Any:
@@ -166,13 +178,6 @@ def _coded(cache: Any, is_last: bool) -> Any:
     coded = cache if is_last else copy.deepcopy(cache)
     coded.encode_all()
     return coded
-
-
-def _left_alone(geometry: Geometry, plan: Plan | None, tokens: int) -> int:
-    """16-bit bytes of `tokens` tokens in what a plan does not compress."""
-    everything = [Site(layer, part) for layer in range(len(geometry.layers)) for part in PARTS]
-    nothing = dict.fromkeys(everything if plan is None else plan, 0.0)
-    return round(Footprint(geometry, nothing, 0, 0).compressed_bytes(tokens))
 
 
 def len_stored(cache: Any) -> int:
