@@ -125,9 +125,15 @@ def _draw_comparisons(axes: Any, comparisons: Sequence[pd.DataFrame], column: st
                 markerfacecolor="white" if baseline else "0.75",
                 linestyle=":",
                 linewidth=0.9,
-                label=f"{method}, one rate everywhere" if not baseline else f"{method} (baseline)",
+                label=_label(method, baseline),
             )
             number += 1
+
+
+def _label(method: str, baseline: str) -> str:
+    if baseline:
+        return f"{method} (baseline)"
+    return "plans, their codecs fitted anew" if method == "plan" else f"{method}, one rate everywhere"
 
 
 def _draw_selections(axes: Any, plans: pd.DataFrame, column: str) -> None:

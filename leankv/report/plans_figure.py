@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 MARKS = {"waterfill": "o", "refine": "^", "evolve": "s", "uniform": "x"}
 
@@ -24,6 +24,7 @@ def draw_plans(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
         if any(step["percent"] > 0 for entry in own for step in entry["steps"]):
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # costs of one search span a decade or less
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
