@@ -125,7 +125,7 @@ def _draw_comparisons(axes: Any, comparisons: Sequence[pd.DataFrame], column: st
                 markerfacecolor="white" if baseline else "0.75",
                 linestyle=":",
                 linewidth=0.9,
-                label=_label(method, baseline),
+                label=_label(str(method), str(baseline)),
             )
             number += 1
 
