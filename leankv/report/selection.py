@@ -116,7 +116,8 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         ("peak of a decoding step", f"{summary.peak_step_bytes / 1e6:.2f} MB over what is held"),
         (
             "codecs",
-            f"{summary.codec_parameters} parameters, {summary.codec_bytes / 1e6:.2f} MB on disk, "
+            (f"{summary.codec_parameters} parameters, " if summary.codec_parameters else "")  # most are not trained
+            + f"{summary.codec_bytes / 1e6:.2f} MB on disk, "
             f"{summary.codec_bytes_memory / 1e6:.2f} MB in memory",
         ),
     ]
