@@ -119,7 +119,8 @@ def rows_of(length: int, count: int, folder: Path) -> list[dict[str, Any]]:
         break_even(row, rows[0])
         rows.append(row)
     for row in rows:
-        row |= {"prefix": length, "blocks": count, "prefill_seconds": prefill_seconds, "dtype": str(model.dtype)}
+        row |= {"prefix": length, "blocks": count, "prefill_seconds": prefill_seconds}
+        row["dtype"] = workspace.loaded.numerics["dtype"]
         say(json.dumps(row))
     return rows
 

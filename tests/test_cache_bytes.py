@@ -68,6 +68,18 @@ def test_what_a_sliding_window_drops_is_not_saved() -> None:
     assert none.code_ratio_live is none.code_ratio_stored is None
     assert none.cache_ratio is not None
 
+    class Elsewhere(DynamicCache):
+        """Holds nothing in its layers that would tell which bytes are whose."""
+
+        def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self.copies = {**getattr(self, "copies", {}), layer_idx: found}
+            return found
+
+    theirs = measure_bytes(model, geometry, tiny.tokens(1, 512), lambda: Elsewhere(config=model.config))
+    assert theirs.code_ratio_live is theirs.code_ratio_stored is None
+    assert theirs.cache_ratio is not None
+
 
 def test_the_context_decides_what_is_known(llama: Any) -> None:
     """Where half a fill is still held exact, growth is not that of codes."""

@@ -47,7 +47,8 @@ class CacheBytes:
         codecs: of the codecs in memory, with what decoding builds and keeps.
         base_growth: of the compressed parts of layers that let go of nothing, in the 16-bit cache, over the tokens that
             the next two are of. What a sliding window drops would be counted as bytes saved.
-        held_growth: by how much `held` grew in those; None where tokens are too few to be codes alone.
+        held_growth: by how much `held` grew in those; None where tokens are too few to be codes alone, and for caches
+            of others where some layers let go of tokens.
         stored_growth: the same, of `stored`.
     """
 
@@ -122,7 +123,7 @@ def measure_bytes(
     grown: dict[int, tuple[int, int]] = {}
     with watched(device):
         cache = make_cache()
-    fed = 0
+    is_ours, fed = isinstance(cache, LeanCache), 0
     for piece in pieces_of(tokens.to(device)):
         with watched(device):
             model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
@@ -130,7 +131,7 @@ def measure_bytes(
         if fed in (*marks, context):
             counted = _coded(cache, is_last=fed == context)
             held, stored = held_bytes(counted), len_stored(counted)
-            grown[fed] = _of_layers(counted, growing, len(geometry.layers), held, stored)
+            grown[fed] = _of_layers(counted, growing, held, stored) if is_ours else (held, stored)
         on_piece()
     # Any two tokens do for the steps, and any positions, where the model has no more.
     last = tokens[:, -1:].to(device)
@@ -140,7 +141,7 @@ def measure_bytes(
     def decode_one() -> None:
         model.base_model(input_ids=last, past_key_values=cache, use_cache=True, **places)
 
-    with attention_over_codes(model) if isinstance(cache, LeanCache) else nullcontext():
+    with attention_over_codes(model) if is_ours else nullcontext():
         with watched(device):
             decode_one()  # what is built once is built now
         peak = peak_bytes(decode_one, device)
@@ -148,27 +149,26 @@ def measure_bytes(
     per_token = {site: geometry.layers[site.layer].width_of(site.part) for site in sites}
     compressed = sum(width for site, width in per_token.items() if plan is None or site in plan)
     exact = (longer - shorter) * (sum(per_token.values()) - compressed) * model.dtype.itemsize
-    is_settled = shorter >= settled
+    # Which layer the bytes of others' caches belong to is not known.
+    is_known = is_ours or len(growing) == len(geometry.layers)
+    is_settled = shorter >= settled and is_known
     return CacheBytes(
         context=context,
         base=Footprint(geometry, {}, 0, 0).base_bytes(context),
         held=held,
         stored=stored,
         peak_step=peak,
-        codecs=codec_memory(cache.codecs.values()) if isinstance(cache, LeanCache) else 0,
+        codecs=codec_memory(cache.codecs.values()) if is_ours else 0,
         base_growth=(longer - shorter) * compressed * BYTES_16_BIT,
         held_growth=grown[longer][0] - grown[shorter][0] - exact if is_settled else None,
         stored_growth=grown[longer][1] - grown[shorter][1] - exact if is_settled else None,
     )
 
 
-def _of_layers(cache: Any, layers: list[int], n_layers: int, held: int, stored: int) -> tuple[int, int]:
+def _of_layers(cache: LeanCache, layers: list[int], held: int, stored: int) -> tuple[int, int]:
     """What some layers of a cache that takes `held` and `stored` bytes take of them."""
-    others = [cache.layers[number] for number in set(range(n_layers)) - set(layers)]
-    if not others:
-        return held, stored
-    own = held - held_bytes(others)
-    return own, cache.serialized_nbytes(layers) if isinstance(cache, LeanCache) else own
+    others = [layer for number, layer in enumerate(cache.layers) if number not in layers]
+    return held - held_bytes(others), cache.serialized_nbytes(layers) if others else stored
 
 
 def _coded(cache: Any, is_last: bool) -> Any:

@@ -25,7 +25,8 @@ NOTES = """\
 - **Ratios** are 16-bit bytes over compressed ones. **Code ratio**: of the tokens that the cache took in between half
   and all of its fill, over what it grew by; *live* in memory, *stored* serialized, where codecs of ours entropy-code
   whole chunks (baselines have no such form). Not given where half a fill is not longer than what is held exact, and
-  of layers that let go of nothing: what a sliding window drops is not saved.
+  of layers that let go of nothing: what a sliding window drops is not saved (baselines do not say which layer their
+  bytes belong to, and have none where there are such windows).
   **Cache ratio**: of the whole cache, over what is held between steps, sinks and window counted; **cache stored**: over
   the same serialized. **All-in ratio**: of one sequence's cache, over what is held, the codecs in memory, and the peak
   of a decoding step.
