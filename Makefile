@@ -18,14 +18,14 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
-	$(BIN)/ruff format --check leankv tests benchmarks examples
-	$(BIN)/ruff check leankv tests benchmarks examples
+	$(BIN)/ruff format --check leankv tests benchmarks examples docs/links.py
+	$(BIN)/ruff check leankv tests benchmarks examples docs/links.py
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .site
 
 format: $(INSTALLED)
-	$(BIN)/ruff format leankv tests benchmarks examples
-	$(BIN)/ruff check --fix leankv tests benchmarks examples
+	$(BIN)/ruff format leankv tests benchmarks examples docs/links.py
+	$(BIN)/ruff check --fix leankv tests benchmarks examples docs/links.py
 
 # Each script writes results/bench/NAME.json. With WikiText-2 in a folder: make bench WIKITEXT=FOLDER
 bench: $(INSTALLED)
