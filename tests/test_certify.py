@@ -14,6 +14,7 @@ from leankv.config.experiment import CertificationConfig
 from leankv.config.loading import load_experiment
 from leankv.data.given import GivenBlocks
 from leankv.errors import UserError
+from leankv.evaluation.perplexity import BlockNats
 from leankv.models.loading import load_model
 from leankv.progress import Silent
 from leankv.search.betting import choose_clip
@@ -118,6 +119,30 @@ def test_a_prefix_is_certified_on_documents_that_hold_its_whole_continuation(
     assert certificate.least_tokens == LENGTH
     assert certificate.documents_left_out > shorter.left_out
     assert certificate.tokens == certificate.documents * (LENGTH - 24 - 1)
+    assert f"the 24 tokens behind the first 24 of documents of {certificate.source}" in certificate.sentence()
+    assert certificate.protocol == {"kind": "prefix", "sinks": 0, "window": 0, "prefix_length": 24}
+
+
+def test_a_cut_document_is_made_up_for_by_more_documents(
+    evaluator: PlanEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test rejects before the mean of all is within the budget; it stays valid, so it goes on until it is."""
+    typical = evaluator.base().tokens_per_block
+
+    def documents_nats(specs: Any, blocks: Any) -> Any:
+        for place, _ in enumerate(blocks):
+            yield BlockNats((0.0,), typical, 0.0), BlockNats((3.0 * typical if place == 0 else 0.0,), typical, 0.0)
+
+    monkeypatch.setattr(evaluator, "documents_nats", documents_nats)
+    allowed = math.log1p(BUDGET / 100)
+    _, (certificate,) = certify(evaluator, [SAFE], BUDGET, replace(SETTINGS, max_documents=100))
+    assert certificate.wealth >= 20
+    assert certificate.certified
+    assert certificate.documents == math.ceil(3.0 / allowed)
+    _, (certificate,) = certify(evaluator, [SAFE], BUDGET, replace(SETTINGS, max_documents=20))
+    assert certificate.wealth >= 20
+    assert not certificate.certified
+    assert "no number of documents like these" in certificate.sentence()
 
 
 def test_a_document_alone_has_the_nats_that_it_has_as_a_block_of_the_split(evaluator: PlanEvaluator) -> None:

@@ -7,6 +7,7 @@ import torch
 from leankv.codecs import FAMILIES, codec_from_tensors, fraction_of_variance_unexplained, parse_recipe
 from leankv.codecs.coding.ragged import Ragged
 from leankv.errors import UserError
+from leankv.evaluation.cache_bytes import codec_memory
 from tests.codec_vectors import (
     PARAMETER_DTYPES,
     WIDTH,
@@ -119,6 +120,16 @@ def test_a_saved_codec_decodes_bit_for_bit_as_before(spec: str, dtype: torch.dty
     assert again.bits_per_token == codec.bits_per_token
     assert torch.equal(through(again, x), through(codec, x))
     assert [p.dtype for p in again.parameters()] == [dtype for _ in codec.parameters()]
+
+
+@every_spec
+def test_the_memory_of_a_codec_does_not_depend_on_what_it_was_used_for(spec: str) -> None:
+    fitted = fit(spec, vectors())[1]
+    read = codec_from_tensors(fitted.recipe.text, fitted.width, fitted.state_dict())
+    before = codec_memory([read])
+    through(read, vectors(seed=1)[1])
+    read.deserialize(read.serialize(read.encode(vectors(seed=1)[1])), vectors().shape[1])
+    assert codec_memory([read]) == codec_memory([fitted]) == before
 
 
 @every_spec

@@ -21,6 +21,7 @@ from leankv.cache.tensor_file import read_tensors, write_tensors
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.perplexity import exact_window, measure_nats
+from leankv.storage.page_folder import PageFolder
 from tests import tiny
 from tests.forked import FORK
 from tests.test_encode_all import bundle_of
@@ -150,6 +151,19 @@ def test_what_was_used_longest_ago_goes_first(llama: Any, bundle: Bundle, tmp_pa
     with pytest.raises(UserError, match="raise max_bytes"):
         tight.add(prompt(2 * PAGE, 9))
     assert sum(path.stat().st_size for path in files(tmp_path)) <= size // 2
+
+
+def test_what_does_not_fit_takes_no_others_with_it(tmp_path: Path) -> None:
+    """Neither pages that could make no room for it, nor the one that it was to replace."""
+    pages = PageFolder(tmp_path, max_bytes=1000)
+    for key in ("a", "b"):
+        pages.add(key, lambda path: path.write_bytes(bytes(200)))
+    pages.add("first", lambda path: path.write_bytes(bytes(500)))
+    with pytest.raises(UserError, match="raise max_bytes"):
+        pages.add("next", lambda path: path.write_bytes(bytes(600)), kept=["first", "next"])
+    with pytest.raises(UserError, match="raise max_bytes"):
+        pages.add("first", lambda path: path.write_bytes(bytes(1001)), replace=True)
+    assert sorted(pages.keys()) == ["a", "b", "first"]
 
 
 def test_bundles_do_not_see_each_others_pages(llama: Any, bundle: Bundle, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from leankv.progress import Silent
 from leankv.report.plans import PLANS_COLUMNS
 from leankv.studies import select_plan
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.plan_options import search_recipes, search_sites
+from leankv.studies.plan_options import claim_of, search_recipes, search_sites
 from leankv.studies.plan_search import PlanSearch
 from leankv.studies.workspace import Workspace
 from tests.forked import CommandProcess
@@ -132,6 +132,8 @@ def test_a_smaller_memory_for_codecs_is_kept(run, config, tmp_path):
     )
     assert limited["codec_bytes_memory"] <= limit
     assert limited["cache_ratio"] <= free["cache_ratio"] * 1.02
+    kept = json.loads((folder / "plans.json").read_text())
+    assert [entry["settings"]["selection"]["max_codec_memory"] for entry in kept] == [None, str(limit)]
 
 
 def test_a_ratio_may_be_the_target(config, tmp_path):
@@ -151,6 +153,10 @@ def test_windows_are_part_of_the_plan(config, tmp_path):
     assert summary["window"] in (2, 16)
     (entry,) = json.loads((folder / "plans.json").read_text())
     assert {each["window"] for each in entry["candidates"]} <= {2, 16}
+    # What is measured of the bundle is the cache that it makes.
+    read = succeed_json("eval-ppl", "--bundle", folder / "bundle")
+    assert read["window"] == summary["window"]
+    assert read["ppl"] == pytest.approx(summary["ppl"])
 
 
 def test_several_budgets_are_rows_of_one_table(config, tmp_path):
@@ -188,7 +194,7 @@ def test_codecs_may_be_trained_together(config, tmp_path):
     [
         (("--budget", "0.01%", "--recipes", "int:3", "--set", "certification.clip=10"), "takes at least"),
         (
-            ("--budget", "0.5%", "--recipes", "int:2", "--target-ratio", "3.3"),
+            ("--budget", "0.5%", "--recipes", "int:2", "--target-ratio", "3.3", "--set", "certification.clip=0.01"),
             "no plan keeps within +0.5 %: the nearest",
         ),
         (("--target-ratio", "90", "--recipes", "int"), "no plan reaches a ratio of 90: the best has"),
@@ -205,6 +211,24 @@ def test_codecs_may_be_trained_together(config, tmp_path):
 )
 def test_what_cannot_be_is_refused_in_a_sentence(config, tmp_path, options, says):
     assert says in refuse("select", "--config", config, "-o", tmp_path / "run", "--strategy", "waterfill", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--set", "certification.max_documents=3"), "set certification.max_documents to more than 3"),
+        (("--set", "data.selection_blocks=3", "--set", "certification.clip=auto"), "set data.selection_blocks to 4 or"),
+    ],
+)
+def test_what_could_not_be_certified_is_refused_before_anything_is_searched(config, tmp_path, options, says):
+    assert says in refuse("select", "--config", config, "-o", tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "codecs").exists()
+
+
+def test_layers_that_may_be_chosen_bound_a_search(config, tmp_path):
+    experiment = load_experiment(config, {"output_dir": str(tmp_path / "run"), "selection.layers": "1-2"})
+    workspace = Workspace.open(experiment, Silent())
+    assert {site.layer for site in search_sites(workspace, experiment.selection)} == {1, 2}
 
 
 def test_families_stand_for_their_rates():
@@ -229,6 +253,12 @@ def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(config, 
     fitted_to_itself = search.unreferenced.codecs
     assert fitted_to_itself.key(alone, last) != fitted_to_itself.key(with_others, last)
     assert codecs.key(search.reference, last) == fitted_to_itself.key(search.reference, last)
+    # A plan's own codecs are counted as the options that it was put together from.
+    choice = search.start(0.1)
+    for minimize, memory in (("live", 0.0), ("all-in", search.space.codec_bytes(choice) + 7)):
+        claim = claim_of(search.evaluator, search.plan(choice), minimize, 7)
+        assert claim.size == pytest.approx(search.space.size(choice) + memory)
+        assert claim.codec_bytes == search.space.codec_bytes(choice) > 0
 
 
 def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):

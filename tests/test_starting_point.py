@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from leankv.cli import app
 from leankv.config.experiment import ModelConfig
-from leankv.config.loading import load_experiment
+from leankv.config.loading import flatten, load_experiment
 from leankv.models.loading import load_model
 from leankv.report.tables import format_duration
-from leankv.studies.starting_point import Pace, forecast
+from leankv.studies.starting_point import Pace, experiment_text, forecast, starting_experiment
 
 pytestmark = pytest.mark.whole_runs
 
@@ -47,6 +48,30 @@ def test_the_experiment_suits_the_model(begun: tuple[Path, Any], llama_folder: P
     assert experiment.data.block_length <= loaded.model.config.max_position_embeddings
     assert experiment.protocol.kind == "stream"
     assert all("#" in line or ":" in line for line in path.read_text().splitlines())
+
+
+def test_all_that_was_asked_for_stands_in_it(llama_folder: Path, text_file: Path) -> None:
+    """Names that YAML would read otherwise too."""
+    asked = {
+        "model.name": str(llama_folder),
+        "model.revision": "abc #1",
+        "model.trust_remote_code": True,
+        "model.dtype": "float32",
+        "data.dataset": str(text_file),
+        "data.data_dir": "/a: b",
+        "data.block_length": 64,
+        "protocol.kind": "prefix",
+        "protocol.prefix_length": 32,
+        "selection.budget": "3%",
+        "plan": {"k": "int:4", "v": "none"},
+        "seed": 7,
+    }
+    loaded, base = load_model(ModelConfig(str(llama_folder), dtype="float32")), load_experiment(None, asked)
+    text = experiment_text(starting_experiment(loaded, base, "out"), loaded)
+    read = flatten(yaml.safe_load(text))
+    assert {key: read[key] for key in asked} == asked
+    assert len([line for line in text.splitlines() if line.startswith("data:")]) == 1
+    assert read["protocol.window"] == 0
 
 
 def test_the_forecast_has_every_part(begun: tuple[Path, Any]) -> None:

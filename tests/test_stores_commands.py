@@ -104,6 +104,19 @@ def test_a_conversation_goes_on_in_another_process(loaded: LoadedModel, tmp_path
     assert say(second, "hello").tokens_at_start == 0
 
 
+def test_a_turn_that_was_interrupted_may_be_said_again(loaded: LoadedModel) -> None:
+    bundle = bundle_of(loaded.model, "int:4")
+    talk, plain = Conversation(loaded, bundle), Conversation(loaded, bundle)
+
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("who is there?", 8, 0.0, 0, interrupt)
+    assert talk.turns == []
+    assert say(talk, "who is there?").text == say(plain, "who is there?").text
+
+
 def test_what_templates_write_otherwise_is_rolled_back(loaded: LoadedModel, tmp_path: Path) -> None:
     """An answer that ends elsewhere than it was generated."""
     bundle = bundle_of(loaded.model, "int:4")

@@ -54,7 +54,10 @@ def site_contributions(
     if not all(value == value and abs(value) != float("inf") for value in found.values()):
         raise UserError("the gradient of the divergence is not finite; try --dtype float32, or a plan that costs less")
     if found and not any(found.values()):
-        raise UserError("no gradients come back through these weights; use --sensitivity error, which needs none")
+        raise UserError(
+            "no gradients come back through these weights; load the model in 16 or 32 bits, or choose layers by "
+            "--strategy greedy, which needs none"
+        )
     return found
 
 

@@ -58,8 +58,9 @@ def init_command(
     progress = Progress()
     progress.say(f"loading {model}")
     loaded = load_model(load_experiment(asked.config, overrides).model)
-    settings = starting_experiment(loaded, load_experiment(asked.config, overrides))
-    write_text(to, experiment_text(settings, loaded, f"results/{Path(model).name}"))
+    base = load_experiment(asked.config, overrides)
+    settings = starting_experiment(loaded, base, f"results/{Path(model).name}")
+    write_text(to, experiment_text(settings, loaded))
     experiment = load_experiment(to, {})
     with progress.stage("timing one block", 4) as step:
         parts = forecast(loaded, experiment, measure_pace(loaded, experiment, step))

@@ -170,10 +170,11 @@ def select_command(
 
     options = WorkerOptions(executor, workers, address)
     overrides = asked.overrides()
-    folder = Path(overrides.get("output_dir", _default_output_dir()))
-    begun = asked.config is not None or (folder / run_files.EXPERIMENT).is_file()
+    named = Path(overrides.get("output_dir", _default_output_dir()))
+    begun = asked.config is not None or (named / run_files.EXPERIMENT).is_file()
     as_used = overrides if begun else asked.without_window_if_none_can_be({**SEARCH_SETTINGS, **overrides})
-    experiment = experiment_of(folder, asked.config, as_used)
+    experiment = experiment_of(asked.config, as_used)
+    folder = Path(experiment.output_dir)
     if experiment.selection.strategy != "greedy":
         if options.executor is None:
             return _search(experiment, prompt, json_)
@@ -185,7 +186,7 @@ def select_command(
     if "layers" in overrides:  # of the swept layers, those that may be chosen
         overrides["selection.layers"] = overrides.pop("layers")
     read_sweep(folder)
-    experiment = experiment_of(folder, asked.config, overrides)
+    experiment = experiment_of(asked.config, overrides)
     summary = select(PlanEvaluator(Workspace.open(experiment, Progress())))
     write_reports(folder)
     if json_:

@@ -125,6 +125,10 @@ class Codec(torch.nn.Module, ABC):
         """How many layers before its own it predicts from."""
         return self.recipe.n_context_layers
 
+    def prepare(self) -> None:
+        """Build what coding builds at its first use and keeps, so that it is counted whether it was used or not."""
+        return
+
     @abstractmethod
     def encode(self, x: Vectors, context: Context = None) -> Code:
         """Encode vectors of any floating dtype, each by itself.

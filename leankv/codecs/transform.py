@@ -255,6 +255,9 @@ class Transform(Codec):
     def decode(self, code: Code, context: Context = None) -> Vectors:
         return self.factored(code).product()
 
+    def prepare(self) -> None:
+        self._layout()
+
     def _layout(self) -> MixedRadix:
         if self._radix is None or self._radix.low.device != self.low.device:
             self._radix = MixedRadix(self.low.float(), self.levels.float())

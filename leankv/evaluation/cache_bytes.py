@@ -186,8 +186,12 @@ def len_stored(cache: Any) -> int:
 
 
 def codec_memory(codecs: Iterable[Codec]) -> int:
-    """Bytes in memory of codecs, with what decoding has built from their tensors; each storage counts once."""
-    return held_bytes([vars(module) for codec in codecs for module in codec.modules()])
+    """Bytes in memory of codecs, with what decoding builds from their tensors; each storage counts once."""
+    modules = [module for codec in codecs for module in codec.modules()]
+    for module in modules:
+        if isinstance(module, Codec):
+            module.prepare()
+    return held_bytes([vars(module) for module in modules])
 
 
 def _marks(context: int) -> tuple[int, int]:

@@ -97,6 +97,7 @@ class Conversation:
                 "begin another one"
             )
         self._roll_back_to(ids)
+        self._ids = ids  # should this turn be interrupted
         completion = complete(self.loaded, self._cache, torch.tensor([ids]), max_new_tokens, temperature, seed, on_text)
         self._ids = completion.ids[0].tolist()
         self.turns = [*turns, {"role": "assistant", "content": completion.text}]
@@ -108,7 +109,8 @@ class Conversation:
     def _roll_back_to(self, ids: list[int]) -> None:
         """Take off what the cache holds and these tokens do not begin with: templates may write an answer otherwise."""
         held = self.tokens
-        alike = next((n for n in range(min(held, len(ids) - 1)) if ids[n] != self._ids[n]), min(held, len(ids) - 1))
+        known = min(held, len(ids) - 1, len(self._ids))
+        alike = next((n for n in range(known) if ids[n] != self._ids[n]), known)
         if alike == held:
             return
         try:

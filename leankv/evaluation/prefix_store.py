@@ -81,7 +81,7 @@ class PrefixStore:
 
     def stored_bytes(self, input_ids: Ids) -> int:
         """Bytes of their pages."""
-        return sum(self.pages.path(name).stat().st_size for name in self._stored(self._names(input_ids)))
+        return sum(self.pages.size(name) for name in self._stored(self._names(input_ids)))
 
     def cache_for(self, input_ids: Ids) -> LeanCache:
         """A cache that holds the longest stored prefix of a prompt; `model.generate` computes the rest.
@@ -184,7 +184,7 @@ class PrefixStore:
                 continue  # another bundle's, or its beginning is gone
             shared = [place for place, own in enumerate(chain) if children.get(own, 0) > 1]
             tokens_shared = PAGE * (len(chain) - shared[0]) if shared else 0
-            sizes = [self.pages.path(own).stat().st_size for own in chain]
+            sizes = [self.pages.size(own) for own in chain]
             found.append(StoredPrefix(about[name].title, PAGE * len(chain), sum(sizes), tokens_shared))
         return found
 

@@ -114,10 +114,9 @@ def sweep_as_asked(config: Path | None, overrides: dict[str, Any], options: Swee
         UserError: see `Workspace.open`, `gather`, `sweep_with_workers`.
     """
     if options.gather:
-        folder = Path(overrides.get("output_dir", Experiment().output_dir))
-        experiment = experiment_of(folder, config, overrides)
+        experiment = experiment_of(config, overrides)
         _refuse_screening(experiment, "--gather")
-        return Swept(folder, gather(experiment), ())
+        return Swept(Path(experiment.output_dir), gather(experiment), ())
     experiment = load_experiment(config, overrides)
     if options.executor is not None:
         table = sweep_with_workers(experiment, options, progress)

@@ -16,8 +16,6 @@ from leankv.report.tables import format_budget, format_number, markdown_table, p
 from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
 
-"""What a search leaves for its reports, in a run's folder."""
-
 FIGURE = "figures/plans.png"
 
 PLANS_COLUMNS = (
@@ -56,7 +54,8 @@ all that is serialized, sinks and window included, and `cache_ratio` all
 that is held at `block_length` tokens, the context that the cost was measured at, and `cache_ratio_4096` is given where
 that is 4,096. `delta_percent` with its 95 % interval, `kl` (nats a token) and `top1` (percent) are of report text;
 `certified` says whether the budget was proved at `confidence` on `documents` certification documents. `evaluations` are
-passes over all selection blocks, `seconds` those of search and certification together."""
+passes over all selection blocks, `seconds` those of search, long blocks and certification together, in the last process
+that came to the end: what was found finished took it none. Fitting ladders comes before and is not among them."""
 
 CONTEXT = 4096
 

@@ -22,8 +22,8 @@ that is over the budget has to pass, and its own test lets it pass that seldom. 
 not matter.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from leankv.errors import UserError
@@ -54,6 +54,9 @@ class Certificate:
         wealth: of the betting test at its end; `1 / (1 - confidence)` certifies.
         documents_needed: how many documents like these it would likely take in all; None where it is certified, and
             where no number in reach would do.
+        protocol: `kind`, `sinks` and `window` that the claim holds under, and of `prefix` its `prefix_length`; None
+            where an earlier version wrote it, which kept none.
+        documents_hash: of the measured documents' tokens, in order; None likewise.
     """
 
     certified: bool
@@ -72,10 +75,15 @@ class Certificate:
     share_clipped: float
     wealth: float
     documents_needed: int | None
+    protocol: Mapping[str, Any] | None = None
+    documents_hash: str | None = None
 
     def sentence(self) -> str:
         """The claim, or what it lacks, in words."""
         text = f"the first {self.block_length} tokens of documents of {self.source}"
+        if self.protocol is not None and "prefix_length" in self.protocol:
+            before = self.protocol["prefix_length"]
+            text = f"the {self.block_length - before} tokens behind the first {before} of documents of {self.source}"
         seen = f"{self.documents} documents, {self.cost_percent:+.2f} % on them, {self.share_clipped:.0%} clipped"
         seen += f" at {self.clip:.3g} nats a token"
         if self.certified:
@@ -100,7 +108,8 @@ class Certificate:
             UserError: it is no certificate.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not isinstance(values, dict) or not needed <= values.keys() <= names:
             raise UserError("this is no certificate as this version writes it; certify the plan again")
         return cls(**values)
 

@@ -37,6 +37,13 @@ class PageFolder:
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
 
+    def size(self, key: str) -> int:
+        """Bytes of the file of a key; 0 where another process dropped it."""
+        try:
+            return self.path(key).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def keys(self) -> list[str]:
         """All keys, those used longest ago first."""
         return [path.name.removesuffix(SUFFIX) for path, _, _ in self._files()]
@@ -61,14 +68,17 @@ class PageFolder:
             UserError: the folder cannot be written, or there is no room beside what is kept.
         """
         with locked(self.folder, "pages"):
-            if key in self and not replace:
+            there = key in self
+            if there and not replace:
                 return False
             write(self.path(key))
             if not self._made_room({key, *kept}):
-                self.path(key).unlink()
+                if not there:
+                    self.path(key).unlink()
+                    self._made_room(kept)  # the folder may have been over its limit before
                 raise UserError(
                     f"{self.folder} may hold {self.max_bytes} bytes, and what belongs together takes more; raise "
-                    "max_bytes (what was stored is kept)"
+                    "max_bytes (nothing was removed for what does not fit)"
                 )
             return True
 
@@ -87,18 +97,25 @@ class PageFolder:
             yield
 
     def _made_room(self, kept: Collection[str]) -> bool:
-        """Remove what was used longest ago until the rest is within the limit; whether it is, all else being kept."""
+        """Remove what was used longest ago until the rest is within the limit; where what is kept is more than that
+        already, nothing. Whether there is room."""
         for path in self.folder.glob(f".*{SUFFIX}.*.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
         files = self._files()
-        left = 0 if self.max_bytes is None else sum(size for _, _, size in files) - self.max_bytes
-        for path, _, size in files:
-            if left > 0 and path.name.removesuffix(SUFFIX) not in kept:
-                self._remove(path)
-                left -= size
-        return left <= 0
+        if self.max_bytes is None:
+            return True
+        may_go = [(path, size) for path, _, size in files if path.name.removesuffix(SUFFIX) not in kept]
+        left = sum(size for _, _, size in files) - self.max_bytes
+        if left > sum(size for _, size in may_go):
+            return False
+        for path, size in may_go:
+            if left <= 0:
+                break
+            self._remove(path)
+            left -= size
+        return True
 
     def _files(self) -> list[tuple[Path, int, int]]:
         """Path, time of last use and size of each, those used longest ago first."""

@@ -14,6 +14,7 @@ from leankv.evaluation.free_run import free_run, prompts_of
 from leankv.evaluation.paired import measure_pair
 from leankv.evaluation.perplexity import compare
 from leankv.models.loading import LoadedModel
+from leankv.models.structure import text_config
 from leankv.progress import Progress
 from leankv.storage.cells import StoredCells
 from leankv.studies.contestants import Contestant
@@ -44,7 +45,7 @@ def agreement_of(
     """
     base, *others = contestants
     model, cells = loaded.model, StoredCells(folder / "cells")
-    base_pass = BasePass(model, base.make, blocks.tokens.numel() * model.config.hidden_size * 4)
+    base_pass = BasePass(model, base.make, blocks.tokens.numel() * text_config(model.config).hidden_size * 4)
     prompts = prompts_of(model, blocks, new_tokens)
 
     def measured(one: Contestant) -> dict[str, Any]:

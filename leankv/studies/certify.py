@@ -1,9 +1,11 @@
 """Certifying plans: documents that nothing was chosen by are measured one by one, until a plan's budget is proved."""
 
+import hashlib
 import math
 import random
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import CertificationConfig
@@ -61,7 +63,7 @@ def certify_candidates(
     documents = workspace.documents("certification", settings.least_tokens)
     # Neighbours in a source may be alike; in a random order each is a draw like any other.
     order = random.Random(workspace.experiment.seed).sample(range(len(documents)), len(documents))
-    bound = None if settings.clip == "auto" else float(settings.clip)
+    bound = _stated_clip(settings)
     certificates: list[Certificate] = []
 
     def test(place: int) -> bool:
@@ -75,22 +77,56 @@ def certify_candidates(
     return fixed_sequence(range(len(candidates)), test), certificates
 
 
+def check_certifiable(evaluator: PlanEvaluator, budgets_percent: Sequence[float]) -> None:
+    """Refuse, before anything is searched, budgets that no plan could be certified under.
+
+    Args:
+        evaluator: as its candidates will be measured: with selection blocks as long as those of reports.
+        budgets_percent: rises of the base perplexity allowed, in percent.
+
+    Raises:
+        UserError: there are too few documents, or one selection block only to choose a clip by.
+    """
+    workspace = evaluator.workspace
+    settings = workspace.experiment.certification
+    documents, stated = workspace.documents("certification", settings.least_tokens), _stated_clip(settings)
+    if stated is None:
+        _check_blocks(evaluator)
+    for percent in budgets_percent:
+        # A clip that is chosen is no less than what the budget allows.
+        _check_enough(documents, percent, stated or math.log1p(percent / 100), settings)
+
+
+def _stated_clip(settings: CertificationConfig) -> float | None:
+    return None if settings.clip == "auto" else float(settings.clip)
+
+
+def _check_blocks(evaluator: PlanEvaluator) -> None:
+    """Refuse to choose a clip by a single block."""
+    workspace = evaluator.workspace
+    if len(workspace.blocks("selection")) > 1:
+        return
+    experiment = workspace.experiment
+    short, long = experiment.length_of("selection"), experiment.measured_length
+    raise UserError(
+        f"selection text has one block of {long} tokens, which shows no deviation to choose certification.clip by; set "
+        f"data.selection_blocks to {math.ceil(2 * long / short)} or more (some 16 blocks of {long} tokens are better), "
+        "or give a clip such as 0.1"
+    )
+
+
 def clip_for(evaluator: PlanEvaluator, spec: PlanSpec, budget_percent: float) -> float:
     """The bound that selection text suggests for a plan, in nats a token; see `leankv.search.betting.choose_clip`.
 
     Raises:
         UserError: there is one selection block only.
     """
+    _check_blocks(evaluator)
     base = evaluator.base("selection")
     compressed = evaluator.nats_by_batch(spec, "the plan on selection text")
     differences = [
         (after - before) / base.tokens_per_block for before, after in zip(base.nats, compressed.nats, strict=True)
     ]
-    if len(differences) < 2:
-        raise UserError(
-            "one selection block shows no deviation to choose certification.clip by; set data.selection_blocks to 2 or "
-            "more (16 are better), or give a clip such as 0.1"
-        )
     return choose_clip(differences, math.log1p(budget_percent / 100))
 
 
@@ -133,20 +169,24 @@ def _test(
     limit = min(settings.max_documents, len(documents))
     pairs: list[tuple[BlockNats, BlockNats]] = []
     values: list[float] = []
+    within = False
     with evaluator.workspace.progress.stage(f"certifying {spec.in_short(evaluator.workspace.n_layers)}", limit) as step:
         blocks = [documents.blocks[number] for number in order[:limit]]
         for base, compressed in evaluator.documents_nats((EVERYTHING_EXACT, spec), blocks):
             pairs.append((base, compressed))
             values.append((compressed.nats[0] - base.nats[0] - base.tokens_per_block * allowed) / typical)
             betting.add(values[-1])
+            # A cut document lets the mean of what was seen be over the budget. That is not certified, whatever the test
+            # says; more documents may bring it within, and a test that has rejected stays valid.
+            within = math.fsum(values) <= 0
             step(f"{betting.wealth:.3g} of {1 / alpha:.3g}")
-            if betting.rejected or betting.is_hopeless(limit - betting.count):
+            if (betting.rejected and within) or betting.is_hopeless(limit - betting.count):
                 break
     differences = [compressed.nats[0] - base.nats[0] for base, compressed in pairs]
     tokens = sum(base.tokens_per_block for base, _ in pairs)
     cost = math.expm1(math.fsum(differences) / tokens)
-    # A cut document lets the mean of what was seen be over the budget; that is not certified, whatever the test says.
-    certified = betting.rejected and cost <= budget_percent / 100
+    certified = betting.rejected and within
+    measured = [blocks[place].hash for place in range(len(pairs))]
     return Certificate(
         certified=certified,
         confidence=settings.confidence,
@@ -164,6 +204,15 @@ def _test(
         share_clipped=betting.n_clipped / betting.count,
         wealth=betting.wealth,
         documents_needed=None
-        if certified
+        if betting.rejected
         else documents_needed(values, clip, alpha, evaluator.workspace.experiment.seed),
+        protocol=_protocol_of(evaluator),
+        documents_hash=hashlib.sha256("".join(measured).encode()).hexdigest(),
     )
+
+
+def _protocol_of(evaluator: PlanEvaluator) -> dict[str, Any]:
+    """What of a protocol a certificate is about."""
+    protocol = evaluator.protocol
+    names = ("kind", "sinks", "window", *(("prefix_length",) if protocol.kind == "prefix" else ()))
+    return {name: getattr(protocol, name) for name in names}

@@ -190,7 +190,7 @@ def _answers(
         one.make,
         chunk=protocol.chunk,
         batch_size=asked.batch_size,
-        max_length=max_positions(loaded.model.config) or max((0, *asked.lengths)) + SLACK,
+        max_length=_max_length(asked, loaded),
         responses=Lines(answers),
     )
     with contextlib.redirect_stdout(sys.stderr):  # where it tells how far it is
@@ -214,6 +214,11 @@ KEPT = ("doc_id", "doc_hash", "prompt_hash", "target", "filter", "resps", "filte
 """Of a sample, with its values; its text can be drawn again."""
 
 
+def _max_length(asked: TaskSettings, loaded: LoadedModel) -> int:
+    """Tokens of prompt and answer that are read; what is longer is cut at its beginning."""
+    return max_positions(loaded.model.config) or max((0, *asked.lengths)) + SLACK
+
+
 def _asked_of_all(asked: TaskSettings, protocol: ProtocolConfig, loaded: LoadedModel) -> dict[str, Any]:
     """All that an answer depends on but the cache."""
     return {
@@ -224,6 +229,7 @@ def _asked_of_all(asked: TaskSettings, protocol: ProtocolConfig, loaded: LoadedM
         "generation": loaded.model.generation_config.to_diff_dict(),
         "chunk": protocol.chunk,
         "batch_size": asked.batch_size,
+        "max_length": _max_length(asked, loaded),
     }
 
 

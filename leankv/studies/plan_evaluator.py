@@ -75,6 +75,9 @@ class PlanEvaluator:
 
     def with_long_blocks(self) -> "PlanEvaluator":
         """The same with selection blocks as long as those of reports; codecs are shared."""
+        experiment = self.workspace.experiment
+        if experiment.length_of("selection") == experiment.measured_length:
+            return self  # so is all that was recorded of these blocks
         other = PlanEvaluator(self.workspace.with_long_selection_blocks(), self.protocol)
         other.codecs = self.codecs
         return other

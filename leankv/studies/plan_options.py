@@ -1,21 +1,20 @@
 """What a search of plans chooses from, in numbers: every site's recipes with their bytes and errors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from leankv.cache.footprint import Footprint
 from leankv.cache.plan import PlanSpec, Site
-from leankv.codecs import Recipe, parse_recipe
+from leankv.codecs import Codec, Recipe, parse_recipe
 from leankv.codecs.registry import split_recipes
 from leankv.config.experiment import SelectionConfig
-from leankv.config.notation import parse_bytes, parse_sites
+from leankv.config.notation import parse_bytes, parse_layers, parse_sites
 from leankv.config.plan_table import EXACT, PARTS
 from leankv.config.presets import LADDERS, RATE_LADDERS
 from leankv.errors import UserError
 from leankv.evaluation.cache_bytes import codec_memory
 from leankv.models.geometry import BYTES_16_BIT
 from leankv.search.plan_space import Option, PlanSpace, ladder, not_beaten
-from leankv.studies.codec_store import StoredCodec
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
 
@@ -39,13 +38,14 @@ def search_sites(workspace: Workspace, selection: SelectionConfig) -> list[Site]
     """The sites that may be compressed, in order.
 
     Raises:
-        UserError: `selection.sites` does not parse, or names what the model has not, or nothing is left.
+        UserError: `selection.sites` or `selection.layers` does not parse, or names what the model has not, or nothing
+            is left.
     """
     named = parse_sites(selection.sites, workspace.n_layers, PARTS)
-    allowed = set(workspace.layers)
+    allowed = set(workspace.layers) & set(parse_layers(selection.layers, workspace.n_layers))
     sites = sorted(Site(layer, part) for layer, part in named if layer in allowed)
     if not sites:
-        raise UserError("selection.sites and layers leave nothing to compress; name more of them")
+        raise UserError("selection.sites, selection.layers and layers leave nothing to compress; name more of them")
     return sites
 
 
@@ -79,7 +79,11 @@ def plan_space(
     codecs = {recipe: evaluator.codecs.codecs(same_everywhere(sites, recipe)) for recipe in recipes}
     options = []
     for site in sites:
-        coded = [_option(site, recipe, own[site], exact, context, selection.minimize) for recipe, own in codecs.items()]
+        coded = []
+        for own in codecs.values():
+            error = own[site].error
+            assert error is not None, "codecs of a ladder know their error"
+            coded.append(_option(site, own[site].codec, exact, context, selection.minimize, error))
         found = [Option(EXACT, _exact(exact, site, context), 0.0, 0.0), *coded]
         options.append(ladder(found) if limit is None and not with_codecs else not_beaten(found))
     exact_sites = sum(_exact(exact, site, context) for site in sites)
@@ -88,21 +92,49 @@ def plan_space(
     return space if limit is None else replace(space, max_codec_bytes=float(limit))
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What the codecs of a plan claim, in a search's bytes.
+
+    Attributes:
+        size: bytes of all that is to be small.
+        codec_bytes: memory that the codecs take.
+    """
+
+    size: float
+    codec_bytes: float
+
+
+def claim_of(evaluator: PlanEvaluator, spec: PlanSpec, minimize: str, peak: int) -> Claim:
+    """The size of a plan by what its own codecs claim, counted as `plan_space` counts options.
+
+    Args:
+        evaluator: its codec store holds the plan's codecs.
+        spec: the plan.
+        minimize: which bytes.
+        peak: bytes that a decoding step takes over what is held, for `all-in`.
+    """
+    workspace, protocol = evaluator.workspace, evaluator.protocol
+    geometry, context = workspace.loaded.geometry, workspace.experiment.counted_length
+    exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
+    stored = evaluator.codecs.codecs(spec)
+    options = [_option(site, own.codec, exact, context, minimize, 0.0) for site, own in stored.items()]
+    rest = exact.base_bytes(context) - sum(_exact(exact, site, context) for site in stored)
+    size = rest + sum(option.size for option in options) + (peak if minimize == "all-in" else 0)
+    return Claim(size, sum(option.codec_bytes for option in options))
+
+
 def _exact(footprint: Footprint, site: Site, context: int) -> float:
     layer = footprint.geometry.layers[site.layer]
     return float(layer.tokens_held(context) * layer.width_of(site.part) * BYTES_16_BIT)
 
 
-def _option(
-    site: Site, recipe: Recipe, stored: StoredCodec, footprint: Footprint, context: int, minimize: str
-) -> Option:
-    codec = stored.codec
+def _option(site: Site, codec: Codec, footprint: Footprint, context: int, minimize: str, error: float) -> Option:
     bits = codec.stored_bits_per_token if minimize == "stored" else codec.bits_per_token
     others = footprint.base_bytes(context) - _exact(footprint, site, context)
     size = replace(footprint, bits={site: float(bits)}).compressed_bytes(context) - others
     memory = float(codec_memory([codec]))
-    assert stored.error is not None, "codecs of a ladder know their error"
-    return Option(recipe.text, size + (memory if minimize == "all-in" else 0.0), memory, stored.error)
+    return Option(codec.recipe.text, size + (memory if minimize == "all-in" else 0.0), memory, error)
 
 
 def plan_of(names: Mapping[Site, str]) -> PlanSpec:

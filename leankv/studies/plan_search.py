@@ -71,6 +71,7 @@ class PlanSearch:
         evaluator: fits to a reference plan (`CodecStore.with_reference`), and measures.
         unreferenced: the same, fitting each plan's codecs to what the plan itself leaves.
         space: the choices.
+        peak: bytes that a decoding step takes over what is held.
         path: what was measured.
     """
 
@@ -97,6 +98,7 @@ class PlanSearch:
         self.unreferenced = evaluator
         self.evaluator = evaluator.with_reference(self.reference)
         self.evaluator.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
+        self.peak = peak
         self.space: PlanSpace = plan_space(self.evaluator, selection, self._sites, self.recipes, peak)
         blocks = workspace.blocks("selection")
         self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))

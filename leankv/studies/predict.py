@@ -31,7 +31,7 @@ def predict_costs(evaluator: PlanEvaluator, base_ppl: float) -> dict[int, float]
     workspace = evaluator.workspace
     blocks = workspace.blocks("calibration")
     nats = dict.fromkeys(workspace.layers, 0.0)
-    last = blocks.tokens[-BLOCKS:]
+    last = blocks.tokens[-min(BLOCKS, evaluator.codecs.fitting.heldout_blocks(len(blocks))) :]
     with workspace.progress.stage("predicting costs from gradients", len(last)) as step:
         for cache in gradient_passes(workspace.loaded.model, last):
             for layer in workspace.layers:

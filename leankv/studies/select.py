@@ -1,7 +1,7 @@
 """From a finished sweep to a plan under the budget, its report and its bundle."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def select(evaluator: PlanEvaluator) -> Summary:
 def save_bundle(evaluator: PlanEvaluator, spec: PlanSpec, summary: Summary, folder: Path) -> None:
     """Write a plan's bundle with its model card; where nothing is compressed, remove an earlier choice's."""
     workspace, protocol = evaluator.workspace, evaluator.protocol
+    # The protocol that the plan was measured under: a search of windows leaves another one than it began with.
+    made_with = asdict(replace(workspace.experiment, protocol=protocol))
     if not spec.sites(workspace.n_layers):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -91,10 +93,10 @@ def save_bundle(evaluator: PlanEvaluator, spec: PlanSpec, summary: Summary, fold
         workspace.rotation,
         workspace.loaded.model.config,
         describe(workspace.loaded),
-        asdict(workspace.experiment),
+        made_with,
         summary.to_json(),
     )
-    bundle.save(folder, model_card(summary, asdict(workspace.experiment)))
+    bundle.save(folder, model_card(summary, made_with))
 
 
 def run_folder(workspace: Workspace) -> Path:
@@ -176,7 +178,10 @@ def write_manifest(workspace: Workspace) -> None:
     )
 
 
-def experiment_of(folder: Path, config: Path | None, overrides: dict[str, Any]) -> Experiment:
-    """The experiment of a run in `folder`: its own `experiment.yaml` where there is one and no other is named."""
+def experiment_of(config: Path | None, overrides: dict[str, Any]) -> Experiment:
+    """The experiment that a file names; where none is named, the one that its output folder was begun with, if any."""
+    if config is not None:
+        return load_experiment(config, overrides)
+    folder = Path(overrides.get("output_dir", Experiment().output_dir))
     own = folder / run_files.EXPERIMENT
-    return load_experiment(own if config is None and own.is_file() else config, overrides)
+    return load_experiment(own if own.is_file() else None, {**overrides, "output_dir": str(folder)})

@@ -21,8 +21,9 @@ from leankv.search.path import Measured
 from leankv.storage.files import read_json, write_json
 from leankv.storage.locks import locked
 from leankv.studies.activation_store import remove_captures
-from leankv.studies.certify import certify_candidates
+from leankv.studies.certify import certify_candidates, check_certifiable
 from leankv.studies.plan_evaluator import PlanEvaluator
+from leankv.studies.plan_options import Claim, claim_of
 from leankv.studies.plan_search import Found, PlanSearch, search
 from leankv.studies.select import run_folder, save_bundle, write_manifest
 from leankv.studies.stored_bytes import bytes_of_plan
@@ -40,13 +41,15 @@ class Candidate:
     Attributes:
         evaluator: measures it, at the length of report blocks and with its own window.
         spec: the plan.
-        step: as the search measured it.
+        claim: its bytes, as its own codecs claim them: those that it is certified and shipped with.
+        ratio: the bytes that ratios are counted against, over these.
         cost: nats a token that it adds on selection text, in blocks as long as those of reports.
     """
 
     evaluator: PlanEvaluator
     spec: PlanSpec
-    step: Measured
+    claim: Claim
+    ratio: float
     cost: float
 
 
@@ -58,13 +61,16 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
         plan, as `--plan` reads it.
 
     Raises:
-        UserError: no plan meets a budget or a ratio (the sentence names the nearest), or recipes, sites and limits do
-            not suit the model or each other.
+        UserError: no plan meets a budget or a ratio (the sentence names the nearest), recipes, sites and limits do
+            not suit the model or each other, or there is too little text to certify anything by.
     """
     workspace = evaluator.workspace
     selection, folder = workspace.experiment.selection, run_folder(workspace)
-    workspace.begin()
     budgets = parse_budgets(selection.budget)
+    # What takes hours is not begun where nothing could be certified at its end.
+    workspace.begin()
+    base_ppl = evaluator.base().perplexity
+    check_certifiable(evaluator.with_long_blocks(), [budget.percent_of(base_ppl) for budget in budgets])
     windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
     searches = [_search_of(evaluator, selection, window) for window in windows]
     summaries = []
@@ -86,7 +92,7 @@ def read_selections(folder: Path, experiment: Experiment) -> list[Summary]:
     summaries = []
     for budget in parse_budgets(experiment.selection.budget):
         asked = _asked(budget, experiment)
-        own = [entry for entry in kept if all(entry[name] == value for name, value in asked.items())]
+        own = [entry for entry in kept if all(entry.get(name) == value for name, value in asked.items())]
         if not own:
             raise UserError(f"{folder} holds no finished selection under +{budget}; run leankv select again")
         summaries.append(Summary.from_json(own[0]["summary"]))
@@ -96,6 +102,7 @@ def read_selections(folder: Path, experiment: Experiment) -> list[Summary]:
 def _asked(budget: Budget, experiment: Experiment) -> dict[str, Any]:
     """What tells one selection in a folder from another."""
     selection, protocol = experiment.selection, experiment.protocol
+    others = {name: value for name, value in asdict(selection).items() if name != "budget"}
     return {
         "budget": str(budget),
         "strategy": ",".join(_strategies(selection)),
@@ -103,6 +110,8 @@ def _asked(budget: Budget, experiment: Experiment) -> dict[str, Any]:
         "refit": selection.refit,
         "protocol": protocol.kind,
         "sinks": protocol.sinks,
+        "window": protocol.window,
+        "settings": {"selection": others, "certification": asdict(experiment.certification)},
     }
 
 
@@ -142,6 +151,7 @@ def _select(
     found = [_found(own, strategies, wanted, selection.target_ratio) for own in searches]
     candidates = _candidates(searches, found, wanted, selection)
     seconds = {f"search, {name}": sum(each.seconds[name] for each in found) for name in strategies}
+    seconds["long blocks"] = time.monotonic() - started - sum(seconds.values())
     place, certificates = certify_candidates([(each.evaluator, each.spec) for each in candidates], percent)
     seconds["certify"] = time.monotonic() - started - sum(seconds.values())
     # Where none is certified the safest is shipped all the same, and says so; the bolder ones were not tested.
@@ -195,18 +205,27 @@ def _candidates(
         evaluator = _refitted(own, selection.refit)
         title = f"selection text in long blocks, {step.ratio:.1f}x"
         cost = compare(evaluator.base(), evaluator.nats_by_batch(spec, title))
-        candidates.append(Candidate(evaluator, spec, step, math.log1p(cost.delta_percent / 100)))
+        claim = claim_of(evaluator, spec, selection.minimize, own.peak)
+        if claim.codec_bytes > own.space.max_codec_bytes:
+            continue  # codecs that were fitted anew may take more memory than the search's
+        ratio = own.space.base / claim.size
+        candidates.append(Candidate(evaluator, spec, claim, ratio, math.log1p(cost.delta_percent / 100)))
+    if not candidates:
+        raise UserError(
+            "fitted anew, the codecs of every plan take more memory than selection.max_codec_memory allows; ask for a "
+            "little less of them, or for selection.refit none"
+        )
     candidates.sort(key=lambda each: each.cost)
     smaller: list[Candidate] = []
     for candidate in candidates:  # what costs more and saves no more than another is none
-        if not smaller or candidate.step.size < smaller[-1].step.size:
+        if not smaller or candidate.claim.size < smaller[-1].claim.size:
             smaller.append(candidate)
     within = [candidate for candidate in smaller if candidate.cost <= wanted]
     if not within:
         nearest = min(candidates, key=lambda each: each.cost)
         raise UserError(
             f"no plan keeps within +{100 * math.expm1(wanted):.3g} %: the nearest costs "
-            f"{100 * math.expm1(nearest.cost):+.2f} % at a ratio of {nearest.step.ratio:.1f}; raise the budget, or "
+            f"{100 * math.expm1(nearest.cost):+.2f} % at a ratio of {nearest.ratio:.1f}; raise the budget, or "
             "allow finer recipes"
         )
     return within
@@ -238,7 +257,7 @@ def _keep(
         "plan": chosen.spec.table(),
         "candidates": [
             {
-                "ratio": each.step.ratio,
+                "ratio": each.ratio,
                 "cost_percent": 100 * math.expm1(each.cost),
                 "window": each.evaluator.protocol.window,
                 "certificate": certificate.to_json() if certificate else None,
@@ -252,5 +271,5 @@ def _keep(
         ],
         "evaluations": {name: sum(each.evaluations[name] for each in found) for name in found[0].evaluations},
     }
-    others = [own for own in kept if any(own[name] != value for name, value in asked.items())]
+    others = [own for own in kept if any(own.get(name) != value for name, value in asked.items())]
     write_json(path, [*others, entry])

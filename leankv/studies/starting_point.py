@@ -6,12 +6,13 @@ one layer to it; the parts of a search are so many of each. Longer blocks are ta
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
@@ -20,10 +21,11 @@ from leankv.calibration.gradients import gradient_passes
 from leankv.codecs import FitData, TrainingSettings, parse_recipe
 from leankv.codecs.base import fit_together
 from leankv.config.experiment import Experiment
+from leankv.config.loading import flatten
 from leankv.config.presets import LADDERS
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import find_rotation
-from leankv.models.structure import text_config
+from leankv.models.structure import max_positions, text_config
 
 LONGEST, SEARCHED = 4096, 1024
 """Tokens of the blocks that costs are believed on, and of those that a search looks at, where a model reads so many."""
@@ -81,26 +83,63 @@ class Pace:
     fit: float
 
 
-def starting_experiment(loaded: LoadedModel, base: Experiment) -> dict[str, Any]:
-    """Settings, dotted key -> value, that suit a model and the memory that is free.
+COMMENTS = {
+    "model.load_in_4bit": "NF4, where the weights do not fit otherwise",
+    "data.dataset": "or a .txt, .jsonl or .parquet file of text like yours: codecs and certificate are of its kind",
+    "data.block_length": "tokens; costs are believed, and ratios given, at this context",
+    "data.calibration_blocks": "codecs are fitted to these",
+    "data.selection_blocks": "plans are compared on these",
+    "data.selection_block_length": "shorter, so that a search is fast",
+    "data.report_blocks": "nothing is chosen by these",
+    "codec.key_space": "where keys are coded; pre-rope compresses better",
+    "fit.error_metric": "errors count by what they do to the loss",
+    "protocol.kind": "as generation reads a long text; `prefix` is for saved prompts (window: 0), `strict` LeanLlama's",
+    "protocol.sinks": "first tokens kept exact",
+    "protocol.window": "latest tokens kept exact",
+    "selection.budget": "rise of perplexity; also in points (2.5), or several: 1%,7%",
+    "selection.minimize": "bytes held between steps; `stored` for files, `all-in` with codecs and the peak of a step",
+    "selection.strategy": "`waterfill,refine` searches longer; `greedy` is LeanLlama's way, with plan: ae:4",
+    "selection.recipes": "what a site may get; `transform` alone has the lightest codecs",
+    "memory_budget": "GB for activations and hidden states; more goes to disk",
+}
+"""Of the settings that an experiment's file explains; what else was asked for stands there without."""
+
+
+def starting_experiment(loaded: LoadedModel, base: Experiment, output_dir: str) -> dict[str, Any]:
+    """Settings, dotted key -> value, that suit a model and the memory that is free, and all that was asked for.
 
     Args:
         loaded: the model.
-        base: what was asked for on the command line.
+        base: what was asked for on the command line: all of it that is not a default is kept.
+        output_dir: of the experiment.
     """
-    longest = getattr(text_config(loaded.model.config), "max_position_embeddings", None) or LONGEST
-    block = 2 ** int(math.log2(min(longest, LONGEST)))
+    defaults = flatten(asdict(Experiment()))
+    asked = {key: value for key, value in flatten(asdict(base)).items() if value != defaults[key]}
+    longest = max_positions(loaded.model.config) or LONGEST
+    block = asked.get("data.block_length") or 2 ** int(math.log2(min(longest, LONGEST)))
     pre_rope = find_rotation(loaded.model, False, lambda reason: None) is not None
-    return {
+    suggested = {
         "model.name": base.model.name,
         "model.load_in_4bit": base.model.load_in_4bit,
         "data.dataset": base.data.dataset,
         "data.block_length": block,
         "data.calibration_blocks": max(2, CALIBRATION_TOKENS // block),
+        "data.selection_blocks": 16,
         "data.selection_block_length": min(block, SEARCHED),
+        "data.report_blocks": 8,
         "codec.key_space": "pre-rope" if pre_rope else "post-rope",
+        "fit.error_metric": "gradient",
+        "protocol.kind": "stream",
+        "protocol.sinks": 4,
+        "protocol.window": 128 if base.protocol.kind in ("stream", "decode") else 0,
+        "selection.budget": "7%",
+        "selection.minimize": "live",
+        "selection.strategy": "waterfill",
+        "selection.recipes": FAMILY,
         "memory_budget": round(MEMORY_SHARE * psutil.virtual_memory().available / 1e9, 1),
+        "output_dir": output_dir,
     }
+    return suggested | asked
 
 
 def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[[], None]) -> Pace:
@@ -209,39 +248,36 @@ def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Fo
     ]
 
 
-def experiment_text(settings: dict[str, Any], loaded: LoadedModel, output_dir: str) -> str:
+def experiment_text(settings: Mapping[str, Any], loaded: LoadedModel) -> str:
     """The experiment as a commented YAML file."""
     geometry = loaded.geometry
-    own = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
-    kilobytes = geometry.bytes_per_token / 1e3
-    return f"""# The best certified plan for {own["model.name"]}:
-# {len(geometry.layers)} layers of width {geometry.width}, {kilobytes:.0f} kB of 16-bit cache a token.
-#   leankv run THIS_FILE
-model:
-  name: {own["model.name"]}
-  load_in_4bit: {own["model.load_in_4bit"]}  # NF4, where the weights do not fit otherwise
-data:
-  # Or a .txt, .jsonl or .parquet file of text like yours: codecs and certificate are of its kind.
-  dataset: {own["data.dataset"]}
-  block_length: {own["data.block_length"]}  # tokens; costs are believed, and ratios given, at this context
-  calibration_blocks: {own["data.calibration_blocks"]}  # codecs are fitted to these
-  selection_blocks: 16  # plans are compared on these
-  selection_block_length: {own["data.selection_block_length"]}  # shorter, so that a search is fast
-  report_blocks: 8  # nothing is chosen by these
-codec:
-  key_space: {own["codec.key_space"]}  # where keys are coded; pre-rope compresses better
-fit:
-  error_metric: gradient  # errors count by what they do to the loss
-protocol:
-  # As generation reads a long text; `prefix` is for saved prompts (with window: 0), `strict` is LeanLlama's.
-  kind: stream
-  sinks: 4  # first tokens kept exact
-  window: 128  # latest tokens kept exact
-selection:
-  budget: 7%  # rise of perplexity; also in points (2.5), or several: 1%,7%
-  minimize: live  # bytes held between steps; `stored` for files, `all-in` with codecs and the peak of a step
-  strategy: waterfill  # `waterfill,refine` searches longer; `greedy` is LeanLlama's way, with plan: ae:4
-  recipes: {FAMILY}  # what a site may get; `transform` alone has the lightest codecs
-memory_budget: {own["memory_budget"]}  # GB for activations and hidden states; more goes to disk
-output_dir: {output_dir}
-"""
+    lines = [
+        f"# The best certified plan for {settings['model.name']}:",
+        f"# {len(geometry.layers)} layers of width {geometry.width}, {geometry.bytes_per_token / 1e3:.0f} kB of 16-bit "
+        "cache a token.",
+        "#   leankv run THIS_FILE",
+    ]
+    section = ""
+    for key in sorted(settings, key=lambda key: _place(key, settings)):
+        name, _, own = key.rpartition(".")
+        if name not in ("", section):
+            lines.append(f"{name}:")
+        section = name
+        comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
+        lines.append(("  " if name else "") + _yaml_line(own, settings[key]) + comment)
+    return "\n".join([*lines, ""])
+
+
+def _place(key: str, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Settings of a section stand together, where its first one does; those of none come last."""
+    keys = list(settings)
+    section, _, _ = key.rpartition(".")
+    first = next(place for place, other in enumerate(keys) if other.rpartition(".")[0] == section)
+    return (first if section else len(keys), keys.index(key))
+
+
+def _yaml_line(name: str, value: Any) -> str:
+    """One setting on one line, quoted where YAML needs it."""
+    if isinstance(value, dict):
+        return f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()}"
+    return yaml.safe_dump({name: value}, allow_unicode=True, width=math.inf).strip()

@@ -15,7 +15,7 @@ from leankv.data.splits import TextSource
 from leankv.errors import UserError
 from leankv.models.loading import LoadedModel, load_model
 from leankv.models.rope import KeyRotation, find_rotation
-from leankv.models.structure import earlier_layers
+from leankv.models.structure import earlier_layers, max_positions
 from leankv.progress import Progress
 from leankv.report import run_files
 from leankv.storage.cells import Cells, StoredCells
@@ -63,8 +63,10 @@ class Workspace:
             shard: of the layers.
 
         Raises:
-            UserError: a recipe is not understood or does not suit the model, or a layer does not exist.
+            UserError: a recipe is not understood or does not suit the model, a layer does not exist, or blocks are
+                longer than the model's positions.
         """
+        _check_lengths(experiment, loaded)
         self.experiment = experiment
         self.loaded = loaded
         self.progress = progress
@@ -207,3 +209,22 @@ class Workspace:
     def model_key(self) -> dict[str, Any]:
         """What every number of this workspace depends on."""
         return {"fingerprint": self.loaded.fingerprint, **self.loaded.numerics}
+
+
+def _check_lengths(experiment: Experiment, loaded: LoadedModel) -> None:
+    """Refuse text that is longer than the model reads.
+
+    Raises:
+        UserError: it is.
+    """
+    limit = max_positions(loaded.model.config)
+    if limit is None:
+        return
+    is_prefix = experiment.protocol.kind == "prefix"
+    for name, length in (
+        ("protocol.prefix_length with protocol.continuation" if is_prefix else "", experiment.measured_length),
+        ("data.block_length", experiment.data.block_length),
+        ("data.selection_block_length", experiment.length_of("selection")),
+    ):
+        if name and length > limit:
+            raise UserError(f"{name} of {length} tokens is more than the model's {limit} positions; set it to less")
