@@ -1,10 +1,15 @@
 """`leankv eval-ppl`: a model alone, and a bundle beside it, on any split and under any protocol."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from leankv.cache.bundle import load_bundle
+from leankv.config.experiment import ModelConfig
+from leankv.models.loading import load_model
 from leankv.report.divergence import DIVERGENCE_COLUMNS
 from tests.run_folders import BLOCKS, refuse, succeed, succeed_json
 
@@ -102,3 +107,22 @@ def test_a_window_in_a_strict_pass(bundle: Path) -> None:
 @pytest.mark.parametrize("arguments", [("--protocol", "x"), ("--split", "x"), ("--blocks", 0), ("--sinks", -1)])
 def test_bad_ways_to_measure(bundle: Path, arguments: tuple[str, object]) -> None:
     assert str(arguments[0]).strip("-") in refuse("eval-ppl", "--bundle", bundle, *arguments)
+
+
+def test_no_code_runs_because_a_bundle_asks_for_it(bundle: Path, llama_folder: Path, tmp_path: Path) -> None:
+    """A bundle names its model, whose folder may hold code: to run that takes the flag."""
+    model = tmp_path / "model"
+    shutil.copytree(llama_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "another", "auto_map": {"AutoConfig": "code.Configuration"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    own = load_bundle(bundle, load_model(ModelConfig(str(llama_folder), device="cpu", dtype="float32")).model)
+    asks = {**own.experiment, "model": {**own.experiment["model"], "name": str(model), "trust_remote_code": True}}
+    dataclasses.replace(own, experiment=asks).save(tmp_path / "bundle")
+    for command in (
+        ("generate", "--bundle", tmp_path / "bundle", "hello"),
+        ("eval-ppl", "--bundle", tmp_path / "bundle"),
+    ):
+        assert "--trust-remote-code" in refuse(*command)
+    assert not (tmp_path / "ran").exists()

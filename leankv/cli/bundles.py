@@ -173,5 +173,7 @@ def with_bundle(asked: Asked, bundle: Path | None, extra: dict[str, Any] | None 
         made_with = flatten(read_bundle_config(bundle)["experiment"])
         if made_with.get("data.dataset") == GivenBlocks.name:  # made from Python, of text that is not here
             made_with = {key: value for key, value in made_with.items() if not key.startswith("data.")}
+        # Whoever made a bundle does not decide what code runs here: that takes the flag.
+        made_with.pop("model.trust_remote_code", None)
         overrides = {**made_with, **overrides}
     return load_experiment(None, asked.without_window_if_none_can_be(overrides))

