@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 from leankv.cli import bundles, hub, models, rates, reports, stores, sweeps, tasks
-from leankv.cli.app import app
+from leankv.cli.app import PANEL_OF, app
 
 __all__ = ["app", "bundles", "hub", "main", "models", "rates", "reports", "stores", "sweeps", "tasks"]
+
+app.registered_commands.sort(key=lambda command: list(PANEL_OF).index(command.name or ""))
 
 
 def main() -> None:

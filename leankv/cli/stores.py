@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from leankv.cli.app import OUT, Json, app, command, print_json, print_piece
+from leankv.cli.app import OUT, PANEL_OF, Json, app, command, print_json, print_piece
 from leankv.cli.bundles import Register, open_bundle, open_store, text_of, title_of
 from leankv.cli.options import Asked
 from leankv.errors import UserError
 
 prefix = typer.Typer(name="prefix", help="Prompts kept on disk as codes.", no_args_is_help=True)
-app.add_typer(prefix)
+app.add_typer(prefix, rich_help_panel=PANEL_OF["prefix"])
 
 BundleFolder = Annotated[Path, typer.Option(help="The bundle.", show_default=False)]
 Store = Annotated[Path, typer.Option(help="The store's folder.", show_default=False)]
