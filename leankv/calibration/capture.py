@@ -20,7 +20,8 @@ from leankv.progress import Progress
 from leankv.storage.files import cannot_write, usable_bytes, write_json
 
 CAPTURE_REVISION = 1
-"""Raised when the vectors captured of one text change: a capture that was kept may be older than the code."""
+"""Raised when the vectors captured of one text change: a capture that was kept may be older than the code. What is
+fitted to them changes too, so FITTING_REVISION is raised with it."""
 
 
 def groups_that_fit(loaded: LoadedModel, blocks: Blocks, layers: Sequence[int], folder: Path) -> list[list[int]]:

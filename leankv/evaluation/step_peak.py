@@ -31,18 +31,24 @@ def watched(device: torch.device) -> Iterator[None]:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes alive at once of what `function()` allocates on `device`, over what was alive before it.
+    """The most bytes alive at once of what `function()` allocates on `device` (on all GPUs where that is one), over what
+    was alive before it.
 
     What it frees of earlier allocations (made under `watched`, on CPUs) makes room. Temporaries inside of operations
     count. Work of other threads on the same device counts too, so there should be none.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        # A model may lie on several: each one's peak counts, as if they came at the same time.
+        devices = range(torch.cuda.device_count())
+        before = 0
+        for each in devices:
+            torch.cuda.synchronize(each)
+            before += torch.cuda.memory_allocated(each)
+            torch.cuda.reset_peak_memory_stats(each)
         function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        for each in devices:
+            torch.cuda.synchronize(each)
+        return sum(torch.cuda.max_memory_allocated(each) for each in devices) - before
     with _session() as profiler:
         result = function()  # held until the session ends: what is handed out is alive after the work
     del result

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-MARKS = {"waterfill": "o", "refine": "^", "evolve": "s", "uniform": "x"}
+MARKS = {"waterfill": "o", "refine": "^", "evolve": "s"}
 
 
 def draw_plans(entries: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -4,7 +4,7 @@ EXPERIMENT = "experiment.yaml"
 """All settings, as resolved."""
 
 GIVEN = "given.json"
-"""What was asked for by name; the rest of the settings are defaults."""
+"""Hashes of the model and the texts that a Python program handed in."""
 
 MANIFEST = "manifest.json"
 """What made the results, with hashes; written last."""

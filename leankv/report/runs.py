@@ -18,8 +18,6 @@ from leankv.report.tables import (
 )
 from leankv.storage.files import read_json
 
-"""In a run's folder: `prompt`, and a `leankv.evaluation.generation.Completion`."""
-
 
 def runs_rows(folders: Sequence[Path]) -> list[list[str]]:
     """Name of a figure, and its text for each run.

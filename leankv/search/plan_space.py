@@ -40,7 +40,8 @@ class PlanSpace:
 
     Attributes:
         sites: whatever they are called, in order.
-        options: of each site, the largest first, sizes falling and errors rising; see `ladder`.
+        options: of each site, the largest first; along a `ladder` errors rise as sizes fall, among those `not_beaten`
+            some that are larger are only lighter in memory.
         fixed: bytes beside the sites' own: what stays exact.
         base: bytes that ratios are counted against.
         max_codec_bytes: the codecs of a choice may take so much memory.

@@ -12,15 +12,16 @@ from leankv.evaluation.cache_bytes import measure_bytes
 from leankv.evaluation.divergence import divergence_columns
 from leankv.evaluation.free_run import free_run, prompts_of
 from leankv.evaluation.paired import measure_pair
-from leankv.evaluation.perplexity import compare
+from leankv.evaluation.perplexity import MEASURING_REVISION, compare
 from leankv.models.loading import LoadedModel
 from leankv.models.structure import text_config
 from leankv.progress import Progress
 from leankv.storage.cells import StoredCells
 from leankv.studies.contestants import Contestant
+from leankv.studies.stored_bytes import COUNTING_REVISION
 
 AGREEING_REVISION = 1
-"""Raised when agreement on a text changes: how it is fed or continued, how bytes are counted."""
+"""Raised when agreement on a text changes otherwise than by how it is measured, or bytes counted."""
 
 
 def agreement_of(
@@ -70,7 +71,7 @@ def agreement_of(
     rows = []
     for one in others:
         depends_on = {
-            "revision": AGREEING_REVISION,
+            "revision": [AGREEING_REVISION, MEASURING_REVISION, COUNTING_REVISION],
             "model": {"fingerprint": loaded.fingerprint, **loaded.numerics},
             "cache": dict(one.key),
             "blocks": blocks.hash,

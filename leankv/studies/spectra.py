@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from leankv.cache.plan import Site
+from leankv.calibration.capture import CAPTURE_REVISION
 from leankv.codecs.coding.principal_components import covariance_of
 from leankv.codecs.statistics import mean_of
 from leankv.config.plan_table import PARTS
@@ -55,6 +56,7 @@ def variances_of(x: torch.Tensor) -> list[float]:
 def _depends_on(workspace: Workspace, site: Site) -> dict[str, Any]:
     protocol = workspace.experiment.protocol
     return {
+        "revision": CAPTURE_REVISION,
         "model": workspace.model_key,
         "calibration": workspace.blocks("calibration").hash,
         "batch_size": protocol.batch_size,
