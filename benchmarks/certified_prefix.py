@@ -28,6 +28,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.part_store import UNBOUNDED
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.perplexity import compare, measure_nats
+from leankv.storage.memory_budget import MemoryBudget
 
 ROWS = {1024: 32, 7936: 8}
 """Tokens of a prefix (the longer one, with what follows, is all that the model allows) -> rows of report text."""
@@ -94,7 +95,7 @@ def rows_of(length: int, count: int, folder: Path) -> list[dict[str, Any]]:
     stock_rows(rows, folder, stock, base_bytes / 1e6, prefill_seconds, model, last)
     for row in rows:
         row["delta_percent"] = 0.0
-    prefixes = ExactPrefixes(model, KEPT_BYTES)
+    prefixes = ExactPrefixes(model, MemoryBudget(KEPT_BYTES))
     base = measure_nats(
         model, blocks, protocol, lambda: LeanCache(model.config, {}, sinks=0, window=0), prefixes=prefixes
     )

@@ -29,6 +29,7 @@ from leankv.evaluation.replay import Replay
 from leankv.models.geometry import find_geometry
 from leankv.models.loading import LoadedModel, numerics
 from leankv.progress import Progress
+from leankv.storage.memory_budget import MemoryBudget
 
 FULL = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 REDUCED = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
@@ -115,7 +116,7 @@ def main() -> None:
             "fit",
             lambda: fit_codecs(activations, sites, fitting, {}, keep, Progress()),
         )
-        replay = Replay(model, blocks, ProtocolConfig(), memory_bytes, Path(folder))
+        replay = Replay(model, blocks, ProtocolConfig(), MemoryBudget(memory_bytes), Path(folder))
         stage("base", lambda: replay.measure({}))
         alone = [{site: plan[site] for site in (Site(layer, part) for part in PARTS)} for layer in every]
         stage("sweep", lambda: [replay.measure(own) for own in alone])

@@ -15,6 +15,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import Plan
 from leankv.evaluation.perplexity import measure_nats
 from leankv.evaluation.replay import Replay
+from leankv.storage.memory_budget import MemoryBudget
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
 
         def replayed() -> float:
             def sweep() -> list[float]:
-                replay = Replay(model, blocks, protocol, 1 << 30, Path(folder))  # it records as it measures the base
+                memory = MemoryBudget(1 << 30)
+                replay = Replay(model, blocks, protocol, memory, Path(folder))  # it records as it measures the base
                 return [replay.measure(plan).perplexity for plan in plans]
 
             seconds, numbers["replayed"] = timed(sweep)

@@ -37,6 +37,7 @@ from leankv.models.geometry import find_geometry
 from leankv.models.loading import describe, look_at, refuse_training
 from leankv.models.rope import find_rotation
 from leankv.progress import Progress, Silent
+from leankv.storage.memory_budget import MemoryBudget
 from leankv.studies.activation_store import ActivationStore
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.run_folder import check_folder, claim_folder
@@ -179,7 +180,7 @@ def perplexity(
         if bundle is None:
             nats = measure_nats(model, blocks, asked, make_base, step)
             return PerplexityReport(nats.perplexity, nats.tokens_per_block * len(nats.nats), asked)
-        base_pass = BasePass(model, make_base, 0)
+        base_pass = BasePass(model, make_base, MemoryBudget(0))
         caches = partial(bundle.new_cache, window=exact_window(asked), encode_every=1)
         pair = measure_pair(model, blocks, asked, base_pass, caches, step)
     return _report(pair, asked)

@@ -23,6 +23,7 @@ from leankv.evaluation.paired import PairedRun, measure_pair
 from leankv.evaluation.perplexity import measure_nats
 from leankv.models import logits
 from leankv.report.divergence import DIVERGENCE_COLUMNS, divergence_rows
+from leankv.storage.memory_budget import MemoryBudget
 from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of
 from tests.run_folders import evaluator_of
@@ -66,7 +67,7 @@ def caches(model: Any, plan: Any, protocol: ProtocolConfig) -> tuple[Any, Any]:
 
 def pair(model: Any, blocks: Blocks, protocol: ProtocolConfig, plan: Any) -> PairedRun:
     make_base, make_cache = caches(model, plan, protocol)
-    return measure_pair(model, blocks, protocol, BasePass(model, make_base, 1 << 30), make_cache)
+    return measure_pair(model, blocks, protocol, BasePass(model, make_base, MemoryBudget(1 << 30)), make_cache)
 
 
 @torch.no_grad()
@@ -143,14 +144,14 @@ def test_the_base_model_runs_once_for_many_plans_and_gives_the_same_bits(
         made.append(1)
         return make_base()
 
-    kept = BasePass(model, counted, 1 << 30)
+    kept = BasePass(model, counted, MemoryBudget(1 << 30))
     first, second = (measure_pair(model, blocks, protocol, kept, make_cache) for _ in range(2))
     assert first.base.nats == second.base.nats == expected
     assert second.divergence == first.divergence
     batches = len(blocks.tokens.split(protocol.batch_size))
     assert len(made) == batches
     one_block = protocol.batch_size * length * model.config.hidden_size * 4
-    short = BasePass(model, counted, one_block)
+    short = BasePass(model, counted, MemoryBudget(one_block))
     first, second = (measure_pair(model, blocks, protocol, short, make_cache) for _ in range(2))
     assert first.base.nats == second.base.nats == expected
     assert len(made) == batches + batches + batches - 1
@@ -334,3 +335,15 @@ def test_batches_agree_with_single_blocks(blocks: Blocks) -> None:
     single, batched = pair(model, blocks, protocol, plan), pair(model, blocks, replace(protocol, batch_size=2), plan)
     assert batched.divergence.block_kl == pytest.approx(single.divergence.block_kl, rel=1e-3)
     assert batched.divergence.block_same == single.divergence.block_same
+
+
+def test_all_that_keep_something_share_one_budget() -> None:
+    memory = MemoryBudget(100)
+    states = torch.zeros(15)
+    memory.charge(states)
+    assert memory.left == 40
+    more = torch.zeros(20)
+    memory.charge(more)
+    assert memory.left == 0
+    del states, more
+    assert memory.left == 100

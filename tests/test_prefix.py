@@ -20,6 +20,7 @@ from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.evaluation.paired import PairedRun, measure_pair
 from leankv.evaluation.perplexity import BlockNats, compare, measure_nats
 from leankv.models.geometry import find_geometry
+from leankv.storage.memory_budget import MemoryBudget
 from tests import tiny
 from tests.oracles import Rounding, identity_plan, plan_of
 from tests.test_encode_all import CONTINUATION, PREFIX, PROTOCOL, RECIPES, bundle_of
@@ -116,7 +117,7 @@ def log_probabilities(model: Any, blocks: Blocks, plan: Any) -> torch.Tensor:
 
 
 def pair(model: Any, blocks: Blocks, plan: Any, protocol: ProtocolConfig = PROTOCOL) -> PairedRun:
-    base_pass = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), 1 << 30)
+    base_pass = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), MemoryBudget(1 << 30))
 
     def make_cache() -> LeanCache:
         return LeanCache(model.config, plan, sinks=protocol.sinks, window=UNBOUNDED)
@@ -159,7 +160,7 @@ def test_the_base_run_is_a_plain_forward_pass(model: Any, blocks: Blocks) -> Non
 
 @pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
 def test_prefixes_that_are_computed_once_give_the_same_bits(model: Any, blocks: Blocks, memory_bytes: int) -> None:
-    prefixes, protocol = ExactPrefixes(model, memory_bytes), replace(PROTOCOL, batch_size=2)
+    prefixes, protocol = ExactPrefixes(model, MemoryBudget(memory_bytes)), replace(PROTOCOL, batch_size=2)
     for recipe in RECIPES[1:3]:
         bundle = bundle_of(model, recipe)
         plain, shared = (

@@ -16,6 +16,7 @@ from leankv.evaluation.perplexity import exact_window, measure_nats
 from leankv.evaluation.replay import Replay
 from leankv.models.loading import load_model
 from leankv.storage.files import DISK_SHARE
+from leankv.storage.memory_budget import MemoryBudget
 from tests import tiny
 from tests.oracles import fitted_plan
 
@@ -61,7 +62,7 @@ def test_every_single_layer_and_a_growing_plan_match_full_passes(
     model: Any, protocol: ProtocolConfig, tmp_path: Path
 ) -> None:
     blocks = SHORT_BLOCKS if protocol.kind == "decode" else BLOCKS if protocol.batch_size > 1 else TWO_BLOCKS
-    replay = Replay(model, blocks, protocol, MEMORY, tmp_path)
+    replay = Replay(model, blocks, protocol, MemoryBudget(MEMORY), tmp_path)
     codecs = lossy_plan(model, (0, 1, 2, 3))
     for chosen in [(), (3,), (0,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
         plan = of_layers(codecs, chosen)
@@ -71,7 +72,7 @@ def test_every_single_layer_and_a_growing_plan_match_full_passes(
 
 def test_layers_before_the_first_change_are_not_run(tmp_path: Path) -> None:
     model = tiny.build("llama")
-    replay = Replay(model, BLOCKS, PROTOCOLS[0], MEMORY, tmp_path)
+    replay = Replay(model, BLOCKS, PROTOCOLS[0], MemoryBudget(MEMORY), tmp_path)
     codecs = lossy_plan(model, (1, 2, 3))
     replay.measure(of_layers(codecs, [2]), extends_to_supersets=True)
     runs = [0] * 4
@@ -84,7 +85,7 @@ def test_layers_before_the_first_change_are_not_run(tmp_path: Path) -> None:
 
 
 def test_hidden_states_spill_to_files_that_vanish(model: Any, tmp_path: Path) -> None:
-    replay = Replay(model, BLOCKS, PROTOCOLS[2], 0, tmp_path)
+    replay = Replay(model, BLOCKS, PROTOCOLS[2], MemoryBudget(0), tmp_path)
     codecs = lossy_plan(model, (1, 3))
     for chosen in [(1,), (3,), (1, 3)]:
         plan = of_layers(codecs, chosen)
@@ -95,7 +96,7 @@ def test_hidden_states_spill_to_files_that_vanish(model: Any, tmp_path: Path) ->
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = tiny.build("gemma3")
     before = list(model.model.layers)
-    replay = Replay(model, BLOCKS, PROTOCOLS[0], MEMORY, tmp_path)
+    replay = Replay(model, BLOCKS, PROTOCOLS[0], MemoryBudget(MEMORY), tmp_path)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -110,7 +111,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
 def test_some_blocks_in_any_order_match_a_full_pass(protocol: ProtocolConfig, tmp_path: Path) -> None:
     model = tiny.build("mistral")
-    replay = Replay(model, BLOCKS, replace(protocol, batch_size=1), MEMORY, tmp_path)
+    replay = Replay(model, BLOCKS, replace(protocol, batch_size=1), MemoryBudget(MEMORY), tmp_path)
     plan = lossy_plan(model, (2,))
     whole = full_pass(model, plan, replace(protocol, batch_size=1))
     assert replay.measure(plan, block_ids=[2, 0]).nats == (whole[2], whole[0])
@@ -125,7 +126,7 @@ def test_where_the_disk_is_too_small_some_layers_are_kept(
     of_all = len(model_layers := list(range(4))) * BLOCKS.tokens.numel() * config.hidden_size * 4
     usage = shutil.disk_usage(tmp_path)._replace(free=int(of_all / (every - 0.5) / DISK_SHARE))
     monkeypatch.setattr("leankv.storage.files.shutil.disk_usage", lambda folder: usage)
-    replay = Replay(model, BLOCKS, PROTOCOLS[1], 0, tmp_path)
+    replay = Replay(model, BLOCKS, PROTOCOLS[1], MemoryBudget(0), tmp_path)
     assert replay.every == every
     codecs = lossy_plan(model, tuple(model_layers))
     for chosen in [(3,), (2,), (1,), (1, 3), (1, 2, 3)]:
@@ -139,7 +140,7 @@ def test_where_the_disk_is_too_small_some_layers_are_kept(
 def test_a_quantized_model_replays_bit_for_bit(protocol: ProtocolConfig, tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "wide", tiny.build("llama", hidden_size=64))  # NF4 on the CPU wants multiples of 64
     model = load_model(ModelConfig(str(folder), device="cpu", dtype="bfloat16", load_in_4bit=True)).model
-    replay = Replay(model, BLOCKS, protocol, MEMORY, tmp_path)
+    replay = Replay(model, BLOCKS, protocol, MemoryBudget(MEMORY), tmp_path)
     codecs = lossy_plan(model, (0, 2, 3))
     for chosen in [(3,), (0,), (2,), (2, 3)]:
         plan = of_layers(codecs, chosen)

@@ -13,6 +13,7 @@ from leankv.evaluation.base_pass import BasePass
 from leankv.evaluation.paired import measure_pair
 from leankv.evaluation.perplexity import exact_window, feeding_of
 from leankv.models.geometry import find_geometry
+from leankv.storage.memory_budget import MemoryBudget
 from tests import tiny
 
 PROTOCOLS = {
@@ -28,7 +29,7 @@ def plan_of(model, spec: PlanSpec) -> Plan:
 
 
 def measured(model, blocks: torch.Tensor, protocol: ProtocolConfig, plan: Plan) -> float:
-    base = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), 10**9)
+    base = BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), MemoryBudget(10**9))
     caches = lambda: LeanCache(model.config, plan, sinks=protocol.sinks, window=exact_window(protocol))  # noqa: E731
     return measure_pair(model, Blocks(blocks, "selection", "made up"), protocol, base, caches).divergence.kl.value
 

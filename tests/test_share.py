@@ -26,6 +26,7 @@ from leankv.models.loading import LoadedModel
 from leankv.models.rope import KeyRotation
 from leankv.models.structure import earlier_layers
 from leankv.progress import Silent
+from leankv.storage.memory_budget import MemoryBudget
 from tests import tiny
 from tests.oracles import SlowChain, held_tensors
 
@@ -251,7 +252,7 @@ def test_replay_runs_the_layers_that_are_looked_at(tmp_path: Path, layers: tuple
     plan = plan_of(fitted(model, captured(model, tmp_path / "a", rotation), spec))
     protocol = ProtocolConfig("stream", 2, 4, 16)
     cache = LeanCache(model.config, plan, sinks=2, window=4, rotation=rotation)
-    replay = Replay(model, BLOCKS, protocol, 1 << 30, tmp_path, rotation)
+    replay = Replay(model, BLOCKS, protocol, MemoryBudget(1 << 30), tmp_path, rotation)
     expected = measure_nats(model, BLOCKS, protocol, cache.fresh).nats
     assert replay.measure(plan).nats == expected
     without_the_last = {site: codec for site, codec in plan.items() if site.layer in layers[:-1]}

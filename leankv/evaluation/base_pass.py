@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from leankv.evaluation.perplexity import Feeding, LogitsRun, run_through
 from leankv.models.logits import body_output, has_body, logits_of
+from leankv.storage.memory_budget import MemoryBudget
 
 
 class BasePass:
@@ -21,13 +22,13 @@ class BasePass:
     Args:
         model: a causal LM.
         make_cache: the stock cache for a batch of blocks.
-        memory_bytes: hidden states beyond this are not kept; their blocks are run again.
+        memory: hidden states beyond this are not kept; their blocks are run again.
     """
 
-    def __init__(self, model: Any, make_cache: Callable[[], Any], memory_bytes: int):
+    def __init__(self, model: Any, make_cache: Callable[[], Any], memory: MemoryBudget):
         self.model = model
         self.make_cache = make_cache
-        self.memory_bytes = memory_bytes
+        self.memory = memory
         self._kept: dict[tuple[str, Feeding], list[Any]] = {}
 
     def run(self, tokens: Int[torch.Tensor, "B T"], feeding: Feeding) -> LogitsRun:
@@ -55,6 +56,7 @@ class BasePass:
         return logits
 
     def _keep(self, key: tuple[str, Feeding], outputs: list[Any]) -> None:
-        held = sum(each.last_hidden_state.nbytes for kept in (*self._kept.values(), outputs) for each in kept)
-        if held <= self.memory_bytes:
+        states = [each.last_hidden_state for each in outputs]
+        if sum(each.nbytes for each in states) <= self.memory.left:
+            self.memory.charge(*states)
             self._kept[key] = outputs

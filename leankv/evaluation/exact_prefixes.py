@@ -13,6 +13,7 @@ from jaxtyping import Int
 from leankv.cache.lean_cache import LeanCache
 from leankv.models.logits import body_output
 from leankv.models.observers import Keys, RecordingCache, Values
+from leankv.storage.memory_budget import MemoryBudget
 
 States = dict[int, tuple[Keys, Values]]
 """Layer -> keys and values as its cache is given them."""
@@ -23,14 +24,13 @@ class ExactPrefixes:
 
     Args:
         model: a causal LM.
-        memory_bytes: those of prefixes beyond this are not kept, and computed again.
+        memory: keys and values beyond this are not kept, and computed again.
     """
 
-    def __init__(self, model: Any, memory_bytes: int):
+    def __init__(self, model: Any, memory: MemoryBudget):
         self.model = model
-        self.memory_bytes = memory_bytes
+        self.memory = memory
         self._kept: dict[str, States] = {}
-        self._held = 0
 
     def fill(self, cache: LeanCache, tokens: Int[torch.Tensor, "B P"]) -> None:
         """Have a fresh cache take in a batch of prefixes."""
@@ -48,9 +48,9 @@ class ExactPrefixes:
             states[layer] = keys, values
 
         body_output(self.model, tokens, RecordingCache(self.model.config, record))
-        size = sum(tensor.nbytes for both in states.values() for tensor in both)
-        if self._held + size <= self.memory_bytes:
-            self._held += size
+        if sum(tensor.nbytes for both in states.values() for tensor in both) <= self.memory.left:
             # Copies of their own: a part of a fused projection would keep all of it alive.
-            self._kept[key] = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in states.items()}
+            kept = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in states.items()}
+            self.memory.charge(*(tensor for both in kept.values() for tensor in both))
+            self._kept[key] = kept
         return states

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from leankv.cache.plan import Plan
 from leankv.storage.files import usable_bytes
 from leankv.storage.mapped import mapped
+from leankv.storage.memory_budget import MemoryBudget
 
 
 @dataclass
@@ -64,16 +65,16 @@ class HiddenStates:
 
     Args:
         block_length: T, tokens in each block.
-        memory_bytes: what goes beyond this lies in memory-mapped files, which vanish with what they hold.
+        memory: what goes beyond this lies in memory-mapped files, which vanish with what they hold.
         folder: for those.
 
     Attributes:
         recordings: those that are finished; whoever makes one adds it, and drops what serves no more.
     """
 
-    def __init__(self, block_length: int, memory_bytes: int, folder: Path):
+    def __init__(self, block_length: int, memory: MemoryBudget, folder: Path):
         self.block_length = block_length
-        self.memory_bytes = memory_bytes
+        self.memory = memory
         self.folder = folder
         self.recordings: list[Recording] = []
 
@@ -84,7 +85,7 @@ class HiddenStates:
             layer_bytes: of what enters one layer, all blocks together.
             layers: how many there are.
         """
-        return max(1, math.ceil(layers * layer_bytes / (self.memory_bytes + usable_bytes(self.folder))))
+        return max(1, math.ceil(layers * layer_bytes / (self.memory.left + usable_bytes(self.folder))))
 
     def record(self, into: Recording, layer: int, chunk: Chunk, hidden: Float[torch.Tensor, "B n hidden"]) -> None:
         """Keep what enters a layer in one forward pass, a row for each block of the chunk.
@@ -95,12 +96,13 @@ class HiddenStates:
         for block, rows in zip(chunk.blocks, hidden, strict=True):
             if (layer, block) not in into.states:
                 shape = (self.block_length, hidden.shape[2])
-                into.states[layer, block] = self._allocate(shape, hidden.dtype, into)
+                into.states[layer, block] = self._allocate(shape, hidden.dtype)
             into.states[layer, block][chunk.start : chunk.end] = rows
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, into: Recording) -> torch.Tensor:
-        """An empty tensor: in memory while all that is recorded fits the limit, else in a mapped file."""
-        held = {id(states): states for recording in (*self.recordings, into) for states in recording.states.values()}
-        if sum(states.nbytes for states in held.values()) + math.prod(shape) * dtype.itemsize <= self.memory_bytes:
-            return torch.empty(shape, dtype=dtype)
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor: in memory while that is within the budget, else in a mapped file."""
+        if math.prod(shape) * dtype.itemsize <= self.memory.left:
+            states = torch.empty(shape, dtype=dtype)
+            self.memory.charge(states)
+            return states
         return mapped(shape, dtype, self.folder)

@@ -26,6 +26,7 @@ from leankv.errors import UserError
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.structure import max_positions
 from leankv.storage.files import check_output_dir
+from leankv.storage.memory_budget import MemoryBudget
 from leankv.storage.page_folder import PageFolder
 
 Ids = Int[torch.Tensor, "1 T"]
@@ -245,7 +246,7 @@ class PrefixStore:
         """A cache that computed these tokens exactly, and then coded them whole."""
         cache = self.bundle.new_cache(window=UNBOUNDED)
         cache.activate_past_recording()  # or tokens that no sliding window sees any more would be missing
-        ExactPrefixes(self.model, 0).fill(cache, tokens)
+        ExactPrefixes(self.model, MemoryBudget(0)).fill(cache, tokens)
         cache.encode_all()
         return cache
 

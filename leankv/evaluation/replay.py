@@ -23,6 +23,7 @@ from leankv.models.observers import attention_windows, layer_inputs
 from leankv.models.rope import KeyRotation
 from leankv.models.skipping import skipping
 from leankv.models.structure import earlier_layers, find_decoder_layers, text_config
+from leankv.storage.memory_budget import MemoryBudget
 
 
 class Replay:
@@ -34,7 +35,7 @@ class Replay:
         model: the transformers model.
         blocks: what to measure on.
         protocol: how.
-        memory_bytes: hidden states beyond this go to files in `folder`, memory-mapped.
+        memory: hidden states beyond this go to files in `folder`, memory-mapped.
         folder: for those.
         rotation: given, keys are encoded pre-RoPE.
     """
@@ -44,7 +45,7 @@ class Replay:
         model: Any,
         blocks: Blocks,
         protocol: ProtocolConfig,
-        memory_bytes: int,
+        memory: MemoryBudget,
         folder: Path,
         rotation: KeyRotation | None = None,
     ):
@@ -56,7 +57,7 @@ class Replay:
         layers = find_decoder_layers(model)
         self.can_skip = layers is not None
         self.layers = torch.nn.ModuleList() if layers is None else layers
-        self.states = HiddenStates(blocks.tokens.shape[1], memory_bytes, folder)
+        self.states = HiddenStates(blocks.tokens.shape[1], memory, folder)
         layer_bytes = blocks.tokens.numel() * text_config(model.config).hidden_size * model.dtype.itemsize
         self.every = self.states.recorded_every(layer_bytes, len(self.layers))
 

@@ -31,7 +31,7 @@ def watched(device: torch.device) -> Iterator[None]:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes alive at once of what `function()` allocates on `device` (on all GPUs where that is one), over what
+    """The most bytes alive at once of what `function()` allocates on `device` (all GPUs, where that is one), over what
     was alive before it.
 
     What it frees of earlier allocations (made under `watched`, on CPUs) makes room. Temporaries inside of operations

@@ -17,6 +17,7 @@ from leankv.models.loading import LoadedModel
 from leankv.models.structure import text_config
 from leankv.progress import Progress
 from leankv.storage.cells import StoredCells
+from leankv.storage.memory_budget import MemoryBudget
 from leankv.studies.contestants import Contestant
 from leankv.studies.stored_bytes import COUNTING_REVISION
 
@@ -46,7 +47,8 @@ def agreement_of(
     """
     base, *others = contestants
     model, cells = loaded.model, StoredCells(folder / "cells")
-    base_pass = BasePass(model, base.make, blocks.tokens.numel() * text_config(model.config).hidden_size * 4)
+    states = blocks.tokens.numel() * text_config(model.config).hidden_size * 4
+    base_pass = BasePass(model, base.make, MemoryBudget(states))
     prompts = prompts_of(model, blocks, new_tokens)
 
     def measured(one: Contestant) -> dict[str, Any]:

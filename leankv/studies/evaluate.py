@@ -17,6 +17,7 @@ from leankv.evaluation.perplexity import compare, exact_window, measure_nats
 from leankv.models.loading import load_model
 from leankv.progress import Progress
 from leankv.report.evaluation import Evaluation
+from leankv.storage.memory_budget import MemoryBudget
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
@@ -87,7 +88,9 @@ def evaluate(
             base = measure_nats(model, blocks, protocol, make_base, step)
     else:
         with progress.stage("perplexity, base and compressed side by side", len(blocks)) as step:
-            pair = measure_pair(model, blocks, protocol, BasePass(model, make_base, 0), first_cache.fresh, step)
+            pair = measure_pair(
+                model, blocks, protocol, BasePass(model, make_base, MemoryBudget(0)), first_cache.fresh, step
+            )
         base = pair.base
     result = Evaluation(
         model=loaded.name,

@@ -90,7 +90,7 @@ class PlanEvaluator:
             workspace.loaded.model,
             workspace.blocks("selection"),
             self.protocol,
-            workspace.memory_bytes,
+            workspace.memory,
             workspace.folder or Path(tempfile.gettempdir()),
             workspace.rotation,
         )
@@ -99,14 +99,14 @@ class PlanEvaluator:
     def _base_pass(self) -> BasePass:
         """Many plans are set beside the base model on the same blocks, so its layers run once for each block."""
         model = self.workspace.loaded.model
-        return BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), self.workspace.memory_bytes)
+        return BasePass(model, lambda: LeanCache(model.config, {}, sinks=0, window=0), self.workspace.memory)
 
     @cached_property
     def _prefixes(self) -> ExactPrefixes | None:
         """Many plans are measured behind the same prefixes, so these are computed once; None under other protocols."""
         if self.protocol.coded_after is None:
             return None
-        return ExactPrefixes(self.workspace.loaded.model, self.workspace.memory_bytes)
+        return ExactPrefixes(self.workspace.loaded.model, self.workspace.memory)
 
     def new_cache(self, spec: PlanSpec, decode_once: bool = False) -> LeanCache:
         """An empty cache under a plan, with the protocol's sinks and window.

@@ -19,6 +19,7 @@ from leankv.models.structure import earlier_layers, max_positions
 from leankv.progress import Progress
 from leankv.report import run_files
 from leankv.storage.cells import Cells, StoredCells
+from leankv.storage.memory_budget import MemoryBudget
 from leankv.studies.run_folder import check_folder, claim_folder
 
 
@@ -42,6 +43,7 @@ class Workspace:
         cells: measurements, by the hash of all that they depend on.
         plan: what the experiment compresses how, with every layer of the model named.
         layers: the layers that the experiment is about.
+        memory: what may be kept of passes through the model, for all that measure here.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Workspace:
         n_layers = len(loaded.geometry.layers)
         self.layers = parse_layers(experiment.layers, n_layers)
         self.plan = self.checked(PlanSpec.parse(experiment.plan))
+        self.memory = MemoryBudget(self.memory_bytes)
         self._source = source
         self._blocks: dict[str, Blocks] = {}
 
