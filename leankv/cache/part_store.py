@@ -82,6 +82,7 @@ class PartStore:
         self.code: CodeRuns | None = None  # [B, tokens]
         self.window_rows: torch.Tensor | None = None
         self._buffer: Shown | None = None  # while pieces are read: what readers see of all codes
+        self._matrix: torch.Tensor | None = None  # meanwhile: what loops multiply by
         self.cross_layer.clear()
         if self.space is not None:
             self.space.clear()
@@ -203,7 +204,7 @@ class PartStore:
 
     def begin_reading(self, like: Like, added: int = 0) -> None:
         """Show what readers see from now on: of codes, the last `added` at once, and others as pieces are read."""
-        self._buffer = None
+        self._buffer = self._matrix = None
         if not self.cross_layer.readers:
             return
         if self.codec is None:
@@ -261,7 +262,9 @@ class PartStore:
         """Tokens that are codes, as compiled loops read them, where there are some (`has_loops`)."""
         assert self.codec is not None
         assert self.code is not None
-        return self.codec.packed_rows(self._codes(self.code, first, last))
+        if self._matrix is None:
+            self._matrix = self.codec.loop_matrix()
+        return self.codec.packed_rows(self._codes(self.code, first, last), self._matrix)
 
     def meeting(self, first: int, last: int, queries: Float[torch.Tensor, "1 heads groups head_dim"]) -> Meeting:
         """How keys that are codes, read by compiled loops, meet the queries of one token."""
@@ -278,7 +281,7 @@ class PartStore:
     def end_reading(self) -> None:
         """All pieces were read: let go of what this store predicts from."""
         self.cross_layer.end()
-        self._buffer = None
+        self._buffer = self._matrix = None
         if self.space is not None:
             self.space.end()
 

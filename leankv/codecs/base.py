@@ -152,8 +152,17 @@ class Codec(torch.nn.Module, ABC):
         """Whether there is a compiled loop that attention reads this family's codes with, on the CPU."""
         return type(self).packed_rows is not Codec.packed_rows
 
-    def packed_rows(self, code: Code) -> PackedRows:
-        """What such a loop reads of a code `[N]`."""
+    def loop_matrix(self) -> Float[torch.Tensor, "numbers width"] | None:
+        """What such a loop multiplies decoded numbers out by, float32; None where it does not."""
+        return None
+
+    def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
+        """What such a loop reads of a code `[N]`.
+
+        Args:
+            code: the code.
+            matrix: `loop_matrix()`, from whoever reads several codes in turn; made anew unless given.
+        """
         raise NotImplementedError
 
     def serialize(self, code: Code) -> bytes:

@@ -117,7 +117,7 @@ class Integers(Codec):
         q = ((x - low) / step.clamp_min(SMALLEST_STEP)).round_().clamp_(0, levels)
         return Code({"q": pack(q, self.bits), **side})
 
-    def packed_rows(self, code: Code) -> PackedRows:
+    def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         return AffineRows(code["q"], self.bits, *self._sides(code), self.width)
 
     def decode(self, code: Code, context: Context = None) -> Vectors:

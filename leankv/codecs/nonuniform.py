@@ -127,7 +127,7 @@ class NonUniform(Codec):
             columns["index"] = index.to(torch.uint8 if self.width <= 256 else torch.int16)  # the latter wraps
         return Code(columns)
 
-    def packed_rows(self, code: Code) -> PackedRows:
+    def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         if self.slots:
             values, index = code["value"], self._index(code).int()
         else:

@@ -134,9 +134,13 @@ class Rotated(Codec):
     def has_packed_rows(self) -> bool:
         return self.sketch is None
 
-    def packed_rows(self, code: Code) -> PackedRows:
+    def loop_matrix(self) -> Float[torch.Tensor, "width width"]:
+        return self._rotation()
+
+    def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         scale = self._scale(code["norm"]).flatten()
-        return ScaledRows(code["q"], self.bits, self.levels, scale, self._rotation(), self.mean)
+        matrix = self.loop_matrix() if matrix is None else matrix
+        return ScaledRows(code["q"], self.bits, self.levels, scale, matrix, self.mean)
 
     def factored(self, code: Code) -> Factored:
         return Factored(self._turned(code), self._rotation(), self.mean)

@@ -244,10 +244,14 @@ class Transform(Codec):
         q[escapes.row_numbers(), which] = escape_values(q.device)[items[:, -1]]
         return q
 
-    def packed_rows(self, code: Code) -> PackedRows:
+    def loop_matrix(self) -> Float[torch.Tensor, "numbers width"]:
+        return self.synthesis.widened().T.contiguous()
+
+    def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         escapes = code.ragged("escapes")
         outside = escapes.counts, escapes.items(), ESCAPE_VALUES
-        return RadixRows(code["q"], self._layout().tables, outside, self.synthesis.widened().T, self.centre)
+        matrix = self.loop_matrix() if matrix is None else matrix
+        return RadixRows(code["q"], self._layout().tables, outside, matrix, self.centre)
 
     def factored(self, code: Code) -> Factored:
         return Factored(self._values(code), self.synthesis.widened().T, self.centre)
