@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from leankv.cache.bundle import CODECS_FILE, CONFIG_FILE, Bundle, load_bundle, read_bundle
-from leankv.cache.code_attention import NAME
+from leankv.cache.code_attention import switch_to_codes
 from leankv.export.configuration_leankv import LeanKVConfig
 from leankv.models.fingerprint import fingerprint
 
@@ -83,5 +83,5 @@ def attach(model: Any, bundle: Bundle) -> Any:
     model.leankv_bundle = bundle
     model.new_cache = MethodType(new_cache, model)
     model._prepare_cache_for_generation = MethodType(prepare, model)
-    model.set_attn_implementation(NAME)
+    switch_to_codes(model)
     return model
