@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from leankv.cache.bundle import Bundle, load_bundle
 from leankv.cache.code_attention import attention_over_codes
+from leankv.cache.default_cache import make_by_default
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
 from leankv.codecs import Recipe
@@ -30,7 +31,6 @@ from leankv.inputs import (
     check_made_for,
     layers_text,
     plan_of,
-    refuse_unmasked_padding,
     settings_of,
 )
 from leankv.models.geometry import find_geometry
@@ -353,7 +353,9 @@ def Cache(  # noqa: N802 - reads as the class that it makes
 def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     """While this lasts, `model.generate` uses a fresh cache of the bundle wherever it is given none.
 
-    Attention reads the codes then (`leankv.cache.code_attention`), where the model's attention can be exchanged.
+    Whoever asks for none (`use_cache=False`) or for another kind (`cache_implementation=`) gets that. Attention reads
+    the codes (`leankv.cache.code_attention`), where the model's attention can be exchanged. In several threads at once,
+    each generates with its own bundle.
 
     Args:
         model: the model that the bundle was made for.
@@ -361,24 +363,12 @@ def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     """
     refuse_training(model)
     check_made_for(bundle, model)
-    stock = model.generate
-
-    def generate(*arguments: Any, **given: Any) -> Any:
-        if given.get("past_key_values") is None:
-            refuse_unmasked_padding(model, arguments, given)
-            given["past_key_values"] = bundle.new_cache(given.get("attention_mask"))
-        return stock(*arguments, **given)
-
-    had_its_own = "generate" in vars(model)
-    model.generate = generate
+    end = make_by_default(model, bundle.new_cache)
     try:
         with attention_over_codes(model):
             yield model
     finally:
-        if had_its_own:
-            model.generate = stock
-        else:
-            del model.generate
+        end()
 
 
 def _progress(wanted: bool) -> Progress:
