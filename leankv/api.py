@@ -14,8 +14,9 @@ from jaxtyping import Float
 from leankv.cache.bundle import Bundle, load_bundle
 from leankv.cache.code_attention import attention_over_codes
 from leankv.cache.default_cache import make_by_default
-from leankv.cache.lean_cache import LeanCache
+from leankv.cache.lean_cache import ENCODE_EVERY, LeanCache
 from leankv.cache.plan import PlanSpec
+from leankv.cache.without_text import plan_without_text
 from leankv.codecs import Recipe
 from leankv.config.experiment import CodecConfig, DataConfig, Experiment, FitConfig, ProtocolConfig
 from leankv.config.presets import USUAL_WINDOW
@@ -33,9 +34,7 @@ from leankv.inputs import (
     plan_of,
     settings_of,
 )
-from leankv.models.geometry import find_geometry
 from leankv.models.loading import describe, look_at, refuse_training
-from leankv.models.rope import find_rotation
 from leankv.progress import Progress, Silent
 from leankv.studies.activation_store import ActivationStore
 from leankv.studies.plan_evaluator import PlanEvaluator
@@ -338,15 +337,17 @@ def Cache(  # noqa: N802 - reads as the class that it makes
         UserError: the recipe needs calibration text; `leankv.fit` takes it.
     """
     refuse_training(model)
-    layers = find_geometry(model).layers
-    plan = {}
-    for site, own in plan_of(recipe).sites(len(layers)).items():
-        width = layers[site.layer].width_of(site.part)
-        own.require_width(width)
-        plan[site] = own.without_text(width)
     Experiment(codec=CodecConfig(key_space=key_space), protocol=ProtocolConfig("stream", sinks, window))  # checks them
-    rotation = None if key_space == "post-rope" else find_rotation(model, key_space == "pre-rope")
-    return LeanCache(model.config, plan, sinks=sinks, window=window, attention_mask=attention_mask, rotation=rotation)
+    plan, rotation = plan_without_text(model, plan_of(recipe), key_space)
+    return LeanCache(
+        model.config,
+        plan,
+        sinks=sinks,
+        window=window,
+        encode_every=ENCODE_EVERY,
+        attention_mask=attention_mask,
+        rotation=rotation,
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """LeanKV from Python: on any loaded model and any text, with the command line's numbers, and nothing written."""
 
+import copy
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +282,25 @@ def test_a_cache_that_needs_no_text(llama: Any, other: torch.Tensor, recipe: str
     assert cache.get_seq_length() == tokens.shape[1] - 1
     if recipe == "identity":
         assert torch.equal(tokens, generated(llama, other[:1]))
+
+
+def test_caches_that_need_no_text_are_made_as_a_bundle_s_are(llama: Any, other: torch.Tensor) -> None:
+    """Encoding as seldom, and sharing codecs; the model is run once for all of them."""
+    model, runs = copy.deepcopy(llama), []
+    model.register_forward_pre_hook(lambda *given: runs.append(1))
+    caches = [leankv.Cache(model, "int:4g8", sinks=2, window=4, key_space="auto") for _ in range(2)]
+    first = len(runs)
+    caches.append(leankv.Cache(model, "int:4g8", sinks=2, window=4, key_space="auto"))
+    assert len(runs) == first
+    assert caches[0].plan[Site(0, "k")] is caches[2].plan[Site(0, "k")]
+    bundle = leankv.fit("int:4g8", model, None, tiny.tokens(2, BLOCK), sinks=2, window=4)
+    assert caches[0].encode_every == bundle.new_cache().encode_every
+    for cache in caches:
+        expected = generated(model, other[:1], past_key_values=bundle.new_cache())
+        assert torch.equal(generated(model, other[:1], past_key_values=cache), expected)
+    runs.clear()
+    leankv.Cache(model.to(torch.bfloat16), "int:4g8")
+    assert runs, "its tables have another dtype now"
 
 
 # -- save, load ------------------------------------------------------------------------------------------------------
