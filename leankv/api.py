@@ -13,8 +13,10 @@ from jaxtyping import Float
 
 from leankv.cache.bundle import Bundle, load_bundle
 from leankv.cache.code_attention import attention_over_codes
-from leankv.cache.lean_cache import LeanCache
+from leankv.cache.default_cache import make_by_default
+from leankv.cache.lean_cache import ENCODE_EVERY, LeanCache
 from leankv.cache.plan import PlanSpec
+from leankv.cache.without_text import plan_without_text
 from leankv.codecs import Recipe
 from leankv.config.experiment import CodecConfig, DataConfig, Experiment, FitConfig, ProtocolConfig
 from leankv.config.presets import USUAL_WINDOW
@@ -30,12 +32,9 @@ from leankv.inputs import (
     check_made_for,
     layers_text,
     plan_of,
-    refuse_unmasked_padding,
     settings_of,
 )
-from leankv.models.geometry import find_geometry
 from leankv.models.loading import describe, look_at, refuse_training
-from leankv.models.rope import find_rotation
 from leankv.progress import Progress, Silent
 from leankv.storage.memory_budget import MemoryBudget
 from leankv.studies.activation_store import ActivationStore
@@ -339,22 +338,26 @@ def Cache(  # noqa: N802 - reads as the class that it makes
         UserError: the recipe needs calibration text; `leankv.fit` takes it.
     """
     refuse_training(model)
-    layers = find_geometry(model).layers
-    plan = {}
-    for site, own in plan_of(recipe).sites(len(layers)).items():
-        width = layers[site.layer].width_of(site.part)
-        own.require_width(width)
-        plan[site] = own.without_text(width)
     Experiment(codec=CodecConfig(key_space=key_space), protocol=ProtocolConfig("stream", sinks, window))  # checks them
-    rotation = None if key_space == "post-rope" else find_rotation(model, key_space == "pre-rope")
-    return LeanCache(model.config, plan, sinks=sinks, window=window, attention_mask=attention_mask, rotation=rotation)
+    plan, rotation = plan_without_text(model, plan_of(recipe), key_space)
+    return LeanCache(
+        model.config,
+        plan,
+        sinks=sinks,
+        window=window,
+        encode_every=ENCODE_EVERY,
+        attention_mask=attention_mask,
+        rotation=rotation,
+    )
 
 
 @contextmanager
 def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     """While this lasts, `model.generate` uses a fresh cache of the bundle wherever it is given none.
 
-    Attention reads the codes then (`leankv.cache.code_attention`), where the model's attention can be exchanged.
+    Whoever asks for none (`use_cache=False`) or for another kind (`cache_implementation=`) gets that. Attention reads
+    the codes (`leankv.cache.code_attention`), where the model's attention can be exchanged. In several threads at once,
+    each generates with its own bundle.
 
     Args:
         model: the model that the bundle was made for.
@@ -362,24 +365,12 @@ def compressed(model: Any, bundle: Bundle) -> Iterator[Any]:
     """
     refuse_training(model)
     check_made_for(bundle, model)
-    stock = model.generate
-
-    def generate(*arguments: Any, **given: Any) -> Any:
-        if given.get("past_key_values") is None:
-            refuse_unmasked_padding(model, arguments, given)
-            given["past_key_values"] = bundle.new_cache(given.get("attention_mask"))
-        return stock(*arguments, **given)
-
-    had_its_own = "generate" in vars(model)
-    model.generate = generate
+    end = make_by_default(model, bundle.new_cache)
     try:
         with attention_over_codes(model):
             yield model
     finally:
-        if had_its_own:
-            model.generate = stock
-        else:
-            del model.generate
+        end()
 
 
 def _progress(wanted: bool) -> Progress:

@@ -71,18 +71,6 @@ def check_made_for(bundle: Bundle, model: Any) -> None:
         )
 
 
-def refuse_unmasked_padding(model: Any, arguments: Sequence[Any], given: Mapping[str, Any]) -> None:
-    """`generate` finds padding by its token where it gets no mask; a cache that is made before cannot.
-
-    Raises:
-        UserError: there is padding, and no mask.
-    """
-    ids = given.get("input_ids", given.get("inputs", arguments[0] if arguments else None))
-    pad = given.get("pad_token_id", model.generation_config.pad_token_id)
-    if given.get("attention_mask") is None and isinstance(ids, torch.Tensor) and pad is not None and (ids == pad).any():
-        raise UserError("the prompt has padding and no attention_mask; pass the tokenizer's")
-
-
 def settings_of(
     loaded: LoadedModel,
     tokens: torch.Tensor,

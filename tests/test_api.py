@@ -1,5 +1,6 @@
 """LeanKV from Python: on any loaded model and any text, with the command line's numbers, and nothing written."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import leankv
+from leankv.cache.default_cache import METHOD
 from leankv.cache.plan import Site
 from leankv.cache.plan_checksum import checksum_of
 from leankv.config.loading import load_experiment
@@ -197,13 +199,13 @@ def test_within_the_context_generate_uses_the_bundle(llama: Any, other: torch.Te
         own = DynamicCache(config=llama.config)
         generated(llama, other[:2], past_key_values=own)
         assert own.get_seq_length() > 0, "a cache that is given is used"
-    assert "generate" not in vars(llama)
+    assert METHOD not in vars(llama)
 
 
 def test_the_context_ends_with_an_error_too(llama: Any, bundle: leankv.Bundle) -> None:
     with pytest.raises(RuntimeError, match="mine"), leankv.compressed(llama, bundle):
         raise RuntimeError("mine")
-    assert "generate" not in vars(llama)
+    assert METHOD not in vars(llama)
 
 
 def test_a_padded_batch_is_generated_as_its_rows_are(llama: Any, other: torch.Tensor, bundle: leankv.Bundle) -> None:
@@ -215,12 +217,6 @@ def test_a_padded_batch_is_generated_as_its_rows_are(llama: Any, other: torch.Te
     assert torch.equal(alone, batch)
 
 
-def test_padding_without_a_mask_is_refused(llama: Any, other: torch.Tensor, bundle: leankv.Bundle) -> None:
-    padded = torch.cat([torch.full((1, 5), 0), other[:1, :20]], dim=1)
-    with leankv.compressed(llama, bundle), pytest.raises(leankv.UserError, match="no attention_mask"):
-        llama.generate(padded, max_new_tokens=2, pad_token_id=0)
-
-
 @pytest.mark.parametrize("recipe", ["int:4g8", "rot:4", "identity"])
 def test_a_cache_that_needs_no_text(llama: Any, other: torch.Tensor, recipe: str) -> None:
     cache = leankv.Cache(llama, recipe, sinks=2, window=4)
@@ -228,6 +224,25 @@ def test_a_cache_that_needs_no_text(llama: Any, other: torch.Tensor, recipe: str
     assert cache.get_seq_length() == tokens.shape[1] - 1
     if recipe == "identity":
         assert torch.equal(tokens, generated(llama, other[:1]))
+
+
+def test_caches_that_need_no_text_are_made_as_a_bundle_s_are(llama: Any, other: torch.Tensor) -> None:
+    """Encoding as seldom, and sharing codecs; the model is run once for all of them."""
+    model, runs = copy.deepcopy(llama), []
+    model.register_forward_pre_hook(lambda *given: runs.append(1))
+    caches = [leankv.Cache(model, "int:4g8", sinks=2, window=4, key_space="auto") for _ in range(2)]
+    first = len(runs)
+    caches.append(leankv.Cache(model, "int:4g8", sinks=2, window=4, key_space="auto"))
+    assert len(runs) == first
+    assert caches[0].plan[Site(0, "k")] is caches[2].plan[Site(0, "k")]
+    bundle = leankv.fit("int:4g8", model, None, tiny.tokens(2, BLOCK), sinks=2, window=4)
+    assert caches[0].encode_every == bundle.new_cache().encode_every
+    for cache in caches:
+        expected = generated(model, other[:1], past_key_values=bundle.new_cache())
+        assert torch.equal(generated(model, other[:1], past_key_values=cache), expected)
+    runs.clear()
+    leankv.Cache(model.to(torch.bfloat16), "int:4g8")
+    assert runs, "its tables have another dtype now"
 
 
 # -- save, load ------------------------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """Attention over codes says what attention over rebuilt keys and values says: every architecture, codec, key space."""
 
 import copy
+import threading
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from leankv.cache.code_attention import NAME, code_attention
+from leankv.cache.code_attention import NAME, attention_over_codes, code_attention
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
 from leankv.cache.reading import Keys, LayerReading, Values
 from leankv.codecs import parse_recipe
+from leankv.errors import UserError
 from leankv.models.rope import find_rotation
 from tests import tiny
 from tests.test_codecs import SPECS
@@ -178,3 +182,99 @@ def test_pieces_are_all_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [first for first, _ in pieces] == [sum(n for _, n in pieces[:i]) for i in range(len(pieces))]
         assert sum(count for _, count in pieces) == 23
         assert max(count for _, count in pieces) <= 6
+
+
+# -- which models are switched ---------------------------------------------------------------------------------------
+
+BEYOND_SDPA: dict[str, Any] = {
+    "s_aux": lambda: transformers.GptOssConfig(
+        **tiny.COMMON,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "softcap": lambda: transformers.Gemma2Config(**tiny.COMMON, sliding_window=12, query_pre_attn_scalar=16),
+}
+"""What `sdpa` does not know, and a model that asks for it."""
+
+
+@pytest.mark.parametrize("asked", BEYOND_SDPA)
+@pytest.mark.parametrize("exact", [[], [0, 1, 2]])
+def test_models_that_sdpa_cannot_run_are_left_as_they_are(asked: str, exact: list[int]) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(BEYOND_SDPA[asked]()).eval()
+    plan = fitted(model, PlanSpec.uniform("int:4").with_layers(exact, k="none", v="none"))
+    tokens = tiny.tokens(1, 20)
+
+    def logits() -> torch.Tensor:
+        cache = LeanCache(model.config, plan, sinks=2, window=3)
+        said: torch.Tensor = model(tokens, past_key_values=cache).logits
+        return said
+
+    with torch.no_grad():
+        expected = logits()
+        with attention_over_codes(model):
+            assert torch.equal(logits(), expected)
+        model.set_attn_implementation(NAME)
+        if asked == "softcap" and not exact:
+            torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-3)
+            return
+        with pytest.raises(UserError, match=f"does not know {asked}"):
+            logits()
+        model.set_attn_implementation("eager")  # as the sentence says
+        assert torch.equal(logits(), expected)
+
+
+def test_a_choice_of_attention_is_kept() -> None:
+    model = tiny.build("llama")
+    for chosen in ("eager", NAME):
+        model.set_attn_implementation(chosen)
+        with attention_over_codes(model):
+            assert model.config._attn_implementation == chosen
+        assert model.config._attn_implementation == chosen
+
+
+def test_a_model_off_the_cpu_is_not_switched() -> None:
+    """Codes are handed out on the CPU only."""
+    model = tiny.build("llama")
+    with attention_over_codes(model):
+        assert model.config._attn_implementation == NAME
+    model.to("meta")
+    with attention_over_codes(model):
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_is_as_it_was_once_the_last_thread_is_done() -> None:
+    """Those that came first leave first."""
+    model = tiny.build("llama")
+    first_left = threading.Event()
+
+    def come_and_stay() -> None:
+        with attention_over_codes(model):
+            entered.set()
+            first_left.wait(10)
+            implementations.append(model.config._attn_implementation)
+
+    implementations: list[str] = []
+    entered, second = threading.Event(), threading.Thread(target=come_and_stay)
+    with ExitStack() as first:
+        first.enter_context(attention_over_codes(model))
+        second.start()
+        assert entered.wait(10)
+    first_left.set()
+    second.join()
+    assert implementations == [NAME]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_training_is_refused_over_codes() -> None:
+    """Sdpa drops out; nothing else does."""
+    model = tiny.build("llama")
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.set_attn_implementation(NAME)
+    cache = LeanCache(model.config, fitted(model, PlanSpec.uniform("int:4")), sinks=0, window=0)
+    with torch.no_grad(), pytest.raises(UserError, match=r"call model.eval\(\)"):
+        model.train()(tiny.tokens(1, 5), past_key_values=cache)

@@ -27,6 +27,7 @@ from leankv.cli import app
 from leankv.codecs.integers import IntegersRecipe
 from leankv.config.experiment import ModelConfig
 from leankv.errors import UserError
+from leankv.export.modeling_leankv import attach
 from leankv.export.repository import write_repository
 from leankv.export.sources import PRESENT, path_of, travelling_files
 from leankv.models.loading import LoadedModel, load_model
@@ -116,6 +117,15 @@ def test_a_repository_and_leankv_may_be_loaded_together(
         assert torch.equal(exported.generate(**inputs, **how), expected)
         assert torch.equal(loaded.model.generate(**inputs, **how), expected)
     assert type(exported.new_cache()) is not type(bundle.new_cache())
+
+
+def test_an_exported_model_proposes_where_layers_slide() -> None:
+    main, text = tiny.build("mistral", seed=1), tiny.tokens(1, 30)
+    how = {"attention_mask": torch.ones_like(text), "max_new_tokens": NEW, "do_sample": False}
+    expected = main.generate(text, **how)
+    model = tiny.build("mistral")
+    model = attach(model, leankv.fit("int:4", model, None, tiny.tokens(8, 48), sinks=0, window=0))
+    assert torch.equal(main.generate(text, assistant_model=model, **how), expected)
 
 
 def test_only_what_is_in_use_travels() -> None:

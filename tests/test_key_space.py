@@ -1,5 +1,6 @@
 """Keys encoded pre-RoPE: the rotation and its way back, in caches, in a run and in a bundle."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_identity_costs_nothing_in_any_dtype(name: str, dtype: torch.dtype) -> N
         assert torch.equal(model(chunk, past_key_values=lean).logits, expected)
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in stock.layers)
     assert lean.nbytes() == numbers * dtype.itemsize
+
+
+def test_a_copied_cache_shares_the_model_s_modules() -> None:
+    """Copies of one rotation stay one, which tables are made with once a pass."""
+    model = built("llama")
+    cache = LeanCache(model.config, identity_plan(model), sinks=1, window=2, rotation=KeyRotation(model))
+    spaces = [layer.parts["k"].space for layer in copy.deepcopy(cache).layers]
+    rotations = {id(space._rotation): space._rotation for space in spaces}
+    assert len(rotations) == 1
+    (rotation,) = rotations.values()
+    assert rotation is not cache.layers[0].parts["k"].space._rotation
+    assert {id(found.call.module) for found in rotation._found} == {id(model.model.rotary_emb)}
 
 
 @pytest.mark.parametrize("name", ROTARY)

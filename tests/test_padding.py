@@ -7,6 +7,7 @@ import torch
 
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import Plan, Site
+from leankv.errors import UserError
 from leankv.models.rope import KeyRotation
 from tests import tiny
 from tests.oracles import Rounding, plan_of
@@ -70,3 +71,19 @@ def test_a_cache_for_another_run_of_a_padded_batch_reads_the_same(architecture: 
             model.config, plan_of(model, Rounding), sinks=3, window=2, attention_mask=mask, rotation=rotation
         )
         assert torch.equal(model(tokens, attention_mask=mask, past_key_values=made).logits, expected)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 6])
+def test_a_batch_of_other_rows_than_the_mask_is_refused(rows: int) -> None:
+    """And the cache stays empty, for the right batch."""
+    model = tiny.build("llama")
+    mask = torch.ones(4, 10, dtype=torch.int64)
+    mask[1, :3] = 0
+    cache = LeanCache(
+        model.config, plan_of(model, Rounding), sinks=0, window=0, attention_mask=mask, rotation=KeyRotation(model)
+    )
+    with torch.no_grad():
+        with pytest.raises(UserError, match=f"attention_mask of 4 rows and cannot take a batch of {rows}"):
+            model(tiny.tokens(rows, 10), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert bool(model(tiny.tokens(8, 10), past_key_values=cache).logits.isfinite().all())

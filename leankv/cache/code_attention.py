@@ -3,16 +3,19 @@
 A function registered with transformers' `AttentionInterface` gets what a cache layer's `update` returned, untouched. So
 under the implementation `leankv` a compressed layer on the CPU hands out its codes, and attention reads them with an
 online softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867; as FlashAttention, arXiv 2205.14135): running maximum,
-sum and weighted values of each query, corrected as larger scores come. Tensors go to `sdpa`.
+sum and weighted values of each query, corrected as larger scores come. Tensors go to `sdpa`, so only models that use it
+are switched; of the others, layers are rebuilt.
 
     model.set_attn_implementation("leankv")
 """
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -49,9 +52,9 @@ def code_attention(
         key: tensors, or what a compressed layer handed out.
         value: likewise.
         attention_mask: `[B or 1, heads or 1, T, tokens]`: true (or 0) where a query sees a token; None for causal.
-        dropout: of probabilities; refused but in `sdpa`.
+        dropout: of probabilities; only `sdpa` knows it.
         scaling: of scores; `head_dim^(-1/2)` unless given.
-        **given: what else the model hands over; `softcap` is understood.
+        **given: what else the model hands over. `softcap` is understood for codes, `position_bias` for tensors.
 
     Returns:
         `[B, T, heads, head_dim]`, and None for the probabilities.
@@ -59,13 +62,19 @@ def code_attention(
     Raises:
         UserError: the model's attention asks for what this one does not know.
     """
-    if not isinstance(key, LayerReading):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **given)
-    if unknown := [name for name in ("s_aux", "position_bias") if given.get(name) is not None]:
+    is_coded = isinstance(key, LayerReading)
+    # `sdpa` would drop `s_aux` in silence.
+    if unknown := [
+        name for name in ("s_aux", "position_bias" if is_coded else "softcap") if given.get(name) is not None
+    ]:
         raise UserError(
             f"attention over codes does not know {unknown[0]}, which this model asks for; use "
-            "model.set_attn_implementation('sdpa')"
+            "model.set_attn_implementation('eager')"
         )
+    if not is_coded:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **given)
+    if dropout:
+        raise UserError("attention over codes drops nothing out, and the model is in training mode; call model.eval()")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     mask = attention_mask
     if mask is None and query.shape[2] > 1:
@@ -79,15 +88,41 @@ def reads_codes(config: Any) -> bool:
     return bool(text_config(config)._attn_implementation == NAME)
 
 
+def switch_to_codes(model: Any) -> bool:
+    """Have a model attend over codes from now on, where that changes nothing else; whether it does.
+
+    One that uses another implementation than `sdpa`, by choice or because `sdpa` cannot do what it asks for, goes on as
+    it is. So does one that has no parameter on the CPU, as only there codes are handed out, and one whose attention
+    cannot be exchanged.
+    """
+    if text_config(model.config)._attn_implementation != "sdpa":
+        return False
+    if not any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return False
+    model.set_attn_implementation(NAME)
+    return reads_codes(model.config)
+
+
+_users: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of models that were switched for some time
+_counting = threading.Lock()
+
+
 @contextmanager
 def attention_over_codes(model: Any) -> Iterator[None]:
-    """While this lasts, a model attends over codes; one whose attention cannot be exchanged goes on as it is."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    """While this lasts, in any thread, a model attends over codes, unless `switch_to_codes` leaves it as it is."""
+    with _counting:
+        is_switched = model in _users or switch_to_codes(model)
+        if is_switched:
+            _users[model] = _users.get(model, 0) + 1
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        with _counting:
+            if is_switched:
+                _users[model] -= 1
+                if not _users[model]:
+                    del _users[model]
+                    model.set_attn_implementation("sdpa")
 
 
 def _causal(queries: int, tokens: int, device: torch.device) -> torch.Tensor:

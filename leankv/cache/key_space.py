@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 
 from leankv import compiled
 from leankv.compiled.packed_rows import BLOCK, Meeting
+from leankv.errors import UserError
 from leankv.models.rope import KeyRotation, Table
 
 Keys = Float[torch.Tensor, "batch heads tokens head_dim"]
@@ -35,9 +36,20 @@ class KeySpace:
         self._of_rows: torch.Tensor | None = None  # once there are rows
 
     def begin(self, batch: int) -> None:
-        """Note how many rows there are: beams of one prompt stand behind each other."""
-        if self._of_rows is None and self._of_prompt is not None:
-            self._of_rows = self._of_prompt.repeat_interleave(batch // len(self._of_prompt))
+        """Note how many rows there are: beams of one prompt stand behind each other.
+
+        Raises:
+            UserError: they are not those of the prompt's mask, nor each of them as often.
+        """
+        if self._of_rows is not None or self._of_prompt is None:
+            return
+        prompts = len(self._of_prompt)
+        if batch < prompts or batch % prompts:
+            raise UserError(
+                f"the cache was made with an attention_mask of {prompts} rows and cannot take a batch of {batch}; make "
+                "one with the mask of that batch"
+            )
+        self._of_rows = self._of_prompt.repeat_interleave(batch // prompts)
 
     @property
     def padding(self) -> Int64[torch.Tensor, " batch"] | None:

@@ -165,8 +165,8 @@ class LeanCache(Cache):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LeanCache":
-        """A copy of all that is held, to branch off a sequence; codecs, rotation and configuration are shared."""
-        shared_by_all = (self.config, self.plan, self.rotation, *self.plan.values(), *self.codecs.values())
+        """A copy of all that is held, to branch off a sequence; codecs, configuration and rotary modules are shared."""
+        shared_by_all = (self.config, self.plan, *self.plan.values(), *self.codecs.values())
         memo.update({id(shared): shared for shared in shared_by_all})
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied

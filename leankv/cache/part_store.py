@@ -95,10 +95,10 @@ class PartStore:
 
     def append(self, rows: Rows) -> None:
         """Take in new tokens, and encode what leaves the window."""
-        missing = max(self.sinks - self.seen, 0)
-        self.seen += rows.shape[2]
         if self.space is not None:
             self.space.begin(len(rows))
+        missing = max(self.sinks - self.seen, 0)
+        self.seen += rows.shape[2]
         if self.codec is None:
             self.window_rows = _behind(self.window_rows, rows)
             return

@@ -203,6 +203,7 @@ def rotated_by_token(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halv
     by_token = k.float().contiguous()
     out = torch.empty_like(by_token)
     tables = [array_of(table.float().expand(-1, by_token.shape[1], -1)) for table in (cos, sin)]
+    assert all(len(table) in (1, len(by_token)) for table in tables), "loops read where they are told to"
     _kernels().rotate(by_token.numpy(), *tables, halves, out.numpy())
     return out
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from leankv.cache.bundle import CODECS_FILE, CONFIG_FILE, Bundle, load_bundle, read_bundle
-from leankv.cache.code_attention import NAME
+from leankv.cache.code_attention import switch_to_codes
+from leankv.cache.default_cache import make_by_default
 from leankv.export.configuration_leankv import LeanKVConfig
 from leankv.models.fingerprint import fingerprint
 
@@ -72,16 +73,8 @@ def attach(model: Any, bundle: Bundle) -> Any:
         """An empty compressed cache for one batch; `attention_mask` `[B, T]` where it is padded on the left."""
         return bundle.new_cache(attention_mask)
 
-    stock = model._prepare_cache_for_generation
-
-    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **given: Any) -> Any:
-        asked = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if model_kwargs.get("past_key_values") is None and asked:
-            model_kwargs["past_key_values"] = bundle.new_cache(model_kwargs.get("attention_mask"))
-        return stock(generation_config, model_kwargs, *others, **given)
-
     model.leankv_bundle = bundle
     model.new_cache = MethodType(new_cache, model)
-    model._prepare_cache_for_generation = MethodType(prepare, model)
-    model.set_attn_implementation(NAME)
+    make_by_default(model, bundle.new_cache)
+    switch_to_codes(model)
     return model

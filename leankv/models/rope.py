@@ -166,6 +166,12 @@ class KeyRotation:
         own._tables = {}
         return own
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeyRotation":
+        """The modules behind it are the model's own, whose weights may be offloaded: they are shared."""
+        own = copy.copy(self)
+        own._tables = None if self._tables is None else {}
+        return own
+
     def forget(self) -> None:
         """Let go of all tables."""
         if self._tables is not None:
