@@ -106,10 +106,10 @@ def test_sweep_then_select(experiment: Path, tmp_path: Path) -> None:
     assert summary["selected_layers"] == [0, 2, 3]
     assert summary["budget"] == "1000%"
     assert succeed_json("select", "-o", tmp_path, "--budget", "1000%", "--layers", "2-3")["selected_layers"] == [2, 3]
-    # Or from a file that names the folder.
+    # Or from a file that names the folder, with the layers that it was last begun with.
     (tmp_path / "again.yaml").write_text((tmp_path / "experiment.yaml").read_text())
     summary = succeed_json("select", "--config", tmp_path / "again.yaml", "--budget", "1000%")
-    assert summary["selected_layers"] == [0, 2, 3]
+    assert summary["selected_layers"] == [2, 3]
 
 
 def test_sweep_prints_a_table(experiment: Path, tmp_path: Path) -> None:

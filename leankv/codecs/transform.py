@@ -138,9 +138,8 @@ class Transform(Codec):
     so that one step for all coordinates spends bits by reverse water-filling (Cover and Thomas, 10.3.3): what varies
     less than the step costs nothing. `transform:sX` states the step, in the root of the metric's units: with the same
     step everywhere, layers and parts share bits among themselves by the same law. `transform:R` finds the step at which
-    the entropy of `q` is R bits a value. As KVTC (arXiv 2511.01815), without its dynamic programming of bit widths.
-
-    There is no dead zone and values are not shrunk towards zero: shrunk vectors bias attention.
+    the entropy of `q` is R bits a value. As KVTC (arXiv 2511.01815), without its dynamic programming of bit widths. There
+    is no dead zone, and values are not shrunk towards zero: shrunk vectors bias attention.
 
     Only the J coordinates in use are kept, and both matrices in 8 bits (`leankv.codecs.coding.integer_matrix`): `A` is
     fitted to `B` as it is rounded. Where that would add more than `ROUNDING_ERROR` to the error, steps being small
@@ -234,8 +233,7 @@ class Transform(Codec):
 
     def _values(self, code: Code) -> torch.Tensor:
         """The integers of a code, `[N, J]`, float32."""
-        escapes = code.ragged("escapes")
-        q = self._layout().values(code["q"])
+        q, escapes = self._layout().values(code["q"]), code.ragged("escapes")
         if compiled.serves(q):
             compiled.put_escapes(q, escapes.counts, escapes.items(), ESCAPE_VALUES)
             return q
@@ -250,8 +248,8 @@ class Transform(Codec):
     def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         escapes = code.ragged("escapes")
         outside = escapes.counts, escapes.items(), ESCAPE_VALUES
-        matrix = self.loop_matrix() if matrix is None else matrix
-        return RadixRows(code["q"], self._layout().tables, outside, matrix, self.centre)
+        synthesis = self.loop_matrix() if matrix is None else matrix
+        return RadixRows(code["q"], self._layout().tables, outside, synthesis, self.centre)
 
     def factored(self, code: Code) -> Factored:
         return Factored(self._values(code), self.synthesis.widened().T, self.centre)
