@@ -138,8 +138,8 @@ class Transform(Codec):
     so that one step for all coordinates spends bits by reverse water-filling (Cover and Thomas, 10.3.3): what varies
     less than the step costs nothing. `transform:sX` states the step, in the root of the metric's units: with the same
     step everywhere, layers and parts share bits among themselves by the same law. `transform:R` finds the step at which
-    the entropy of `q` is R bits a value. As KVTC (arXiv 2511.01815), without its dynamic programming of bit widths. There
-    is no dead zone, and values are not shrunk towards zero: shrunk vectors bias attention.
+    the entropy of `q` is R bits a value. As KVTC (arXiv 2511.01815), without its dynamic programming of bit widths.
+    There is no dead zone, and values are not shrunk towards zero: shrunk vectors bias attention.
 
     Only the J coordinates in use are kept, and both matrices in 8 bits (`leankv.codecs.coding.integer_matrix`): `A` is
     fitted to `B` as it is rounded. Where that would add more than `ROUNDING_ERROR` to the error, steps being small
