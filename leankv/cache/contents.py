@@ -205,7 +205,8 @@ def opened(pages: Sequence[Mapping[str, Sealed]], rooms: Mapping[str, Room]) -> 
     work = {name: _deserializing(rooms[name], own) for name, own in coded.items() if own}
     try:
         codes = dict(zip(work, _on_all_cores(work.values()), strict=True))
-    except (ValueError, RuntimeError, IndexError) as error:  # of a codec's reader, on what no codec has written
+    # What codecs raise on what none has written. Torch's RuntimeError is none of it: memory may be short.
+    except (ValueError, IndexError) as error:
         raise DamagedError(f"a stream cannot be read: {error}") from error
     found: dict[str, Held] = {}
     for name in rooms:

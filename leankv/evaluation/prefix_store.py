@@ -22,6 +22,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.pages import PAGE, About, about_page, checked_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.saved_cache import fill, forget_unseen, rooms_of
+from leankv.cache.tensor_file import UnreadableError
 from leankv.errors import UserError
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.structure import max_positions
@@ -56,7 +57,8 @@ class PrefixStore:
         bundle: codes and decodes; its window plays no part in what is stored.
         model: the model that the bundle was made for.
         max_bytes: of all pages; what was used longest ago goes first. None for no limit.
-        on_damage: told in a sentence of each page that is damaged; it is removed, and computed again.
+        on_damage: told in a sentence of each page that is damaged, or cannot be read, and so is computed again. Those
+            that are damaged are removed.
 
     Raises:
         UserError: the folder cannot be written.
@@ -115,7 +117,8 @@ class PrefixStore:
 
     def _damaged(self, name: str, error: Exception) -> None:
         self.on_damage(str(error))
-        self.pages.drop([name])
+        if not isinstance(error, UnreadableError):
+            self.pages.drop([name])
 
     def add(self, input_ids: Ids, title: str = "") -> int:
         """Compute a prompt exactly, and store all its whole pages; how many were not there.
@@ -151,7 +154,12 @@ class PrefixStore:
             cache: of this bundle, with one row and no padding.
             input_ids: that it was filled with; more may follow behind.
             title: as in `add`.
+
+        Raises:
+            UserError: the cache is another bundle's, has other sinks, rows or padding, or holds more than these tokens;
+                a page has no room, or the folder cannot be written.
         """
+        self._require_ours(cache)
         held, seen = held_by(cache.layers), cache.get_seq_length()
         if cache.padding is not None or any(own.batch != 1 for own in held.values()) or seen > input_ids.shape[1]:
             raise UserError("a store takes the cache of one row, without padding, with all the tokens that it holds")
@@ -206,6 +214,24 @@ class PrefixStore:
         return freed
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _require_ours(self, cache: LeanCache) -> None:
+        """Refuse a cache whose codes are not what this store's pages hold.
+
+        Raises:
+            UserError: it is one.
+        """
+        origin = cache.origin if isinstance(cache, LeanCache) else None
+        is_ours = (
+            origin is not None
+            and origin.fingerprint == self.bundle.made_for["fingerprint"]
+            and origin.checksum() == self.bundle.checksum
+        )
+        if not is_ours or cache.sinks != self.bundle.sinks:
+            raise UserError(
+                f"a store takes the caches of its own bundle, with its {self.bundle.sinks} sinks; make the cache with "
+                "bundle.new_cache()"
+            )
 
     def _names(self, input_ids: Ids) -> list[str]:
         if len(input_ids) != 1:
