@@ -153,6 +153,27 @@ def test_a_page_that_is_cut_off_hides_no_other(llama: Any, bundle: Bundle, tmp_p
     assert all("cut" in sentence or "damaged" in sentence for sentence in told)
 
 
+@pytest.mark.parametrize("damage", [flipped, cut, lying("parent", "x"), lying("number", -3)])
+def test_a_prompt_whose_last_page_is_damaged_is_dropped_whole(
+    llama: Any, bundle: Bundle, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    store, text = PrefixStore(tmp_path, bundle, llama), prompt(2 * PAGE)
+    store.add(text)
+    damage(store.pages.path(store._names(text)[2]))
+    assert store.drop(text) > 0
+    assert not files(tmp_path)
+
+
+def test_a_page_that_says_it_follows_itself_ends_no_list(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
+    store, text = PrefixStore(tmp_path, bundle, llama), prompt(3 * PAGE)
+    store.add(text)
+    second = store._names(text)[2]
+    lying("parent", second)(store.pages.path(second))
+    assert [each.tokens for each in store.prefixes()] == [PAGE]
+    assert store.drop(text) > 0
+    assert not files(tmp_path)
+
+
 def test_a_prompt_that_the_model_does_not_allow_is_refused(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
     store = PrefixStore(tmp_path, bundle, llama)
     with pytest.raises(UserError, match="5000 tokens is longer than the model's 4096 positions"):

@@ -186,7 +186,8 @@ class PrefixStore:
             if name in children:
                 continue
             chain = [name]
-            while (parent := about[chain[-1]].parent) in about:
+            # Numbers fall towards the beginning, so this ends whatever damaged pages say of themselves.
+            while (parent := about[chain[-1]].parent) in about and about[parent].number < about[chain[-1]].number:
                 chain.append(parent)
             if about[chain[-1]].parent != self._root:
                 continue  # another bundle's, or its beginning is gone
@@ -205,11 +206,9 @@ class PrefixStore:
         if input_ids is None:
             return self.pages.drop(self.pages.keys())
         names = self._stored(self._names(input_ids))
-        parents = [own.parent for own in self._about_all().values()]
+        begun_with = {own.parent for name, own in self._about_all().items() if name not in names}
         freed = 0
-        while names and parents.count(names[-1]) == 0:
-            if len(names) > 1:
-                parents.remove(names[-2])
+        while names and names[-1] not in begun_with:
             freed += self.pages.drop([names.pop()])
         return freed
 
