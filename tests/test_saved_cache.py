@@ -170,6 +170,26 @@ def test_another_model_another_bundle_and_other_tokens_are_refused(saved: Path, 
         cache.save(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (tiny.tokens(1, 39), "took in 40 tokens in each of 1 rows, and the tokens given are [1, 39]"),
+        (tiny.tokens(2, 40), "the tokens given are [2, 40]"),
+        (tiny.tokens(1, 40)[0], "whole numbers [rows, tokens]"),
+        (tiny.tokens(1, 40).float(), "whole numbers [rows, tokens]"),
+        (tiny.tokens(1, 40).tolist(), "whole numbers [rows, tokens]"),
+    ],
+)
+def test_tokens_that_are_not_what_a_cache_holds_are_refused(
+    saved: Path, bundle: Bundle, tmp_path: Path, tokens: Any, words: str
+) -> None:
+    assert words in refused(saved, bundle, tokens)
+    with pytest.raises(UserError) as caught:
+        load_cache(saved, bundle).save(tmp_path / "cache", tokens)
+    assert words in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
 Edit = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
 

@@ -182,7 +182,8 @@ class LeanCache(Cache):
                 behind.
 
         Raises:
-            UserError: it was not made of a bundle, or the file cannot be written.
+            UserError: it was not made of a bundle, the tokens are not all that it was filled with, or the file cannot
+                be written.
         """
         if self.origin is None:
             raise UserError(
@@ -192,6 +193,8 @@ class LeanCache(Cache):
         if self.decode_once or self.first_layer:
             raise UserError("a cache that measures is not saved; make one with bundle.new_cache()")
         seen, held = self.get_seq_length(), held_by(self.layers)
+        batch = max((own.batch for own in held.values()), default=0)
+        hashed = None if tokens is None else hash_of_tokens(tokens, batch, seen)
         codecs = {f"{site.layer}.{site.part}": codec for site, codec in self.codecs.items()}
         tensors, streams = tensors_of(held, codecs)
         for name, padding in (("padding", self.padding), ("rows", self._padding_of_rows())):
@@ -201,9 +204,9 @@ class LeanCache(Cache):
             "format": SAVED_FORMAT,
             "codecs": self.origin.checksum(),
             "model": self.origin.fingerprint,
-            "tokens": None if tokens is None else hash_of_tokens(tokens[:, :seen]),
+            "tokens": hashed,
             "seen": seen,
-            "batch": max((own.batch for own in held.values()), default=0),
+            "batch": batch,
             "sinks": self.sinks,
             "window": self.window,
             "encode_every": self.encode_every,

@@ -61,7 +61,7 @@ def load_cache(
         cache = _restored(path, tensors, about, bundle, torch.device(device))
     except DamagedError as error:
         raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
-    if tokens is not None and about["tokens"] != hash_of_tokens(tokens[:, : about["seen"]]):
+    if tokens is not None and about["tokens"] != hash_of_tokens(tokens, about["batch"], about["seen"]):
         raise UserError(
             f"{WHAT} {path} was not made of these tokens; {WAY_OUT}, or give those that it was saved with"
             if about["tokens"] is not None
