@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,21 @@ def test_lies_under_a_right_checksum_are_refused(
     edit(about, tensors)
     write_tensors(tmp_path / "cache", tensors, about)
     assert words in refused(tmp_path / "cache", bundle)
+
+
+def test_a_claim_of_much_padding_takes_no_memory(saved: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """A gigabyte more than now is not to be had; a mask of what is claimed would take twice that."""
+    tensors, about = read_tensors(saved, "it", "nothing")
+    about["seen"] = 2**27
+    tensors["padding"] = torch.tensor([2**27])
+    write_tensors(tmp_path / "cache", tensors, about)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    try:
+        assert "holds 40 tokens of 134217728" in refused(tmp_path / "cache", bundle)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_what_an_earlier_version_saved_encodes_each_token(saved: Path, bundle: Bundle, tmp_path: Path) -> None:

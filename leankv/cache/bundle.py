@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from jaxtyping import Int
 
 from leankv.cache.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.cache.codec_files import tensors_of
@@ -77,6 +78,7 @@ class Bundle:
         window: int | None = None,
         decode_once: bool = False,
         encode_every: int = ENCODE_EVERY,
+        padding: Int[torch.Tensor, " batch"] | None = None,
     ) -> LeanCache:
         """An empty cache for one batch of sequences: `model.generate(**inputs, past_key_values=bundle.new_cache())`.
 
@@ -86,6 +88,7 @@ class Bundle:
             window: in place of the bundle's.
             decode_once: for measuring, which is faster then; such a cache saves no memory.
             encode_every: tokens that left the window are encoded once there are so many; 1 to measure.
+            padding: left padding of each row, in place of the mask.
         """
         return LeanCache(
             self.config,
@@ -94,6 +97,7 @@ class Bundle:
             window=self.window if window is None else window,
             encode_every=encode_every,
             attention_mask=attention_mask,
+            padding=padding,
             rotation=self.rotation,
             origin=Origin(self.made_for["fingerprint"], lambda: self.checksum),
             decode_once=decode_once,

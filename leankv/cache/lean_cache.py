@@ -64,6 +64,7 @@ class LeanCache(Cache):
         encode_every: tokens that left the window are encoded once there are so many, and are exact until then; so a
             step that generates a token seldom encodes. 1 where there is no window. Costs are measured with 1.
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
+        padding: left padding of each row, in place of the mask.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
         origin: for saving; `leankv.Bundle.new_cache` knows it.
@@ -80,12 +81,12 @@ class LeanCache(Cache):
         window: int,
         encode_every: int = 1,
         attention_mask: torch.Tensor | None = None,
+        padding: Int[torch.Tensor, " batch"] | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
         origin: Origin | None = None,
         decode_once: bool = False,
     ):
-        padding = None
         if attention_mask is not None:
             padding = (attention_mask.long().cumsum(dim=1) == 0).sum(dim=1)
         self.sinks, self.padding = sinks, padding
@@ -157,7 +158,7 @@ class LeanCache(Cache):
             sinks=self.sinks,
             window=self.window,
             encode_every=self.encode_every,
-            attention_mask=None if self.padding is None else mask_of(self.padding),
+            padding=self.padding,
             first_layer=self.first_layer,
             rotation=self.rotation,
             origin=self.origin,
@@ -253,9 +254,3 @@ class LeanCache(Cache):
         ]
         stock = [layer for layer in asked if not isinstance(layer, LeanLayer) and layer.is_initialized]
         return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
-
-
-def mask_of(padding: Int[torch.Tensor, " batch"]) -> Int[torch.Tensor, "batch longest"]:
-    """An attention mask of rows with so much left padding, one token longer than the longest."""
-    longest = int(padding.max())
-    return (torch.arange(longest + 1, device=padding.device) >= padding[:, None]).long()
