@@ -122,6 +122,20 @@ def test_a_page_that_cannot_be_read_is_left_out_and_stays(
     assert store.cache_for(text).get_seq_length() == 2 * PAGE
 
 
+def test_pages_of_another_user_are_read(
+    llama: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, text = PrefixStore(tmp_path, bundle, llama), prompt(PAGE + 1)
+    store.add(text)
+
+    def refusing(path: Path, **given: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refusing)
+    assert store.cache_for(text).get_seq_length() == PAGE
+    assert store.add(text) == 0
+
+
 @pytest.mark.parametrize("short", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
 def test_pages_for_which_memory_is_short_stay(
     llama: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: Exception
