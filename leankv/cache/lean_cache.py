@@ -136,6 +136,10 @@ class LeanCache(Cache):
         if isinstance(layer, LeanLayer):
             is_read = reads_codes(self.config) and key_states.device.type == "cpu"
             layer.hands_out_codes = is_read and not self.decode_once
+        elif layer.is_initialized and layer.keys.device != key_states.device:
+            # Read from a file, by who did not know where the layer's keys would be.
+            layer.keys, layer.values = layer.keys.to(key_states.device), layer.values.to(key_states.device)
+            layer.device = key_states.device
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def encode_all(self) -> None:

@@ -49,7 +49,7 @@ def load_cache(
         path: of the file.
         bundle: that made the cache.
         tokens: the ids of what it should hold; more may follow behind.
-        device: where its exact layers are held; compressed ones follow the keys that come.
+        device: where its exact layers are held at first; all of them follow the keys that come.
 
     Raises:
         UserError: there is no such file, it is damaged, another bundle, model or version made it, or it holds other
