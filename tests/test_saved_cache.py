@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import errno
 import functools
+import hashlib
 import resource
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import leankv
 from leankv import UserError
 from leankv.cache.bundle import Bundle
+from leankv.cache.contents import Held, tensors_of
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.plan import PlanSpec
 from leankv.cache.saved_cache import load_cache
-from leankv.cache.tensor_file import ABOUT, read_tensors, write_tensors
+from leankv.cache.tensor_file import ABOUT, read_tensors, update_with, write_tensors
+from leankv.codecs import Code, parse_recipe
 from tests import tiny
 from tests.test_codecs import SPECS as CODECS
 from tests.test_encode_all import bundle_of
@@ -130,6 +134,27 @@ def test_a_file_is_hardly_larger_than_what_is_stored(tmp_path: Path) -> None:
             model(tiny.tokens(1, 500), past_key_values=cache)
     cache.save(tmp_path / "cache")
     assert (tmp_path / "cache").stat().st_size < 1.02 * cache.serialized_nbytes()
+
+
+def test_codes_are_copied_once_to_be_written_and_never_to_be_hashed() -> None:
+    """Python's own memory is traced here, and not that of tensors."""
+    code, size = Code({name: torch.ones(2**14, 32, dtype=torch.uint8) for name in "ab"}), 2**20
+    peaks = {}
+
+    def traced(name: str, work: Callable[[], Any]) -> Any:
+        tracemalloc.start()
+        result = work()
+        peaks[name] = tracemalloc.get_traced_memory()[1] / size
+        tracemalloc.stop()
+        return result
+
+    data = traced("written", code.to_bytes)
+    traced("read", lambda: code.read(data, 2**14))
+    traced("hashed", lambda: update_with(hashlib.sha256(), {name: code[name] for name in "ab"}))
+    row = code.unflatten(1)
+    held = {"0.k": Held(code=row.narrow(0, 2**13)), "0.v": Held(code=row.narrow(2**13, 2**14))}
+    traced("joined", lambda: tensors_of(held, dict.fromkeys(held, parse_recipe("int:4").unfitted(32))))
+    assert {name: round(peak) for name, peak in peaks.items()} == {"written": 1, "read": 1, "hashed": 0, "joined": 2}
 
 
 # -- what is no saved cache of this bundle -----------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def tensors_of(
         own_streams = [next(streams) for _ in range(held[name].batch)]
         table[name] = [tokens, *map(len, own_streams)]
         pieces += own_streams
-    joined = bytearray(b"".join(pieces))
+    joined = bytearray().join(pieces)
     tensors[STREAMS] = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     return tensors, table
 

@@ -96,7 +96,7 @@ class Code:
 
     def to_bytes(self) -> bytes:
         """All tensors behind each other, as they are."""
-        return b"".join(t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in self.tensors())
+        return b"".join(t.cpu().contiguous().view(torch.uint8).numpy().data for t in self.tensors())
 
     def read(self, data: bytes, tokens: int) -> "Code":
         """The way back from `to_bytes`, on the CPU.
@@ -111,11 +111,11 @@ class Code:
         Raises:
             ValueError: these are more or fewer bytes than such a code's.
         """
-        offset = 0
+        stream, offset = memoryview(data), 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:
             nonlocal offset
-            piece = data[offset : offset + count * dtype.itemsize]
+            piece = stream[offset : offset + count * dtype.itemsize]
             if len(piece) < count * dtype.itemsize:
                 raise ValueError("a stream is cut off")
             offset += len(piece)
