@@ -1,12 +1,14 @@
 """Bundles that are not what they should be: one sentence, before memory is taken for them."""
 
 import copy
+import errno
 import json
 import random
 import re
 import resource
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,35 @@ def test_a_good_bundle_is_taken(whole: Path, tmp_path: Path, model: Any) -> None
     cache = load_bundle(whole, model).new_cache()
     with torch.no_grad():
         assert torch.isfinite(model(tiny.tokens(1, 30), past_key_values=cache).logits).all()
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, CODECS_FILE, "README.md"])
+def test_a_bundle_that_cannot_be_written_leaves_the_one_that_is_there(
+    whole: Path, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "bundle"))
+    bundle, written = load_bundle(folder, model), Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if name in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match="No space left"):
+            replace(bundle, plan={Site(1, "k"): bundle.plan[Site(1, "k")]}).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+    bundle.save(folder)
+    assert load_bundle(folder, model).plan.keys() == bundle.plan.keys()
+
+
+def test_a_file_is_no_folder_for_a_bundle(whole: Path, tmp_path: Path, model: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; name a folder"):
+        load_bundle(whole, model).save(tmp_path / "file")
 
 
 def put(*path: Any) -> Callable[[dict[str, Any]], None]:

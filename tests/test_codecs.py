@@ -98,6 +98,29 @@ def test_a_serialized_code_comes_back_bit_for_bit(spec: str) -> None:
 
 
 @every_spec
+def test_a_stream_of_more_or_fewer_bytes_is_refused(spec: str) -> None:
+    codec = fit(spec, vectors())[0]
+    serialized = codec.serialize(codec.encode(vectors(seed=1)[0, :9]))
+    for other in (serialized + b"\0", serialized[:-1]):
+        if other:
+            with pytest.raises(ValueError, match="stream"):
+                codec.deserialize(other, 9)
+
+
+@pytest.mark.parametrize(
+    ("spec", "column", "words"), [("nuq:2+5", "index", "beyond the 24"), ("sparse:50", "bitmap", "does not mark 12")]
+)
+def test_a_stream_that_would_write_beside_its_vectors_is_refused(spec: str, column: str, words: str) -> None:
+    codec = fit(spec, vectors())[0]
+    code = codec.encode(vectors(seed=1)[0, :9])
+    code[column][5] = 255
+    with pytest.raises(ValueError, match=words):
+        codec.deserialize(codec.serialize(code), 9)
+    with pytest.raises(ValueError, match=words):
+        codec.deserialize_all([codec.serialize(code)], [9])
+
+
+@every_spec
 def test_a_recipe_is_a_value_and_reads_back_from_its_text(spec: str) -> None:
     recipe = parse_recipe(spec)
     again = parse_recipe(recipe.text)

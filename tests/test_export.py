@@ -242,7 +242,7 @@ def test_push_uploads_what_was_exported(
 ) -> None:
     address, served = hub
     repository = tmp_path / "repository"
-    write_repository(repository, bundle, loaded)
+    write_repository(repository, bundle, loaded, with_weights=True)
     monkeypatch.setenv("HF_TOKEN", "secret")
     command = ["push", str(repository), "--to", "me/lean", "--private", "--endpoint", address]
     ran = CliRunner().invoke(app, command)
@@ -262,12 +262,30 @@ def test_push_uploads_what_was_exported(
     assert elsewhere.exit_code == 2
     assert "not written by leankv export" in elsewhere.output
 
+    assert "model.safetensors" not in write_repository(repository, bundle, loaded)
+    local = CliRunner().invoke(app, command)
+    assert local.exit_code == 2
+    assert "--with-weights" in local.output
+
+
+def test_a_base_on_the_hub_is_pinned_to_the_commit_that_was_loaded(
+    bundle: Bundle, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_hub = replace(loaded, name="someone/base")
+    asked = replace(bundle, experiment={**bundle.experiment, "model": {"revision": "v2"}})
+    for commit, expected in (("c0ffee", "c0ffee"), (None, "v2")):
+        monkeypatch.setattr(loaded.model.config, "_commit_hash", commit, raising=False)
+        write_repository(tmp_path / "repository", asked, from_hub, license="mit")
+        config = json.loads((tmp_path / "repository" / "config.json").read_text())
+        assert (config["base_model"], config["base_revision"]) == ("someone/base", expected)
+
 
 def test_export_is_a_command(bundle: Bundle, loaded: LoadedModel, tmp_path: Path) -> None:
     bundle.save(tmp_path / "bundle")
     command = ["export", "--bundle", str(tmp_path / "bundle"), "--to", str(tmp_path / "repository")]
     ran = CliRunner().invoke(app, [*command, "--device", "cpu", "--dtype", "float32", "--license", "mit"])
     assert ran.exit_code == 0, ran.output
+    assert "loads on this machine only" in ran.output
     card = (tmp_path / "repository" / "README.md").read_text()
     assert "license: mit" in card
     assert str(tmp_path) not in card

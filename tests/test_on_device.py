@@ -3,12 +3,15 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import leankv
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.on_device import codec_on
+from leankv.cache.plan import PlanSpec
 from leankv.codecs import Codec
 from leankv.models.geometry import find_geometry
 from tests import tiny
@@ -63,6 +66,22 @@ def test_a_cache_that_is_emptied_may_go_on_elsewhere() -> None:
     cache.reset()
     fill(model, cache, torch.device("cpu"))
     assert all(cache.codecs[site] is codec for site, codec in plan.items())
+
+
+def test_a_cache_that_was_saved_goes_on_wherever_keys_come(tmp_path: Path) -> None:
+    """Its exact layers too."""
+    model = tiny.build("llama")
+    plan = PlanSpec.uniform("int:4").only([1])
+    bundle = leankv.fit(plan, model, None, tiny.tokens(8, 40, seed=1), sinks=2, window=3, error_metric="none")
+    cache = bundle.new_cache()
+    with torch.no_grad():
+        model(tiny.tokens(1, 20), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    back = leankv.load_cache(tmp_path / "cache", bundle)
+    fill(model, back, META)
+    exact = [back.layers[layer] for layer in (0, 2, 3)]
+    assert {rows.device.type for layer in exact for rows in (layer.keys, layer.values)} == {"meta"}
+    assert back.get_seq_length() == 25
 
 
 def test_copies_live_as_long_as_their_codec() -> None:

@@ -1,6 +1,7 @@
 """What compiled attention reads of packed rows is what decoded vectors give; a step over codes is one over pieces."""
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from leankv.compiled.packed_rows import Meeting
 from leankv.models.rope import CONVENTIONS, find_rotation, rotate
 from tests import tiny
 from tests.codec_vectors import WIDTH, fit, vectors
+from tests.forked import FORK
 from tests.test_codecs import SPECS
 from tests.test_decoded_once import fitted
 
@@ -103,3 +105,21 @@ def test_a_step_is_what_pieces_give(model: Any, keys: str, values: str, monkeypa
             slow = model(input_ids=token, past_key_values=other, use_cache=True).logits
             torch.testing.assert_close(fast, slow, rtol=1e-4, atol=5e-5)
     assert taken
+
+
+def test_a_forked_process_reads_with_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_rows, "LEAST_TOKENS", 50)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    codec = fit("int:4", vectors())[0]
+    rows, queries = codec.packed_rows(codec.encode(vectors()[0])), torch.ones(HEADS, GROUPS, HEAD_DIM)
+    expected = rows.scores(Meeting.as_cached(queries))
+
+    def read() -> None:
+        os._exit(0 if torch.equal(rows.scores(Meeting.as_cached(queries)), expected) else 1)
+
+    process = FORK.Process(target=read)
+    process.start()
+    process.join(20)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0

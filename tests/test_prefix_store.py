@@ -1,29 +1,23 @@
 """A prefix store: prompts on disk as codes."""
 
 import dataclasses
-import errno
-import os
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import leankv
 from leankv import PrefixStore, UserError
 from leankv.cache.bundle import Bundle
 from leankv.cache.pages import PAGE
 from leankv.cache.plan import PlanSpec
-from leankv.cache.tensor_file import read_tensors, write_tensors
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
 from leankv.evaluation.perplexity import exact_window, measure_nats
 from leankv.storage.page_folder import PageFolder
 from tests import tiny
-from tests.forked import FORK
 from tests.test_encode_all import bundle_of
 
 pytestmark = pytest.mark.whole_runs
@@ -127,6 +121,25 @@ def test_what_a_cache_holds_in_codes_can_be_put(llama: Any, bundle: Bundle, tmp_
         store.put(cache, text[:, :5])
 
 
+@pytest.mark.parametrize("whose", ["another bundle's", "another model's", "other sinks", "no bundle's", "stock"])
+def test_a_cache_of_another_bundle_is_not_put(llama: Any, bundle: Bundle, tmp_path: Path, whose: str) -> None:
+    store, text = PrefixStore(tmp_path, bundle, llama), prompt(PAGE)
+    cache = {
+        "another bundle's": lambda: bundle_of(llama, "int:4").new_cache(),
+        "another model's": lambda: dataclasses.replace(
+            bundle, made_for={**bundle.made_for, "fingerprint": "0" * 64}
+        ).new_cache(),
+        "other sinks": lambda: bundle.new_cache(sinks=9),
+        "no bundle's": lambda: leankv.Cache(llama, "int:4"),
+        "stock": DynamicCache,
+    }[whose]()
+    with torch.no_grad():
+        llama(text, past_key_values=cache)
+    with pytest.raises(UserError, match="its own bundle, with its 2 sinks"):
+        store.put(cache, text)
+    assert not files(tmp_path)
+
+
 def test_a_sliding_window_has_dropped_what_could_be_put(tmp_path: Path) -> None:
     model = tiny.build("mistral", max_position_embeddings=2048)
     bundle = bundle_of(model, "int:4")
@@ -175,173 +188,3 @@ def test_bundles_do_not_see_each_others_pages(llama: Any, bundle: Bundle, tmp_pa
     assert store.prefixes() == []
     more_sinks = PrefixStore(tmp_path, dataclasses.replace(bundle, sinks=9), llama)
     assert more_sinks.stored_tokens(text) == 0
-
-
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def lying(name: str, value: Any) -> Callable[[Path], None]:
-    def lie(path: Path) -> None:
-        tensors, about = read_tensors(path, "it", "")
-        about[name] = value
-        write_tensors(path, tensors, about)
-
-    return lie
-
-
-def of_other_codecs(path: Path) -> None:
-    lying("codecs", "0" * 64)(path)
-
-
-def of_many_tokens(path: Path) -> None:
-    tensors, about = read_tensors(path, "it", "")
-    about["streams"]["0.k"][0] = 10**12
-    write_tensors(path, tensors, about)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flipped,
-        cut,
-        emptied,
-        of_other_codecs,
-        of_many_tokens,
-        lying("number", 5),
-        lying("parent", "x"),
-        lying("title", 1),
-    ],
-)
-def test_a_damaged_page_is_told_left_out_and_computed_again(
-    llama: Any, bundle: Bundle, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    told: list[str] = []
-    store = PrefixStore(tmp_path, bundle, llama, on_damage=told.append)
-    text = prompt(3 * PAGE + 1)
-    store.add(text)
-    expected = next_logits(llama, store.cache_for(text), text)
-    second = store.pages.path(store._names(text)[2])
-    damage(second)
-    cache = store.cache_for(text)
-    assert cache.get_seq_length() == PAGE
-    (sentence,) = told
-    assert str(second) in sentence
-    assert "\n" not in sentence
-    assert not second.exists()
-    assert store.add(text) == 1
-    assert torch.equal(next_logits(llama, store.cache_for(text), text), expected)
-    assert len(told) == 1
-
-
-def test_a_page_that_is_cut_off_hides_no_other(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
-    told: list[str] = []
-    store = PrefixStore(tmp_path, bundle, llama, on_damage=told.append)
-    one, other = prompt(2 * PAGE), prompt(PAGE, 5)
-    store.add(one, "one")
-    store.add(other, "other")
-    cut(store.pages.path(store._names(one)[2]))
-    assert {each.title for each in store.prefixes()} == {"one", "other"}
-    assert store.drop(other) > 0
-    assert [each.tokens for each in store.prefixes()] == [PAGE]
-    assert told
-    assert all("cut" in sentence or "damaged" in sentence for sentence in told)
-
-
-def test_a_prompt_that_the_model_does_not_allow_is_refused(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
-    store = PrefixStore(tmp_path, bundle, llama)
-    with pytest.raises(UserError, match="5000 tokens is longer than the model's 4096 positions"):
-        store.add(prompt(5000))
-    with pytest.raises(UserError, match="one prompt at a time"):
-        store.add(tiny.tokens(2, 300))
-    assert store.add(prompt(PAGE - 1)) == 0
-
-
-def test_a_folder_that_cannot_be_written_is_refused(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        PrefixStore(tmp_path / "file", bundle, llama)
-
-
-def test_a_full_disk_leaves_a_store_that_works(
-    llama: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, text, written = PrefixStore(tmp_path, bundle, llama), prompt(3 * PAGE), Path.write_bytes
-
-    def full(self: Path, data: bytes) -> int:
-        if len(files(tmp_path)) == 1:
-            written(self, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return written(self, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="No space left"):
-            store.add(text)
-    assert store.stored_tokens(text) == PAGE
-    assert not list(tmp_path.glob("*.tmp"))
-    assert store.add(text) == 2
-
-
-def add_slowly(folder: Path, seed: int, lines: Any) -> None:
-    """Add a prompt in a process of its own; tell of each page that is written."""
-    torch.set_num_threads(1)
-    model = tiny.build("llama", max_position_embeddings=4096)
-    store = PrefixStore(folder, bundle_of(model, "transform:s0.3"), model)
-    add = store.pages.add
-
-    def telling(*arguments: Any, **given: Any) -> bool:
-        written = add(*arguments, **given)
-        lines.put(written)
-        time.sleep(0.3)
-        return written
-
-    store.pages.add = telling  # type: ignore[method-assign]
-    store.add(prompt(6 * PAGE, seed))
-    lines.put("done")
-
-
-def started(folder: Path, seed: int) -> tuple[Any, Any]:
-    lines = FORK.Queue()
-    process = FORK.Process(target=add_slowly, args=(folder, seed, lines))
-    process.start()
-    return process, lines
-
-
-def test_a_killed_writer_leaves_a_store_that_works(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
-    process, lines = started(tmp_path, 0)
-    assert [lines.get(timeout=120) for _ in range(2)] == [True, True]
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    store, text = PrefixStore(tmp_path, bundle, llama), prompt(6 * PAGE)
-    there = store.stored_tokens(text)
-    assert 2 * PAGE <= there < 6 * PAGE
-    assert store.add(text) == 6 - there // PAGE
-    fresh = PrefixStore(tmp_path / "fresh", bundle, llama)
-    fresh.add(text)
-    more = torch.cat([text, prompt(5, 1)], dim=1)
-    assert torch.equal(next_logits(llama, store.cache_for(more), more), next_logits(llama, fresh.cache_for(more), more))
-
-
-def test_two_processes_that_add_the_same_prompt_compute_it_once(tmp_path: Path) -> None:
-    both = [started(tmp_path, 0) for _ in range(2)]
-    told: list[Any] = []
-    for process, lines in both:
-        while (line := lines.get(timeout=120)) != "done":
-            told.append(line)
-        process.join()
-    assert told == [True] * 6
-    assert len(files(tmp_path)) == 6

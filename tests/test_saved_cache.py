@@ -5,6 +5,9 @@ import copy
 import dataclasses
 import errno
 import functools
+import hashlib
+import resource
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import leankv
 from leankv import UserError
 from leankv.cache.bundle import Bundle
+from leankv.cache.contents import Held, tensors_of
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.plan import PlanSpec
 from leankv.cache.saved_cache import load_cache
-from leankv.cache.tensor_file import ABOUT, read_tensors, write_tensors
+from leankv.cache.tensor_file import ABOUT, read_tensors, update_with, write_tensors
+from leankv.codecs import Code, parse_recipe
 from tests import tiny
 from tests.test_codecs import SPECS as CODECS
 from tests.test_encode_all import bundle_of
@@ -131,6 +136,27 @@ def test_a_file_is_hardly_larger_than_what_is_stored(tmp_path: Path) -> None:
     assert (tmp_path / "cache").stat().st_size < 1.02 * cache.serialized_nbytes()
 
 
+def test_codes_are_copied_once_to_be_written_and_never_to_be_hashed() -> None:
+    """Python's own memory is traced here, and not that of tensors."""
+    code, size = Code({name: torch.ones(2**14, 32, dtype=torch.uint8) for name in "ab"}), 2**20
+    peaks = {}
+
+    def traced(name: str, work: Callable[[], Any]) -> Any:
+        tracemalloc.start()
+        result = work()
+        peaks[name] = tracemalloc.get_traced_memory()[1] / size
+        tracemalloc.stop()
+        return result
+
+    data = traced("written", code.to_bytes)
+    traced("read", lambda: code.read(data, 2**14))
+    traced("hashed", lambda: update_with(hashlib.sha256(), {name: code[name] for name in "ab"}))
+    row = code.unflatten(1)
+    held = {"0.k": Held(code=row.narrow(0, 2**13)), "0.v": Held(code=row.narrow(2**13, 2**14))}
+    traced("joined", lambda: tensors_of(held, dict.fromkeys(held, parse_recipe("int:4").unfitted(32))))
+    assert {name: round(peak) for name, peak in peaks.items()} == {"written": 1, "read": 1, "hashed": 0, "joined": 2}
+
+
 # -- what is no saved cache of this bundle -----------------------------------------------------------------------------
 
 
@@ -168,6 +194,26 @@ def test_another_model_another_bundle_and_other_tokens_are_refused(saved: Path, 
     cache = leankv.Cache(tiny.build("llama"), "int:4")
     with pytest.raises(UserError, match="not made of a bundle"):
         cache.save(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (tiny.tokens(1, 39), "took in 40 tokens in each of 1 rows, and the tokens given are [1, 39]"),
+        (tiny.tokens(2, 40), "the tokens given are [2, 40]"),
+        (tiny.tokens(1, 40)[0], "whole numbers [rows, tokens]"),
+        (tiny.tokens(1, 40).float(), "whole numbers [rows, tokens]"),
+        (tiny.tokens(1, 40).tolist(), "whole numbers [rows, tokens]"),
+    ],
+)
+def test_tokens_that_are_not_what_a_cache_holds_are_refused(
+    saved: Path, bundle: Bundle, tmp_path: Path, tokens: Any, words: str
+) -> None:
+    assert words in refused(saved, bundle, tokens)
+    with pytest.raises(UserError) as caught:
+        load_cache(saved, bundle).save(tmp_path / "cache", tokens)
+    assert words in str(caught.value)
+    assert not (tmp_path / "cache").exists()
 
 
 Edit = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
@@ -231,6 +277,21 @@ def test_lies_under_a_right_checksum_are_refused(
     edit(about, tensors)
     write_tensors(tmp_path / "cache", tensors, about)
     assert words in refused(tmp_path / "cache", bundle)
+
+
+def test_a_claim_of_much_padding_takes_no_memory(saved: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """A gigabyte more than now is not to be had; a mask of what is claimed would take twice that."""
+    tensors, about = read_tensors(saved, "it", "nothing")
+    about["seen"] = 2**27
+    tensors["padding"] = torch.tensor([2**27])
+    write_tensors(tmp_path / "cache", tensors, about)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    try:
+        assert "holds 40 tokens of 134217728" in refused(tmp_path / "cache", bundle)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_what_an_earlier_version_saved_encodes_each_token(saved: Path, bundle: Bundle, tmp_path: Path) -> None:

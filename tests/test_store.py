@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import signal
 import stat
 import subprocess
@@ -87,8 +88,12 @@ def test_json_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, val
     assert read_json(path) == value
 
 
-def test_results_may_be_read_by_whoever_may_read_the_folders_other_files(tmp_path: Path) -> None:
+def test_results_may_be_read_by_whoever_may_read_the_folders_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the umask is left alone: it is all threads'."""
     (tmp_path / "plain").touch()
+    monkeypatch.delattr(os, "umask")
     write_text(tmp_path / "result", "")
     assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 

@@ -73,6 +73,18 @@ def test_generate_reads_from_the_store_what_it_has_put_there(bundle: Path, docum
     assert f"{PAGE} tokens were there at the start" in succeed("generate", " in short:", *options, *store).stdout
 
 
+def test_generate_keeps_a_store_within_a_size(bundle: Path, document: Path, tmp_path: Path) -> None:
+    options = ("--bundle", bundle, "--max-new-tokens", 2, "--file", document)
+    assert "name one with --store" in refuse("generate", "so", *options, "--max-size", "10MB")
+    folder = tmp_path / "store"
+    succeed("generate", "so", *options, "--store", folder)
+    (page,) = folder.glob("*.page")
+    document.write_text(tiny.text(300, seed=6)[:300], encoding="utf-8")
+    succeed("generate", "so", *options, "--store", folder, "--max-size", page.stat().st_size * 3 // 2)
+    (other,) = folder.glob("*.page")
+    assert other != page
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 

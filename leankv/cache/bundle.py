@@ -5,6 +5,7 @@ codecs.safetensors    the codecs' tensors, named `LAYER.PART.TENSOR`
 README.md             the model card, for people
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from jaxtyping import Int
 
 from leankv.cache.bundle_checks import Configuration, read_codec_tensors, read_config, shown
 from leankv.cache.codec_files import tensors_of
@@ -24,7 +26,7 @@ from leankv.errors import UserError
 from leankv.models.fingerprint import fingerprint
 from leankv.models.geometry import find_geometry
 from leankv.models.rope import KeyRotation
-from leankv.storage.files import hash_of, hash_of_file, write_bytes, write_json, write_text
+from leankv.storage.files import hash_of, hash_of_file, json_bytes, write_together
 
 FORMAT = 3
 
@@ -77,6 +79,7 @@ class Bundle:
         window: int | None = None,
         decode_once: bool = False,
         encode_every: int = ENCODE_EVERY,
+        padding: Int[torch.Tensor, " batch"] | None = None,
     ) -> LeanCache:
         """An empty cache for one batch of sequences: `model.generate(**inputs, past_key_values=bundle.new_cache())`.
 
@@ -86,6 +89,7 @@ class Bundle:
             window: in place of the bundle's.
             decode_once: for measuring, which is faster then; such a cache saves no memory.
             encode_every: tokens that left the window are encoded once there are so many; 1 to measure.
+            padding: left padding of each row, in place of the mask.
         """
         return LeanCache(
             self.config,
@@ -94,6 +98,7 @@ class Bundle:
             window=self.window if window is None else window,
             encode_every=encode_every,
             attention_mask=attention_mask,
+            padding=padding,
             rotation=self.rotation,
             origin=Origin(self.made_for["fingerprint"], lambda: self.checksum),
             decode_once=decode_once,
@@ -103,18 +108,21 @@ class Bundle:
         """Write the bundle; `leankv_config.json` comes last, so a folder that has it is complete.
 
         Args:
-            folder: where to.
+            folder: where to; a bundle that is there is replaced once the new one is written.
             card: text of README.md; a short one unless given.
+
+        Raises:
+            UserError: the folder is a file, or cannot be written.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; name a folder for the bundle")
         tensors = {
             f"{site.layer}.{site.part}.{name}": tensor
             for site, codec in self.plan.items()
             for name, tensor in tensors_of(codec).items()
         }
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        write_bytes(folder / CODECS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_text(folder / CARD_FILE, self._short_card() if card is None else card)
+        codecs = safetensors.torch.save(tensors, metadata={"format": "pt"})
         config = {
             "format": FORMAT,
             "model": dict(self.made_for),
@@ -122,11 +130,15 @@ class Bundle:
             "sinks": self.sinks,
             "window": self.window,
             "key_space": self.key_space,
-            "files": {CODECS_FILE: hash_of_file(folder / CODECS_FILE)},
+            "files": {CODECS_FILE: hashlib.sha256(codecs).hexdigest()},
             "experiment": dict(self.experiment),
             "results": dict(self.results),
         }
-        write_json(folder / CONFIG_FILE, {**config, "checksum": hash_of(config)})
+        texts = {
+            CONFIG_FILE: json_bytes({**config, "checksum": hash_of(config)}),
+            CARD_FILE: (self._short_card() if card is None else card).encode(),
+        }
+        write_together({folder / name: data for name, data in {**texts, CODECS_FILE: codecs}.items()})
 
     def _written_plan(self) -> dict[str, dict[str, Any]]:
         """layer -> part -> spec, width and revisions, as the configuration has it."""

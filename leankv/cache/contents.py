@@ -14,12 +14,15 @@ from jaxtyping import Int
 
 from leankv.cache.layers import LeanLayer
 from leankv.codecs import Code, Codec
+from leankv.errors import UserError
 from leankv.storage.files import hash_of
 
 STREAMS = "streams"
 """The tensor with all streams behind each other; others are named `LAYER.PART.KIND`."""
 
 MOST_TOKENS = 2**31 - 1  # assumption: of any sequence
+
+TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 EXPANDED, ALLOWANCE = 10, 16 * 1024**2
 """Codes may take so many times the bytes of their file in memory, and so many bytes beside. Streams are smaller than
@@ -87,9 +90,25 @@ def held_by(layers: Sequence[Any]) -> dict[str, Held]:
     return found
 
 
-def hash_of_tokens(tokens: Int[torch.Tensor, "B T"]) -> str:
-    """sha256 (hex) of token ids."""
-    return hash_of(tokens.tolist())
+def hash_of_tokens(tokens: Int[torch.Tensor, "B T"], batch: int, seen: int) -> str:
+    """sha256 (hex) of the ids of what a cache took in.
+
+    Args:
+        tokens: ids; more may follow behind.
+        batch: rows that the cache holds.
+        seen: tokens of each row that it took in.
+
+    Raises:
+        UserError: they are no ids, or not of so many rows and tokens.
+    """
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in TOKEN_DTYPES:
+        raise UserError("the tokens of a cache are a tensor of whole numbers [rows, tokens]; give the input_ids")
+    if (len(tokens) != batch and seen) or tokens.shape[1] < seen:
+        raise UserError(
+            f"the cache took in {seen} tokens in each of {batch} rows, and the tokens given are "
+            f"{list(tokens.shape)}; give the ids of all that it was fed"
+        )
+    return hash_of(tokens[:, :seen].tolist())
 
 
 class DamagedError(Exception):
@@ -120,7 +139,7 @@ def tensors_of(
         own_streams = [next(streams) for _ in range(held[name].batch)]
         table[name] = [tokens, *map(len, own_streams)]
         pieces += own_streams
-    joined = bytearray(b"".join(pieces))
+    joined = bytearray().join(pieces)
     tensors[STREAMS] = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     return tensors, table
 
@@ -205,7 +224,8 @@ def opened(pages: Sequence[Mapping[str, Sealed]], rooms: Mapping[str, Room]) -> 
     work = {name: _deserializing(rooms[name], own) for name, own in coded.items() if own}
     try:
         codes = dict(zip(work, _on_all_cores(work.values()), strict=True))
-    except (ValueError, RuntimeError, IndexError) as error:  # of a codec's reader, on what no codec has written
+    # What codecs raise on what none has written. Torch's RuntimeError is none of it: memory may be short.
+    except (ValueError, IndexError) as error:
         raise DamagedError(f"a stream cannot be read: {error}") from error
     found: dict[str, Held] = {}
     for name in rooms:

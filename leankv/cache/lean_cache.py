@@ -64,6 +64,7 @@ class LeanCache(Cache):
         encode_every: tokens that left the window are encoded once there are so many, and are exact until then; so a
             step that generates a token seldom encodes. 1 where there is no window. Costs are measured with 1.
         attention_mask: `[B, T]` of the prompt, 0 at padding; only its left padding matters.
+        padding: left padding of each row, in place of the mask.
         first_layer: layers before it are not run and hold nothing (see `leankv.evaluation.replay`).
         rotation: given, keys are encoded pre-RoPE.
         origin: for saving; `leankv.Bundle.new_cache` knows it.
@@ -80,12 +81,12 @@ class LeanCache(Cache):
         window: int,
         encode_every: int = 1,
         attention_mask: torch.Tensor | None = None,
+        padding: Int[torch.Tensor, " batch"] | None = None,
         first_layer: int = 0,
         rotation: KeyRotation | None = None,
         origin: Origin | None = None,
         decode_once: bool = False,
     ):
-        padding = None
         if attention_mask is not None:
             padding = (attention_mask.long().cumsum(dim=1) == 0).sum(dim=1)
         self.sinks, self.padding = sinks, padding
@@ -135,6 +136,10 @@ class LeanCache(Cache):
         if isinstance(layer, LeanLayer):
             is_read = reads_codes(self.config) and key_states.device.type == "cpu"
             layer.hands_out_codes = is_read and not self.decode_once
+        elif layer.is_initialized and layer.keys.device != key_states.device:
+            # Read from a file, by who did not know where the layer's keys would be.
+            layer.keys, layer.values = layer.keys.to(key_states.device), layer.values.to(key_states.device)
+            layer.device = key_states.device
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def encode_all(self) -> None:
@@ -157,7 +162,7 @@ class LeanCache(Cache):
             sinks=self.sinks,
             window=self.window,
             encode_every=self.encode_every,
-            attention_mask=None if self.padding is None else mask_of(self.padding),
+            padding=self.padding,
             first_layer=self.first_layer,
             rotation=self.rotation,
             origin=self.origin,
@@ -182,7 +187,8 @@ class LeanCache(Cache):
                 behind.
 
         Raises:
-            UserError: it was not made of a bundle, or the file cannot be written.
+            UserError: it was not made of a bundle, the tokens are not all that it was filled with, or the file cannot
+                be written.
         """
         if self.origin is None:
             raise UserError(
@@ -192,6 +198,8 @@ class LeanCache(Cache):
         if self.decode_once or self.first_layer:
             raise UserError("a cache that measures is not saved; make one with bundle.new_cache()")
         seen, held = self.get_seq_length(), held_by(self.layers)
+        batch = max((own.batch for own in held.values()), default=0)
+        hashed = None if tokens is None else hash_of_tokens(tokens, batch, seen)
         codecs = {f"{site.layer}.{site.part}": codec for site, codec in self.codecs.items()}
         tensors, streams = tensors_of(held, codecs)
         for name, padding in (("padding", self.padding), ("rows", self._padding_of_rows())):
@@ -201,9 +209,9 @@ class LeanCache(Cache):
             "format": SAVED_FORMAT,
             "codecs": self.origin.checksum(),
             "model": self.origin.fingerprint,
-            "tokens": None if tokens is None else hash_of_tokens(tokens[:, :seen]),
+            "tokens": hashed,
             "seen": seen,
-            "batch": max((own.batch for own in held.values()), default=0),
+            "batch": batch,
             "sinks": self.sinks,
             "window": self.window,
             "encode_every": self.encode_every,
@@ -250,9 +258,3 @@ class LeanCache(Cache):
         ]
         stock = [layer for layer in asked if not isinstance(layer, LeanLayer) and layer.is_initialized]
         return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
-
-
-def mask_of(padding: Int[torch.Tensor, " batch"]) -> Int[torch.Tensor, "batch longest"]:
-    """An attention mask of rows with so much left padding, one token longer than the longest."""
-    longest = int(padding.max())
-    return (torch.arange(longest + 1, device=padding.device) >= padding[:, None]).long()

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from leankv.cache.bundle import Bundle
 from leankv.cache.contents import MOST_TOKENS, DamagedError, Held, Room, Sealed, hash_of_tokens, opened, sealed_in
 from leankv.cache.layers import LeanLayer, LeanSlidingLayer
-from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache, mask_of
+from leankv.cache.lean_cache import SAVED_FORMAT, LeanCache
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.plan import Site
 from leankv.cache.tensor_file import read_tensors
@@ -49,7 +49,7 @@ def load_cache(
         path: of the file.
         bundle: that made the cache.
         tokens: the ids of what it should hold; more may follow behind.
-        device: where its exact layers are held; compressed ones follow the keys that come.
+        device: where its exact layers are held at first; all of them follow the keys that come.
 
     Raises:
         UserError: there is no such file, it is damaged, another bundle, model or version made it, or it holds other
@@ -61,7 +61,7 @@ def load_cache(
         cache = _restored(path, tensors, about, bundle, torch.device(device))
     except DamagedError as error:
         raise UserError(f"{WHAT} {path} cannot be: {error}; {WAY_OUT}") from error
-    if tokens is not None and about["tokens"] != hash_of_tokens(tokens[:, : about["seen"]]):
+    if tokens is not None and about["tokens"] != hash_of_tokens(tokens, about["batch"], about["seen"]):
         raise UserError(
             f"{WHAT} {path} was not made of these tokens; {WAY_OUT}, or give those that it was saved with"
             if about["tokens"] is not None
@@ -95,8 +95,8 @@ def _restored(
     padding, rows = (_padding(tensors.pop(name, None), seen) for name in ("padding", "rows"))
     if rows is not None and len(rows) != batch:
         raise DamagedError(f"it has the padding of {len(rows)} rows, not of {batch}")
-    mask = None if padding is None else mask_of(padding)
-    cache = bundle.new_cache(mask, sinks=about["sinks"], window=about["window"], encode_every=about["encode_every"])
+    kept = {name: about[name] for name in ("sinks", "window", "encode_every")}
+    cache = bundle.new_cache(**kept, padding=padding)
     rooms = rooms_of(bundle, cache.sinks_with_padding)
     sealed = sealed_in(tensors, about["streams"], rooms, batch)
     for number, layer in enumerate(cache.layers):

@@ -18,6 +18,10 @@ ABOUT, CHECKSUM = "leankv", "sha256"
 """Names in the header's metadata."""
 
 
+class UnreadableError(UserError):
+    """A file that is not there, or that the operating system does not hand out: nothing says that it is damaged."""
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Write contiguous tensors on the CPU, and a JSON table about them.
 
@@ -37,7 +41,8 @@ def read_tensors(path: Path, what: str, way_out: str) -> tuple[dict[str, torch.T
         way_out: what to do where it is none, likewise.
 
     Raises:
-        UserError: there is no such file, or it is damaged, cut off, or something else.
+        UnreadableError: there is no such file, or it cannot be read.
+        UserError: it is damaged, cut off, or something else.
     """
     with _opened(path, what, way_out) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -52,7 +57,8 @@ def read_about(path: Path, what: str, way_out: str) -> dict[str, Any]:
     """What a file says of its tensors, which are not read, so not checked either; arguments as in `read_tensors`.
 
     Raises:
-        UserError: there is no such file, or it is cut off, or something else.
+        UnreadableError: as there.
+        UserError: it is cut off, or something else.
     """
     with _opened(path, what, way_out) as file:
         return _described(file)[0]
@@ -61,13 +67,15 @@ def read_about(path: Path, what: str, way_out: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path, what: str, way_out: str) -> Iterator[Any]:
     """A file to read; whatever goes wrong meanwhile is told in a sentence."""
-    if not path.is_file():
-        raise UserError(f"{what} {path} does not exist; {way_out}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
+    except FileNotFoundError as error:
+        raise UnreadableError(f"{what} {path} does not exist; {way_out}") from error
+    except OSError as error:
+        raise UnreadableError(f"{what} {path} cannot be read ({_short(error)}); {way_out}") from error
     # Nothing in a file that is no longer what was written is sure to be of any kind.
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{what} {path} is damaged ({_short(error)}); {way_out}") from error
 
 
@@ -90,12 +98,7 @@ def update_with(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Have a hash of `hashlib` take in tensors: names, kinds, shapes and numbers."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """The numbers of a tensor as they lie in memory."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # where it lies: no copy
 
 
 def _short(error: Exception) -> str:

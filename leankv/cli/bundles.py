@@ -21,6 +21,11 @@ Register = Annotated[
     ),
 ]
 
+MaxSize = Annotated[
+    str | None,
+    typer.Option(help="Of the whole store, e.g. 2000MB; the oldest go first.", show_default=False),
+]
+
 
 @command("eval-ppl", "block_length", *PROTOCOL)
 def eval_ppl_command(
@@ -79,6 +84,7 @@ def generate_command(
         Path | None,
         typer.Option(help="Folder that keeps prompts as codes: what is there is not computed.", show_default=False),
     ] = None,
+    max_size: MaxSize = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; else sampled.", min=0.0)] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = False,
@@ -94,9 +100,11 @@ def generate_command(
     """
     from leankv.evaluation.generation import complete, encoded, format_completion
 
+    if max_size is not None and store is None:
+        raise UserError("--max-size is of a store; name one with --store")
     loaded, opened, experiment, progress = open_bundle(asked, bundle, register)
     ids = encoded(loaded, text_of(file) + prompt, chat)
-    kept = None if store is None else open_store(store, opened, loaded, progress, None)
+    kept = None if store is None else open_store(store, opened, loaded, progress, max_size)
     if kept is not None and not kept.stored_tokens(ids):
         with progress.stage("computing and storing the prompt", 1) as step:
             kept.add(ids, title_of(file, prompt))
@@ -105,7 +113,10 @@ def generate_command(
     show = (lambda text: None) if json_ else print_piece
     completion = complete(loaded, cache, ids, max_new_tokens, temperature, experiment.seed, show)
     if kept is not None:
-        kept.put(cache, completion.ids, title_of(file, prompt))
+        try:
+            kept.put(cache, completion.ids, title_of(file, prompt))
+        except UserError as error:  # no room, perhaps; what was generated is there
+            progress.say(str(error))
     if json_:
         print_json(completion.to_json())
     else:

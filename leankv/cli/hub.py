@@ -26,11 +26,13 @@ def export_command(
 
     Example: leankv export --bundle results/demo-plan/bundle --to smollm2-lean --with-weights
     """
-    from leankv.export.repository import STEPS, write_repository
+    from leankv.export.repository import STEPS, local_base, write_repository
 
     loaded, opened, _, progress = open_bundle(asked, bundle, None)
     with progress.stage("writing the repository", STEPS) as step:
         files = write_repository(to, opened, loaded, with_weights=with_weights, license=license, on_step=step)
+    if (base := local_base(to)) is not None:
+        progress.say(f"{to} loads on this machine only: its base is the folder {base}; --with-weights puts it inside")
     size = sum((to / name).stat().st_size for name in files) / 1e6
     OUT.print(
         f'{to}: {len(files)} files, {size:.1f} MB; AutoModelForCausalLM.from_pretrained("{to}", '

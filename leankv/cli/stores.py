@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from leankv.cli.app import OUT, PANEL_OF, Json, app, command, print_json, print_piece
-from leankv.cli.bundles import Register, open_bundle, open_store, text_of, title_of
+from leankv.cli.bundles import MaxSize, Register, open_bundle, open_store, text_of, title_of
 from leankv.cli.options import Asked
 from leankv.errors import UserError
 
@@ -23,10 +23,7 @@ def add_command(
     file: Annotated[Path, typer.Argument(help="A text file: a system prompt, a document.")],
     bundle: BundleFolder,
     store: Store,
-    max_size: Annotated[
-        str | None,
-        typer.Option(help="Of the whole store, e.g. 2000MB; the oldest go first.", show_default=False),
-    ] = None,
+    max_size: MaxSize = None,
     register: Register = None,
     json_: Json = False,
 ) -> None:

@@ -170,7 +170,11 @@ class Codec(torch.nn.Module, ABC):
         return code.to_bytes()
 
     def deserialize(self, data: bytes, tokens: int) -> Code:
-        """The code of `tokens` tokens from what `serialize` made of it, where the codec is."""
+        """The code of `tokens` tokens from what `serialize` made of it, where the codec is.
+
+        Raises:
+            ValueError: no code could be serialized so: one that was read can be decoded, whoever wrote it.
+        """
         device = next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
         return self.encode(torch.zeros(1, self.width, device=device)).read(data, tokens).to(device)
 

@@ -96,7 +96,7 @@ class Code:
 
     def to_bytes(self) -> bytes:
         """All tensors behind each other, as they are."""
-        return b"".join(t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in self.tensors())
+        return b"".join(t.cpu().contiguous().view(torch.uint8).numpy().data for t in self.tensors())
 
     def read(self, data: bytes, tokens: int) -> "Code":
         """The way back from `to_bytes`, on the CPU.
@@ -107,13 +107,21 @@ class Code:
 
         Returns:
             A code whose columns are of the kinds that this one's are.
+
+        Raises:
+            ValueError: these are more or fewer bytes than such a code's.
         """
-        offset = 0
+        stream, offset = memoryview(data), 0
 
         def take(count: int, dtype: torch.dtype) -> torch.Tensor:
             nonlocal offset
-            piece = data[offset : offset + count * dtype.itemsize]
+            piece = stream[offset : offset + count * dtype.itemsize]
+            if len(piece) < count * dtype.itemsize:
+                raise ValueError("a stream is cut off")
             offset += len(piece)
             return torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)
 
-        return self._each(lambda column: column.read(take, tokens), (tokens,))
+        code = self._each(lambda column: column.read(take, tokens), (tokens,))
+        if offset != len(data):
+            raise ValueError(f"a stream of {tokens} tokens has {len(data) - offset} bytes too many")
+        return code

@@ -140,6 +140,12 @@ class NonUniform(Codec):
             centred.scatter_(1, self._index(code), code["value"].float())
         return self.mean + centred
 
+    def deserialize(self, data: bytes, tokens: int) -> Code:
+        code = super().deserialize(data, tokens)
+        if self.slots and bool((self._index(code) >= self.width).any()):  # loops write there without looking
+            raise ValueError(f"a slot is of a number beyond the {self.width} of a vector")
+        return code
+
     def _index(self, code: Code) -> torch.Tensor:
         """Which numbers stand in slots, int64 `[N, slots]`."""
         return code["index"].long() & 0xFFFF

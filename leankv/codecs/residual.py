@@ -150,7 +150,9 @@ class Residual(Codec):
         return self.deserialize_all([data], [tokens])
 
     def deserialize_all(self, streams: Sequence[bytes], tokens: Sequence[int]) -> Code:
-        lengths = [struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0 for data in streams]
+        lengths = [struct.unpack_from("<I", data)[0] if len(data) >= 4 else -1 for data in streams]
+        if any(not 0 <= length <= len(data) - 4 for data, length in zip(streams, lengths, strict=True)):
+            raise ValueError("a stream is cut off")
         firsts = [data[4 : 4 + length] for data, length in zip(streams, lengths, strict=True)]
         seconds = [data[4 + length :] for data, length in zip(streams, lengths, strict=True)]
         return _together(self.first.deserialize_all(firsts, tokens), self.second.deserialize_all(seconds, tokens))

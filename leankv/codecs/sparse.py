@@ -90,7 +90,17 @@ class Sparse(Codec):
         bitmap = torch.zeros_like(centred, dtype=torch.bool).scatter_(1, channels, True)
         return Code({"bitmap": pack(bitmap, 1), "value": as_float16(centred.gather(1, channels))})
 
+    def deserialize(self, data: bytes, tokens: int) -> Code:
+        code = super().deserialize(data, tokens)
+        if bool((self._bitmap(code).sum(dim=1) != self.kept).any()):
+            raise ValueError(f"a bitmap does not mark {self.kept} numbers")
+        return code
+
     def decode(self, code: Code, context: Context = None) -> Vectors:
-        bitmap = unpack(code["bitmap"], 1, self.width).bool()
+        bitmap = self._bitmap(code)
         centred = torch.zeros(bitmap.shape, device=bitmap.device).masked_scatter_(bitmap, code["value"].float())
         return self.mean + centred
+
+    def _bitmap(self, code: Code) -> torch.Tensor:
+        """Which numbers are kept, bool `[N, W]`."""
+        return unpack(code["bitmap"], 1, self.width).bool()

@@ -5,6 +5,7 @@ loops that decode a few tokens at a time into a core's own cache (`leankv.compil
 part, each with tokens of its own.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -243,6 +244,10 @@ def _kernels() -> Any:
 @cache
 def _cores() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads() - 1 or 1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cores.cache_clear)  # a forked process has none of the threads
 
 
 def _on_all_cores(tokens: int, work: Callable[[int, int], Any]) -> list[Any]:

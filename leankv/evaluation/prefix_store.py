@@ -22,6 +22,7 @@ from leankv.cache.lean_cache import LeanCache
 from leankv.cache.pages import PAGE, About, about_page, checked_page, names_of, part_of, read_page, root_of, write_page
 from leankv.cache.part_store import UNBOUNDED
 from leankv.cache.saved_cache import fill, forget_unseen, rooms_of
+from leankv.cache.tensor_file import UnreadableError
 from leankv.errors import UserError
 from leankv.evaluation.exact_prefixes import ExactPrefixes
 from leankv.models.structure import max_positions
@@ -57,7 +58,8 @@ class PrefixStore:
         bundle: codes and decodes; its window plays no part in what is stored.
         model: the model that the bundle was made for.
         max_bytes: of all pages; what was used longest ago goes first. None for no limit.
-        on_damage: told in a sentence of each page that is damaged; it is removed, and computed again.
+        on_damage: told in a sentence of each page that is damaged, or cannot be read, and so is computed again. Those
+            that are damaged are removed.
 
     Raises:
         UserError: the folder cannot be written.
@@ -116,7 +118,8 @@ class PrefixStore:
 
     def _damaged(self, name: str, error: Exception) -> None:
         self.on_damage(str(error))
-        self.pages.drop([name])
+        if not isinstance(error, UnreadableError):
+            self.pages.drop([name])
 
     def add(self, input_ids: Ids, title: str = "") -> int:
         """Compute a prompt exactly, and store all its whole pages; how many were not there.
@@ -152,7 +155,12 @@ class PrefixStore:
             cache: of this bundle, with one row and no padding.
             input_ids: that it was filled with; more may follow behind.
             title: as in `add`.
+
+        Raises:
+            UserError: the cache is another bundle's, has other sinks, rows or padding, or holds more than these tokens;
+                a page has no room, or the folder cannot be written.
         """
+        self._require_ours(cache)
         held, seen = held_by(cache.layers), cache.get_seq_length()
         if cache.padding is not None or any(own.batch != 1 for own in held.values()) or seen > input_ids.shape[1]:
             raise UserError("a store takes the cache of one row, without padding, with all the tokens that it holds")
@@ -179,7 +187,8 @@ class PrefixStore:
             if name in children:
                 continue
             chain = [name]
-            while (parent := about[chain[-1]].parent) in about:
+            # Numbers fall towards the beginning, so this ends whatever damaged pages say of themselves.
+            while (parent := about[chain[-1]].parent) in about and about[parent].number < about[chain[-1]].number:
                 chain.append(parent)
             if about[chain[-1]].parent != self._root:
                 continue  # another bundle's, or its beginning is gone
@@ -198,15 +207,31 @@ class PrefixStore:
         if input_ids is None:
             return self.pages.drop(self.pages.keys())
         names = self._stored(self._names(input_ids))
-        parents = [own.parent for own in self._about_all().values()]
+        begun_with = {own.parent for name, own in self._about_all().items() if name not in names}
         freed = 0
-        while names and parents.count(names[-1]) == 0:
-            if len(names) > 1:
-                parents.remove(names[-2])
+        while names and names[-1] not in begun_with:
             freed += self.pages.drop([names.pop()])
         return freed
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _require_ours(self, cache: LeanCache) -> None:
+        """Refuse a cache whose codes are not what this store's pages hold.
+
+        Raises:
+            UserError: it is one.
+        """
+        origin = cache.origin if isinstance(cache, LeanCache) else None
+        is_ours = (
+            origin is not None
+            and origin.fingerprint == self.bundle.made_for["fingerprint"]
+            and origin.checksum() == self.bundle.checksum
+        )
+        if not is_ours or cache.sinks != self.bundle.sinks:
+            raise UserError(
+                f"a store takes the caches of its own bundle, with its {self.bundle.sinks} sinks; make the cache with "
+                "bundle.new_cache()"
+            )
 
     def _names(self, input_ids: Ids) -> list[str]:
         if len(input_ids) != 1:

@@ -12,11 +12,16 @@ from leankv.export.card import hub_card
 from leankv.export.configuration_leankv import LeanKVConfig
 from leankv.export.sources import CONFIGURATION, MODELING, flat, travelling_files
 from leankv.models.loading import LoadedModel
-from leankv.storage.files import cannot_write, write_json, write_text
+from leankv.storage.files import cannot_write, read_json, write_json, write_text
 from leankv.version import __version__
+
+CONFIG_FILE = "config.json"
 
 MARK = ".leankv-export"
 """A file that says that a folder was written by this, and may be written again."""
+
+OF_ONE_EXPORT = ("*.py", "model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+"""What an export need not write again: code of the families in use, and weights where they are asked for."""
 
 
 def write_repository(
@@ -55,7 +60,7 @@ def write_repository(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / MARK, f"{__version__}\n")
-        for old in folder.glob("*.py"):
+        for old in (path for pattern in OF_ONE_EXPORT for path in folder.glob(pattern)):
             old.unlink()
         loaded.tokenizer.save_pretrained(folder)
         on_step()
@@ -69,7 +74,7 @@ def write_repository(
         write_text(folder / name, text)
     configuration = LeanKVConfig(
         base_model=base,
-        base_revision=bundle.experiment.get("model", {}).get("revision") if base else None,
+        base_revision=_revision(bundle, loaded) if base else None,
         base_config=_own_config(loaded.model) if with_weights else None,
         leankv_version=__version__,
         architectures=["LeanKVForCausalLM"],
@@ -78,7 +83,7 @@ def write_repository(
             "AutoModelForCausalLM": f"{flat(MODELING)}.LeanKVForCausalLM",
         },
     )
-    write_json(folder / "config.json", configuration.to_diff_dict())
+    write_json(folder / CONFIG_FILE, configuration.to_diff_dict())
     on_step()
     return sorted(path.name for path in folder.iterdir())
 
@@ -116,11 +121,22 @@ def _is_on_hub(loaded: LoadedModel) -> bool:
     return loaded.name.count("/") == 1 and not Path(loaded.name).exists()
 
 
+def local_base(folder: Path) -> str | None:
+    """The folder of this machine that a repository names as its base; None where its base loads anywhere."""
+    base = read_json(folder / CONFIG_FILE).get("base_model")
+    return base if base is not None and Path(base).is_absolute() else None
+
+
+def _revision(bundle: Bundle, loaded: LoadedModel) -> str | None:
+    """Of a base on the hub: the very commit that was loaded, where the hub told it; else what was asked for."""
+    return getattr(loaded.model.config, "_commit_hash", None) or bundle.experiment.get("model", {}).get("revision")
+
+
 def _nameable(loaded: LoadedModel) -> str:
-    """What another machine can load the base model by."""
+    """What the base model is loaded by: its name on the hub, or a folder, which other machines do not have."""
     if _is_on_hub(loaded):
         return loaded.name
-    if (Path(loaded.name) / "config.json").is_file():
+    if (Path(loaded.name) / CONFIG_FILE).is_file():
         return str(Path(loaded.name).resolve())
     raise UserError(
         f"the base model {loaded.name} is neither on the hub nor a folder that transformers loads, so a repository "

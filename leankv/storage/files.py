@@ -5,12 +5,14 @@ at any instant leaves finished files and ignorable temporary ones, and the next 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,36 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: the folder cannot be made or written, or the disk is full. Nothing half-written is left under `path`.
     """
+    with _renamed_at_the_end(path, write):
+        pass
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write several files, all of them under temporary names before any is renamed; the first one is renamed last.
+
+    Raises:
+        UserError: as in `write_atomically`; then the files that were there are as they were, unless it is the renaming
+            that failed.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, data in files.items():
+            stack.enter_context(_renamed_at_the_end(path, functools.partial(_fill, data)))
+
+
+@contextlib.contextmanager
+def _renamed_at_the_end(path: Path, write: Callable[[Path], None]) -> Iterator[None]:
+    """Have `write` fill a temporary file next to `path`, flushed; it is renamed when the block ends well."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        os.close(handle)
+        named = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        # Not by mkstemp, whose files only their owner may read: what others may do is the process's umask to say.
+        os.close(os.open(named, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = named
         write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        yield
         temporary.replace(path)
         temporary = None
     except OSError as error:
@@ -62,6 +82,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _fill(data: bytes, temporary: Path) -> None:
+    temporary.write_bytes(data)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -75,11 +99,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` atomically."""
-
-    def fill(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, fill)
+    write_atomically(path, functools.partial(_fill, data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,7 +109,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON, as files have it."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

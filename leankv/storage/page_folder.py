@@ -49,10 +49,13 @@ class PageFolder:
         return [path.name.removesuffix(SUFFIX) for path, _, _ in self._files()]
 
     def used(self, keys: Iterable[str]) -> None:
-        """Note that files were used just now, the last of them first: so the end of a chain goes before its start."""
+        """Note that files were used just now, the last of them first: so the end of a chain goes before its start.
+
+        Of another user's files, nothing can be noted; they are as good to read.
+        """
         now = time.time_ns()
         for place, key in enumerate(keys):
-            with contextlib.suppress(FileNotFoundError):  # another process dropped it
+            with contextlib.suppress(OSError):  # or another process dropped it
                 os.utime(self.path(key), ns=(now - 1000 * place,) * 2)
 
     def add(self, key: str, write: Callable[[Path], None], replace: bool = False, kept: Collection[str] = ()) -> bool:
