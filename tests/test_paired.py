@@ -125,16 +125,24 @@ def test_nats_are_those_of_separate_runs_bit_for_bit(model: Any, blocks: Blocks,
     assert measured.base.tokens_per_block == base.tokens_per_block
 
 
-@pytest.mark.parametrize(
-    ("protocol", "length"),
-    # Token by token, every length is alike; the longer one is longer than the sliding window.
-    [(p, length) for p in PROTOCOLS for length in ((16, 8) if p.kind == "decode" else (29, 30, 8))],
-    ids=lambda value: value if isinstance(value, int) else f"{value.kind}, batches of {value.batch_size}",
-)
-def test_the_base_model_runs_once_for_many_plans_and_gives_the_same_bits(
-    model: Any, protocol: ProtocolConfig, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks whose last token is fed alone, or never; and with memory for one block, the others are run again."""
+def in_short(protocol: ProtocolConfig) -> str:
+    return f"{protocol.kind}, batches of {protocol.batch_size}"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=in_short)
+def test_the_base_model_runs_once_for_many_plans_and_gives_the_same_bits(model: Any, protocol: ProtocolConfig) -> None:
+    """And with memory for one block, the others are run again."""
+    runs_once(model, protocol, 16 if protocol.kind == "decode" else 29)  # longer than the sliding window
+
+
+# Token by token, every length is alike.
+@pytest.mark.parametrize("length", [30, 8])
+@pytest.mark.parametrize("protocol", [p for p in PROTOCOLS if p.kind != "decode"], ids=in_short)
+def test_so_it_does_where_the_last_token_is_fed_alone_or_never(protocol: ProtocolConfig, length: int) -> None:
+    runs_once(tiny.build("gemma3"), protocol, length)
+
+
+def runs_once(model: Any, protocol: ProtocolConfig, length: int) -> None:
     blocks = Blocks(tiny.tokens(3, length), "report", "random tokens")
     make_base, make_cache = caches(model, plan_of(model, Rounding), protocol)
     expected = measure_nats(model, blocks, protocol, make_base).nats

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_json, print_piece
-from leankv.cli.options import PROTOCOL, Asked
+from leankv.cli.options import PROTOCOL, TEXT, Asked
 from leankv.errors import UserError
 from leankv.progress import Progress
 
@@ -27,7 +27,7 @@ MaxSize = Annotated[
 ]
 
 
-@command("eval-ppl", "block_length", *PROTOCOL)
+@command("eval-ppl", *TEXT, *PROTOCOL)
 def eval_ppl_command(
     asked: Asked,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to measure beside the base.", show_default=False)] = None,

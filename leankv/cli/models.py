@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_json, reading_command
-from leankv.cli.options import Asked
+from leankv.cli.options import TEXT, Asked
 from leankv.progress import Progress
 
 
@@ -34,7 +34,7 @@ def info_command(
         OUT.print(name_value_table(f"The cache of {model}", info_rows(info)))
 
 
-@command("init")
+@command("init", *TEXT)
 def init_command(
     asked: Asked,
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or smollm2-135m.")],
@@ -78,7 +78,7 @@ def init_command(
     OUT.print(f"written: {to}; start it with: leankv run {to}", highlight=False, soft_wrap=True)
 
 
-@command("capture", "layers", "block_length", "key_space")
+@command("capture", *TEXT, "layers", "key_space")
 def capture_command(
     asked: Asked,
     blocks: Annotated[int | None, typer.Option(help="Blocks of calibration text.", show_default=False)] = None,

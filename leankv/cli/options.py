@@ -141,10 +141,9 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "Confidence of the certificate, e.g. 0.95.",
     ),
 }
+TEXT = ("dataset", "data_dir", "block_length")
 COMMON = (
     "model",
-    "dataset",
-    "data_dir",
     "device",
     "device_map",
     "dtype",
@@ -163,7 +162,7 @@ SEARCH = (
     "refit",
     "confidence",
 )
-FITTING = ("codec", "plan", "part", "key_space", "error_metric", "epochs", "block_length")
+FITTING = ("codec", "plan", "part", "key_space", "error_metric", "epochs", *TEXT)
 PREFIX = ("prefix_length", "continuation")
 PROTOCOL = ("protocol", "sinks", "window", *PREFIX)
 

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from leankv.cli.app import OUT, Json, command, print_table_json
-from leankv.cli.options import MEASURE, PREFIX, PROTOCOL, Asked
+from leankv.cli.options import MEASURE, PREFIX, PROTOCOL, TEXT, Asked
 from leankv.cli.tracking import tracked
 from leankv.config.presets import COMPARE_SETTINGS, COMPARE_SPECS, MAP_SPECS
 from leankv.progress import Progress
 
 
-@command("map", "layers", "screen", "memory_budget", "key_space", "error_metric", "epochs", "block_length", *PROTOCOL)
+@command("map", "layers", "screen", "memory_budget", "key_space", "error_metric", "epochs", *TEXT, *PROTOCOL)
 @tracked
 def map_command(
     asked: Asked,
@@ -60,9 +60,7 @@ def map_command(
     return Path(workspace.experiment.output_dir)
 
 
-@command(
-    "compare", "memory_budget", "key_space", "error_metric", "epochs", "block_length", "protocol", "sinks", *PREFIX
-)
+@command("compare", "memory_budget", "key_space", "error_metric", "epochs", *TEXT, "protocol", "sinks", *PREFIX)
 @tracked
 def compare_command(
     asked: Asked,

@@ -8,7 +8,7 @@ import typer
 
 from leankv.cli.app import OUT, Json, command, print_json, table_rows
 from leankv.cli.bundles import Register, register_families, with_bundle
-from leankv.cli.options import MEASURE, Asked
+from leankv.cli.options import MEASURE, TEXT, Asked
 from leankv.config.presets import RULER_OFFLINE
 from leankv.errors import UserError
 from leankv.progress import Progress
@@ -16,7 +16,7 @@ from leankv.progress import Progress
 LENGTHS = "1024,2048,4096,8192"
 
 
-@command("eval-tasks", "block_length", "sinks", "window")
+@command("eval-tasks", *TEXT, "sinks", "window")
 def eval_tasks_command(
     asked: Asked,
     bundle: Annotated[Path, typer.Option(help="Bundle to ask beside the base.", show_default=False)],
