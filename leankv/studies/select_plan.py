@@ -69,7 +69,8 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     budgets = parse_budgets(selection.budget)
     # What takes hours is not begun where nothing could be certified at its end.
     workspace.begin()
-    base_ppl = evaluator.base().perplexity
+    # Points are percent of a perplexity that takes a pass to know.
+    base_ppl = math.nan if all(budget.percent for budget in budgets) else evaluator.base().perplexity
     check_certifiable(evaluator.with_long_blocks(), [budget.percent_of(base_ppl) for budget in budgets])
     windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
     searches = [_search_of(evaluator, selection, window) for window in windows]
