@@ -135,7 +135,8 @@ class Rotated(Codec):
         return self.sketch is None
 
     def loop_matrix(self) -> Float[torch.Tensor, "width width"]:
-        return self._rotation()
+        """`R`: what rows are multiplied by to be rotated back."""
+        return self.rotate_back(torch.eye(self.width, device=self.mean.device))
 
     def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         scale = self._scale(code["norm"]).flatten()
@@ -143,7 +144,7 @@ class Rotated(Codec):
         return ScaledRows(code["q"], self.bits, self.levels, scale, matrix, self.mean)
 
     def factored(self, code: Code) -> Factored:
-        return Factored(self._turned(code), self._rotation(), self.mean)
+        return Factored(self._turned(code), self.loop_matrix(), self.mean)
 
     def decode(self, code: Code, context: Context = None) -> Vectors:
         return self.mean + self.rotate_back(self._turned(code))
@@ -158,10 +159,6 @@ class Rotated(Codec):
 
     def _scale(self, norm: torch.Tensor) -> torch.Tensor:
         return norm.float() / math.sqrt(self.width)
-
-    def _rotation(self) -> torch.Tensor:
-        """`R` `[W, W]`: what rows are multiplied by to be rotated back."""
-        return self.rotate_back(torch.eye(self.width, device=self.mean.device))
 
     def rotate(self, x: Vectors) -> Vectors:
         """`R x`, float32."""

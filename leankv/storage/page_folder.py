@@ -106,9 +106,9 @@ class PageFolder:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
-        files = self._files()
         if self.max_bytes is None:
             return True
+        files = self._files()
         may_go = [(path, size) for path, _, size in files if path.name.removesuffix(SUFFIX) not in kept]
         left = sum(size for _, _, size in files) - self.max_bytes
         if left > sum(size for _, size in may_go):

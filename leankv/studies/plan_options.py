@@ -80,10 +80,10 @@ def plan_space(
     options = []
     for site in sites:
         coded = []
-        for own in codecs.values():
-            error = own[site].error
+        for recipe, own in codecs.items():
+            claim, error = _claim(site, own[site].codec, exact, context, selection.minimize), own[site].error
             assert error is not None, "codecs of a ladder know their error"
-            coded.append(_option(site, own[site].codec, exact, context, selection.minimize, error))
+            coded.append(Option(recipe.text, claim.size, claim.codec_bytes, error))
         found = [Option(EXACT, _exact(exact, site, context), 0.0, 0.0), *coded]
         options.append(ladder(found) if limit is None and not with_codecs else not_beaten(found))
     exact_sites = sum(_exact(exact, site, context) for site in sites)
@@ -94,7 +94,7 @@ def plan_space(
 
 @dataclass(frozen=True)
 class Claim:
-    """What the codecs of a plan claim, in a search's bytes.
+    """What the codec of a site, or those of a plan, claim in a search's bytes.
 
     Attributes:
         size: bytes of all that is to be small.
@@ -118,10 +118,10 @@ def claim_of(evaluator: PlanEvaluator, spec: PlanSpec, minimize: str, peak: int)
     geometry, context = workspace.loaded.geometry, workspace.experiment.counted_length
     exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
     stored = evaluator.codecs.codecs(spec)
-    options = [_option(site, own.codec, exact, context, minimize, 0.0) for site, own in stored.items()]
+    claims = [_claim(site, own.codec, exact, context, minimize) for site, own in stored.items()]
     rest = exact.base_bytes(context) - sum(_exact(exact, site, context) for site in stored)
-    size = rest + sum(option.size for option in options) + (peak if minimize == "all-in" else 0)
-    return Claim(size, sum(option.codec_bytes for option in options))
+    size = rest + sum(claim.size for claim in claims) + (peak if minimize == "all-in" else 0)
+    return Claim(size, sum(claim.codec_bytes for claim in claims))
 
 
 def _exact(footprint: Footprint, site: Site, context: int) -> float:
@@ -129,12 +129,12 @@ def _exact(footprint: Footprint, site: Site, context: int) -> float:
     return float(layer.tokens_held(context) * layer.width_of(site.part) * BYTES_16_BIT)
 
 
-def _option(site: Site, codec: Codec, footprint: Footprint, context: int, minimize: str, error: float) -> Option:
+def _claim(site: Site, codec: Codec, footprint: Footprint, context: int, minimize: str) -> Claim:
     bits = codec.stored_bits_per_token if minimize == "stored" else codec.bits_per_token
     others = footprint.base_bytes(context) - _exact(footprint, site, context)
     size = replace(footprint, bits={site: float(bits)}).compressed_bytes(context) - others
     memory = float(codec_memory([codec]))
-    return Option(codec.recipe.text, size + (memory if minimize == "all-in" else 0.0), memory, error)
+    return Claim(size + (memory if minimize == "all-in" else 0.0), memory)
 
 
 def plan_of(names: Mapping[Site, str]) -> PlanSpec:

@@ -257,23 +257,15 @@ def experiment_text(settings: Mapping[str, Any], loaded: LoadedModel) -> str:
         "cache a token.",
         "#   leankv run THIS_FILE",
     ]
-    section = ""
-    for key in sorted(settings, key=lambda key: _place(key, settings)):
-        name, _, own = key.rpartition(".")
-        if name not in ("", section):
-            lines.append(f"{name}:")
-        section = name
+    sections: dict[str, list[str]] = {}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
-        lines.append(("  " if name else "") + _yaml_line(own, settings[key]) + comment)
-    return "\n".join([*lines, ""])
-
-
-def _place(key: str, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Settings of a section stand together, where its first one does; those of none come last."""
-    keys = list(settings)
-    section, _, _ = key.rpartition(".")
-    first = next(place for place, other in enumerate(keys) if other.rpartition(".")[0] == section)
-    return (first if section else len(keys), keys.index(key))
+        sections.setdefault(section, []).append(_yaml_line(name, value) + comment)
+    outside = sections.pop("")  # what is of no section comes last
+    for section, own in sections.items():
+        lines += [f"{section}:", *(f"  {line}" for line in own)]
+    return "\n".join([*lines, *outside, ""])
 
 
 def _yaml_line(name: str, value: Any) -> str:

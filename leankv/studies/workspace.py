@@ -224,10 +224,11 @@ def _check_lengths(experiment: Experiment, loaded: LoadedModel) -> None:
     if limit is None:
         return
     is_prefix = experiment.protocol.kind == "prefix"
+    measured = "protocol.prefix_length with protocol.continuation" if is_prefix else "data.block_length"
     for name, length in (
-        ("protocol.prefix_length with protocol.continuation" if is_prefix else "", experiment.measured_length),
+        (measured, experiment.measured_length),
         ("data.block_length", experiment.data.block_length),
         ("data.selection_block_length", experiment.length_of("selection")),
     ):
-        if name and length > limit:
+        if length > limit:
             raise UserError(f"{name} of {length} tokens is more than the model's {limit} positions; set it to less")
