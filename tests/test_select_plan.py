@@ -206,6 +206,11 @@ def test_codecs_may_be_trained_together(config, tmp_path):
         (("--minimize", "time"), "selection.minimize must be one of"),
         (("--recipes", "wishes"), "is not understood"),
         (("--windows", "many"), "windows 'many' are not understood"),
+        (("--block-length", "513"), "data.block_length of 513 tokens is more than the model's 512 positions"),
+        (
+            ("--protocol", "prefix", "--window", "0", "--prefix-length", "400", "--continuation", "113"),
+            "protocol.prefix_length with protocol.continuation of 513 tokens is more than",
+        ),
         (("--recipes", "int:4", "--refit", "distill"), "int:4 is not trained; --refit distill takes transform, share"),
     ],
 )
