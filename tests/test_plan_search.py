@@ -3,7 +3,9 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ BLOCKS = 8
 
 def rates(site: int, levels: int = 6, size: float = 100.0) -> tuple[Option, ...]:
     """A ladder whose error quarters with every step of its size, as at high rates."""
-    return tuple(Option(f"s{site}.{level}", size * (levels - level), 10.0, 4.0**level) for level in range(levels))
+    return tuple(Option(f"s{site}.{level}", (size * (levels - level),), 10.0, (4.0**level,)) for level in range(levels))
 
 
 def space_of(sites: int, **limits) -> PlanSpace:
@@ -30,26 +32,103 @@ def quadratic(space: PlanSpace, weights):
     """Costs that are the weighted errors, on blocks that differ."""
 
     def cost(choice) -> float:
-        return sum(w * own[i].error for w, own, i in zip(weights, space.options, choice, strict=True))
+        return float(np.dot(weights, space.at(space.errors, choice)))
 
     def measure(choice, first, end):
         return [cost(choice) * (1 + 0.3 * math.sin(block)) for block in range(first, end)]
 
     def contributions(choice):
-        each = zip(space.sites, weights, space.options, choice, strict=True)
-        return {site: w * own[i].error for site, w, own, i in each}
+        return dict(zip(space.sites, weights * space.at(space.errors, choice), strict=True))
 
     return cost, measure, contributions
 
 
 @given(st.lists(st.tuples(st.floats(1, 1000), st.floats(0, 1000)), min_size=1, max_size=12), st.floats(1e-3, 1e3))
 def test_a_ladder_holds_the_best_option_at_every_price(pairs, price):
-    options = [Option(str(number), size, 0, error) for number, (size, error) in enumerate(pairs)]
+    options = [Option(str(number), (size,), 0, (error,)) for number, (size, error) in enumerate(pairs)]
     best = min(option.error + price * option.size for option in options)
     kept = ladder(options)
     assert min(option.error + price * option.size for option in kept) == pytest.approx(best)
     assert [option.size for option in kept] == sorted((option.size for option in kept), reverse=True)
     assert all(later.error > former.error for former, later in itertools.pairwise(kept))
+
+
+def chain_of(sites: int, tax: float, seed: int = 0) -> PlanSpace:
+    """Sites in a row, each predicted from the two before it: behind coarse ones it takes up to `tax` more, and errs."""
+    rng = random.Random(seed)
+    options = []
+    for site in range(sites):
+        grown = [1.0, 1 + tax * rng.uniform(0.2, 0.5), 1 + tax]
+        options.append(
+            tuple(
+                Option(
+                    f"s{site}.{level}",
+                    tuple(by * 100.0 * (6 - level) for by in grown),
+                    10.0,
+                    tuple((1 + 0.1 * by) * 4.0**level for by in grown),
+                    tuple(min(2.0, level * 0.35 + beside * 0.2) for beside in range(3)),
+                )
+                for level in range(6)
+            )
+        )
+    contexts = tuple((site - 1 if site else None, site - 2 if site > 1 else None) for site in range(sites))
+    return PlanSpace(tuple(range(sites)), tuple(options), 50.0, 10000.0, contexts=contexts)
+
+
+choices = st.lists(st.integers(0, 5), min_size=5, max_size=5).map(tuple)
+
+
+@given(choices, st.integers(0, 4), st.floats(0, 2))
+def test_numbers_are_read_off_between_the_levels_of_what_a_site_is_predicted_from(choice, site, tax):
+    space = chain_of(5, tax)
+    sizes, errors, left = [], [], []
+    for number, index in enumerate(choice):
+        level = sum(left[number - back] for back in (1, 2) if number >= back) / 2
+        option = space.options[number][index]
+        size, error, own = (
+            float(np.interp(level, [0, 1, 2], each)) for each in (option.sizes, option.errors, option.levels)
+        )
+        sizes.append(size)
+        errors.append(error)
+        left.append(own)
+    assert space.size(choice) == pytest.approx(50.0 + sum(sizes))
+    assert space.at(space.errors, choice) == pytest.approx(np.array(errors))
+    changed = [(*choice[:site], index, *choice[site + 1 :]) for index in range(6)]
+    assert 50.0 + space.totals(space.sizes, changed) == pytest.approx(np.array([space.size(each) for each in changed]))
+
+
+@settings(max_examples=10)
+@given(st.lists(st.floats(3e-3, 1e-1), min_size=4, max_size=4), st.floats(1e-6, 1e-2), st.floats(0, 1.5))
+def test_at_a_price_no_site_alone_can_do_better_in_a_chain(weights, price, tax):
+    space = chain_of(4, tax)
+    cost, _, contributions = quadratic(space, weights)
+    prediction = Prediction(space, (2,) * 4, contributions((2,) * 4), cost((2,) * 4))
+
+    def total(choice):
+        return cost(choice) + price * space.size(choice)
+
+    found = prediction.at_price(price)
+    for site, index in itertools.product(range(4), range(6)):
+        assert total(found) <= total((*found[:site], index, *found[site + 1 :])) + 1e-9
+    every = min(map(total, itertools.product(range(6), repeat=4)))
+    assert total(found) <= 1.1 * every
+
+
+def test_bytes_that_others_pay_are_paid_in_a_chain():
+    """What a coarse site costs its readers is weighed: the same costs, fewer bytes than where it is not."""
+    space, rng = chain_of(20, 3.0), random.Random(4)
+    weights = [10 ** rng.uniform(-5, -2) for _ in space.sites]
+    cost, measure, contributions = quadratic(space, weights)
+    start, wanted = (2,) * 20, 0.1
+    blind = replace(space, contexts=())
+    found, unaware = (
+        Prediction(each, start, contributions(start), cost(start)).smallest_within(wanted) for each in (space, blind)
+    )
+    assert cost(found) <= wanted
+    assert space.size(found) < 0.97 * space.size(unaware)
+    path = Path(space, measure, BLOCKS)
+    best, _ = waterfill(path, start, contributions, wanted, 12)
+    assert best.size <= space.size(found) * 1.01
 
 
 @settings(max_examples=30)
@@ -132,8 +211,8 @@ def test_evolve_keeps_bytes_and_never_gets_worse():
 
 
 def test_memory_for_codecs_is_a_limit():
-    heavy = tuple(Option(f"h{level}", 60.0 * (6 - level), 100.0, 4.0**level) for level in range(6))
-    light = tuple(Option(f"l{level}", 100.0 * (6 - level), 1.0, 4.0**level) for level in range(6))
+    heavy = tuple(Option(f"h{level}", (60.0 * (6 - level),), 100.0, (4.0**level,)) for level in range(6))
+    light = tuple(Option(f"l{level}", (100.0 * (6 - level),), 1.0, (4.0**level,)) for level in range(6))
     options = ladder([*heavy, *light]) + light  # the hull has heavy ones only
     limited = PlanSpace(tuple(range(5)), (options,) * 5, 0.0, 10000.0, max_codec_bytes=250)
     prediction = Prediction(limited, (0,) * 5, dict.fromkeys(range(5), 1e-3), 5e-3)

@@ -12,6 +12,7 @@ import pytest
 from leankv.cache.bundle import load_bundle
 from leankv.cache.codec_files import load_codec, save_codec
 from leankv.cache.plan import PlanSpec
+from leankv.codecs import parse_recipe
 from leankv.config.loading import load_experiment
 from leankv.models.loading import load_model
 from leankv.progress import Silent
@@ -258,12 +259,31 @@ def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(config, 
     fitted_to_itself = search.unreferenced.codecs
     assert fitted_to_itself.key(alone, last) != fitted_to_itself.key(with_others, last)
     assert codecs.key(search.reference, last) == fitted_to_itself.key(search.reference, last)
-    # A plan's own codecs are counted as the options that it was put together from.
-    choice = search.start(0.1)
-    for minimize, memory in (("live", 0.0), ("all-in", search.space.codec_bytes(choice) + 7)):
-        claim = claim_of(search.evaluator, search.plan(choice), minimize, 7)
-        assert claim.size == pytest.approx(search.space.size(choice) + memory)
-        assert claim.codec_bytes == search.space.codec_bytes(choice) > 0
+
+
+def test_what_predicts_is_counted_as_codecs_claim_that_are_fitted_to_its_context(config, tmp_path):
+    """Behind coarse sites they claim more than behind fine ones; at contexts that were fitted to nothing is guessed."""
+    ladder = [f"resid(share:-1,transform:s{step})" for step in (0.005, 0.01, 0.02, 0.04)]
+    asked = {"output_dir": str(tmp_path / "run"), "selection.recipes": ",".join(ladder), "selection.minimize": "stored"}
+    evaluator = PlanEvaluator(Workspace.open(load_experiment(config, asked), Silent()))
+    search = PlanSearch(evaluator, evaluator.workspace.experiment.selection)
+    space = search.space
+    checked, grows = 0, 0
+    for place, reference in enumerate((ladder[0], ladder[2], ladder[3])):
+        fitted = evaluator.with_reference(PlanSpec.uniform(reference))
+        for site, options in zip(space.sites, space.options, strict=True):
+            (exact,) = (option for option in options if option.name == "none")
+            for option in options:
+                if option.name == "none":
+                    continue
+                claim = claim_of(fitted, PlanSpec().with_sites({site: parse_recipe(option.name)}), "stored", 0)
+                level = place * (len(option.sizes) - 1) // 2
+                assert claim.size == pytest.approx(space.base - exact.size + option.sizes[level])
+                grows += option.sizes[-1] > 1.01 * option.sizes[0]
+                checked += 1
+    assert checked > 30
+    assert grows > checked / 4
+    assert [site.layer for site in space.sites if space.contexts[space.sites.index(site)] == ()] == [0]
 
 
 def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):

@@ -131,7 +131,7 @@ SETTINGS: dict[str, tuple[str, str, type, str, str]] = {
         "--refit",
         str,
         PLANS,
-        "How a found plan's codecs are fitted anew: none, sequential (to what the plan leaves), distill (together).",
+        "How a found plan's codecs are fitted anew: sequential (to what the plan leaves), distill (together), none.",
     ),
     "confidence": (
         "certification.confidence",

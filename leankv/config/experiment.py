@@ -165,9 +165,9 @@ class SelectionConfig:
     """Memory that the codecs may take, e.g. `16MB`."""
     target_ratio: float | None = None
     """Given, the ratio of bytes is fixed and the cost made least; the budget is then what is certified."""
-    refit: str = "none"
-    """`sequential`: what predicts from earlier layers is fitted anew to what the found plan leaves of those.
-    `distill`: the codecs of the found plan are trained together, to say what the base model says."""
+    refit: str = "sequential"
+    """`sequential`: what predicts from earlier layers is fitted anew to what the found plan leaves of those. `none`:
+    the codecs of the search are kept. `distill`: they are trained together, to say what the base model says."""
 
 
 @dataclass(frozen=True)

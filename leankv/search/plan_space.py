@@ -1,11 +1,19 @@
 """What a search chooses from: for each site some options, each with its size and what its error is predicted to cost.
 
 Knows numbers only. A *choice* says which option each site takes; `measure`, which is handed in, says what it costs.
+
+Where options predict from what earlier sites leave, their sizes and errors follow from the choice there: behind coarse
+sites there is more left to code, and more is lost. Each option has a size and an error at every *level* of what it
+predicts from, and says at which level it leaves its own site; between two levels all are read off a line, at the mean
+level of the sites it predicts from.
 """
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 Choice = tuple[int, ...]
 """The number of the option of each site, in the order of `PlanSpace.sites`."""
@@ -16,6 +24,9 @@ Measure = Callable[[Choice, int, int], Sequence[float]]
 Contributions = Callable[[Choice], Mapping[Hashable, float]]
 """A choice -> what each site contributes to its cost, nats a token; see `leankv.calibration.sensitivity`."""
 
+Table = np.ndarray
+"""Numbers `[sites, options, levels]`; where a site has fewer options than others, its last one stands again."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -23,15 +34,28 @@ class Option:
 
     Attributes:
         name: the recipe, written.
-        size: bytes of what is to be small, at the context that counts.
+        sizes: bytes of what is to be small, where what it predicts from is at each level, from fine to coarse; one
+            number for an option that predicts from nothing.
         codec_bytes: of its codec in memory.
-        error: energy of its errors, in any unit that is the same for all options of a site.
+        errors: energies of its errors, likewise, in any unit that is the same for all options of a site.
+        levels: at which level it leaves its own site, likewise, from 0 (fine) to the last one.
     """
 
     name: str
-    size: float
+    sizes: tuple[float, ...]
     codec_bytes: float
-    error: float
+    errors: tuple[float, ...]
+    levels: tuple[float, ...] = (0.0,)
+
+    @property
+    def size(self) -> float:
+        """Bytes at the middle level, where options are compared before anything is chosen."""
+        return self.sizes[len(self.sizes) // 2]
+
+    @property
+    def error(self) -> float:
+        """Energy of errors at the middle level."""
+        return self.errors[len(self.errors) // 2]
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,8 @@ class PlanSpace:
         fixed: bytes beside the sites' own: what stays exact.
         base: bytes that ratios are counted against.
         max_codec_bytes: the codecs of a choice may take so much memory.
+        contexts: the sites, by number, that each one is predicted from, all before it; None for those that stay exact;
+            empty where no option predicts.
     """
 
     sites: tuple[Hashable, ...]
@@ -52,10 +78,72 @@ class PlanSpace:
     fixed: float
     base: float
     max_codec_bytes: float = math.inf
+    contexts: tuple[tuple[int | None, ...], ...] = ()
 
     def size(self, choice: Choice) -> float:
         """Bytes of all that counts."""
-        return self.fixed + sum(own[index].size for own, index in zip(self.options, choice, strict=True))
+        return self.fixed + math.fsum(self.at(self.sizes, choice))
+
+    def at(self, table: Table, choice: Choice) -> np.ndarray:
+        """The numbers `[sites]` that a choice has: sizes, errors, or what is made of both."""
+        numbers: np.ndarray = self._at(table, np.array([choice]))[0]
+        return numbers
+
+    def totals(self, table: Table, choices: Sequence[Choice]) -> np.ndarray:
+        """The sums `[choices]` of the numbers that choices have."""
+        totals: np.ndarray = self._at(table, np.array(choices)).sum(axis=1)
+        return totals
+
+    def _at(self, table: Table, choices: np.ndarray) -> np.ndarray:
+        """The numbers `[choices, sites]` of choices `[choices, sites]`."""
+        sites, last = np.arange(choices.shape[1]), table.shape[2] - 2
+        beside, left = np.zeros((2, *choices.shape))
+        for site in sites if self.contexts else ():
+            level = beside[:, site] = left[:, :site] @ self._shares[site, :site]
+            whole = np.minimum(level.astype(int), last)
+            below, above = (self._levels[site, choices[:, site], each] for each in (whole, whole + 1))
+            left[:, site] = below + (level - whole) * (above - below)
+        if last < 0:
+            return table[sites, choices, 0]
+        whole = np.minimum(beside.astype(int), last)
+        below, above = (table[sites, choices, each] for each in (whole, whole + 1))
+        numbers: np.ndarray = below + (beside - whole) * (above - below)
+        return numbers
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """`[sites, sites]`: how much the level of each one (column) counts for what another is predicted from."""
+        shares = np.zeros((len(self.sites), len(self.sites)))
+        for reader, sources in enumerate(self.contexts):
+            for source in sources:
+                if source is not None:
+                    shares[reader, source] = 1 / len(sources)
+        return shares
+
+    @cached_property
+    def sizes(self) -> Table:
+        """Bytes."""
+        return self._table(lambda option: option.sizes)
+
+    @cached_property
+    def errors(self) -> Table:
+        """Energies of errors."""
+        return self._table(lambda option: option.errors)
+
+    @cached_property
+    def codec_sizes(self) -> Table:
+        """Bytes of codecs in memory."""
+        return self._table(lambda option: (option.codec_bytes,))
+
+    @cached_property
+    def _levels(self) -> Table:
+        return self._table(lambda option: option.levels)
+
+    def _table(self, numbers: Callable[[Option], tuple[float, ...]]) -> Table:
+        n_levels = max(len(option.sizes) for own in self.options for option in own)
+        most = max(map(len, self.options))
+        padded = ([own[min(index, len(own) - 1)] for index in range(most)] for own in self.options)
+        return np.array([[np.broadcast_to(numbers(option), n_levels) for option in own] for own in padded], float)
 
     def ratio(self, choice: Choice) -> float:
         """`base` over `size`."""

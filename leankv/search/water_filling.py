@@ -2,23 +2,26 @@
 
 Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3) in its operational form (Shoham and
 Gersho, IEEE Trans. ASSP 36, 1988): at one price a byte, every site takes the option whose predicted cost and price
-together are least. What an option is predicted to cost is the site's contribution at a plan that was measured, times
-the error of the option over that of the plan's own. The price follows from the joint cost that is wanted; that is
+together are least; what those that predict from it then take and cost counts with its own. What an option is predicted
+to cost is the site's contribution at a plan that was measured, times the error of the option over that of the plan's
+own. The price follows from the joint cost that is wanted; that is
 measured, and the prediction scaled by what it missed.
 """
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
 from leankv.search.path import Measured, Path
-from leankv.search.plan_space import Choice, Contributions, PlanSpace
+from leankv.search.plan_space import Choice, Contributions, PlanSpace, Table
 
-ROUNDS = 48  # halvings of the logarithm of a price: far below what separates two choices
+ROUNDS = 24  # halvings of the logarithm of a price: far below what separates two choices
 PRICES = (-80.0, 20.0)  # its range, of nats a token and byte: from everything at its finest to all at its coarsest
 LEAST_SHARE = 1e-2  # assumption: a contribution below this share of the mean one is noise, and may even be negative
 CLOSE_ENOUGH = 0.03  # of the wanted cost
+SWEEPS = 20  # far more than were seen to change anything
 TRIES = 4  # slopes that are measured before contributions are taken anew
 
 
@@ -34,46 +37,48 @@ class Prediction:
 
     def __init__(self, space: PlanSpace, at: Choice, contributions: Mapping[Hashable, float], cost: float):
         self.space = space
-        shape = len(space.sites), max(map(len, space.options))
-        self._errors, self._sizes, self._codec_bytes = np.zeros((3, *shape))
-        for site, options in enumerate(space.options):
-            # Where there are fewer options, the last one stands again.
-            own = [options[min(index, len(options) - 1)] for index in range(shape[1])]
-            self._errors[site] = [option.error for option in own]
-            self._sizes[site] = [option.size for option in own]
-            self._codec_bytes[site] = [option.codec_bytes for option in own]
-        errors = self._errors[np.arange(shape[0]), list(at)]
+        errors = space.at(space.errors, at)
         known = np.array([contributions.get(site, 0.0) for site in space.sites])
         seen = errors > 0  # an exact site tells nothing of what its options would cost
         least = LEAST_SHARE * float(np.clip(known[seen], 0, None).mean()) if seen.any() else 0.0
-        weights = np.zeros(shape[0])
+        weights = np.zeros(len(known))
         weights[seen] = np.maximum(known[seen], max(least, 1e-12)) / errors[seen]
         weights[~seen] = np.median(weights[seen]) if seen.any() else 1.0
-        predicted = float((weights * errors).sum())
+        predicted = float(weights @ errors)
         weights *= max(cost, 1e-9) / predicted if predicted else 1.0
-        self._costs = weights[:, None] * self._errors
-
-    def of_site(self, site: int, option: int) -> float:
-        """Nats a token that one site is expected to add."""
-        return float(self._costs[site, option])
+        self._costs: Table = weights[:, None, None] * space.errors
 
     def of(self, choice: Choice) -> float:
         """Nats a token that a choice is expected to add."""
-        return math.fsum(self._costs[np.arange(len(choice)), list(choice)])
+        return math.fsum(self.space.at(self._costs, choice))
 
     def tilted(self, sites: Mapping[int, float]) -> "Prediction":
         """The same where some sites (by number) are expected to cost so many times as much."""
-        other = object.__new__(Prediction)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         factors = np.ones(len(self.space.sites))
         factors[list(sites)] = list(sites.values())
-        other._costs = self._costs * factors[:, None]
+        other._costs = factors[:, None, None] * self._costs
         return other
 
-    def at_price(self, price: float, codec_price: float = 0.0) -> Choice:
-        """The best choice where a byte costs `price` nats a token, and a byte of codecs `codec_price` more."""
-        total = self._costs + price * self._sizes + codec_price * self._codec_bytes
-        return tuple(int(index) for index in total.argmin(axis=1))
+    def at_price(self, price: float, codec_price: float = 0.0, start: Choice | None = None) -> Choice:
+        """The best choice where a byte costs `price` nats a token, and a byte of codecs `codec_price` more.
+
+        Where sites predict from others, the best for one depends on what those take: one after another takes its best,
+        until none changes. Nothing is dearer after such a step than before it. They begin at `start`, or where each
+        would be best in a context of the middle level.
+        """
+        space = self.space
+        prices = self._costs + price * space.sizes + codec_price * space.codec_sizes
+        alone = prices[:, :, prices.shape[2] // 2].argmin(axis=1)
+        choice = start or tuple(int(index) for index in alone)
+        for _ in range(SWEEPS):
+            before = choice
+            for site in range(len(choice)):
+                each = [(*choice[:site], own, *choice[site + 1 :]) for own in range(len(space.options[site]))]
+                choice = each[int(space.totals(prices, each).argmin())]
+            if choice == before:
+                break
+        return choice
 
     def smallest_within(self, cost: float) -> Choice:
         """The smallest choice that is expected to cost no more, within the memory for codecs."""
@@ -90,19 +95,21 @@ class Prediction:
         """The choice with one site after another a level coarser (1) or finer (-1), best first, as far as allowed."""
         space, stuck = self.space, set[int]()
         while len(stuck) < len(choice):
-            moves = {}
-            for site in set(range(len(choice))) - stuck:
-                moved = space.moved(choice, [site], by)
-                if moved == choice:
+            moves = {site: space.moved(choice, [site], by) for site in range(len(choice)) if site not in stuck}
+            changes = (space.totals(table, [choice, *moves.values()]) for table in (self._costs, space.sizes))
+            costs, sizes = (numbers[1:] - numbers[0] for numbers in changes)
+            slopes = {}
+            for (site, moved), cost, size in zip(moves.items(), costs, sizes, strict=True):
+                # Its last option, or one that saves nothing, or mends nothing.
+                if moved == choice or (size >= 0 if by > 0 else cost >= 0):
                     stuck.add(site)
-                    continue
-                cost = self.of_site(site, moved[site]) - self.of_site(site, choice[site])
-                size = space.options[site][moved[site]].size - space.options[site][choice[site]].size
-                moves[site] = cost / size if size else math.inf  # nats a byte: the fewest to give, the most to get
-            if not moves:
+                else:
+                    slopes[site] = cost / size if size > 0 or by > 0 else -math.inf  # nats a byte
+            if not slopes:
                 break
-            site = (max if by > 0 else min)(moves, key=lambda each: (moves[each], each))
-            moved = space.moved(choice, [site], by)
+            # The fewest nats to give, or the most to get.
+            site = (max if by > 0 else min)(slopes, key=lambda each: (slopes[each], each))
+            moved = moves[site]
             if is_allowed(moved) and space.codec_bytes(moved) <= space.max_codec_bytes:
                 choice = moved
             else:
@@ -113,12 +120,17 @@ class Prediction:
         """The choice at the price where `beyond` changes, on the side where it is not true."""
 
         def choice_at(codec_price: float) -> Choice:
-            def is_far(price: float) -> bool:
-                return beyond(self.at_price(price, codec_price)) is dearer_if_true
+            tried: dict[float, Choice] = {}
+
+            def at(price: float) -> Choice:
+                if price not in tried:  # from the nearest one that was tried
+                    nearest = min(tried, key=lambda other: abs(math.log(other / price)), default=None)
+                    tried[price] = self.at_price(price, codec_price, tried[nearest] if nearest else None)
+                return tried[price]
 
             # Prices below: `beyond` as it is at the least price; above: the other.
-            low, high = _bisected(is_far)
-            return self.at_price(high if dearer_if_true else low, codec_price)
+            low, high = _bisected(lambda price: beyond(at(price)) is dearer_if_true)
+            return at(high if dearer_if_true else low)
 
         free = choice_at(0.0)
         if self.space.codec_bytes(free) <= self.space.max_codec_bytes:

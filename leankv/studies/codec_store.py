@@ -101,7 +101,8 @@ class CodecStore:
         """
         if self.workspace.folder is not None:
             stay = {self.key(spec, site) for spec in all_but for site in spec.sites(self.workspace.n_layers)}
-            self._at_hand = {key: stored for key, stored in self._at_hand.items() if key in stay}
+            for key in set(self._at_hand) - stay:  # in place: stores of other references hold the same ones
+                del self._at_hand[key]
 
     def with_reference(self, reference: PlanSpec) -> "CodecStore":
         """The same codecs, but that those which predict are fitted to what `reference` leaves of their context."""

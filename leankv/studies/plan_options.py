@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
 from leankv.cache.footprint import Footprint
 from leankv.cache.plan import PlanSpec, Site
 from leankv.codecs import Codec, Recipe, parse_recipe
@@ -17,6 +20,9 @@ from leankv.models.geometry import BYTES_16_BIT
 from leankv.search.plan_space import Option, PlanSpace, ladder, not_beaten
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
+
+STEPS_BETWEEN = 8  # levels from one reference plan to the next
+TINY = 1e-30  # stands for no error where its logarithm is taken
 
 
 def search_recipes(text: str, error_metric: str) -> list[Recipe]:
@@ -55,41 +61,96 @@ def same_everywhere(sites: Sequence[Site], recipe: Recipe) -> PlanSpec:
 
 
 def plan_space(
-    evaluator: PlanEvaluator, selection: SelectionConfig, sites: Sequence[Site], recipes: Sequence[Recipe], peak: int
+    evaluators: Sequence[PlanEvaluator],
+    selection: SelectionConfig,
+    sites: Sequence[Site],
+    recipes: Sequence[Recipe],
+    references: Sequence[Recipe],
+    peak: int,
 ) -> PlanSpace:
     """The choices of a search, at the context that costs are measured at.
 
-    Sizes are those of real rows: what codecs claim on held-out text, sinks and window and exact sites counted.
+    Sizes are those of real rows: what codecs claim on held-out text, sinks and window and exact sites counted. Codecs
+    that predict claim more, and err more, behind coarse sites than behind fine ones: each has a size and an error for
+    every reference plan.
 
     Args:
-        evaluator: its codec store holds the recipes, fitted.
+        evaluators: one a reference plan, whose codec stores hold the recipes, fitted to what that plan leaves.
         selection: which bytes are to be few, and how much memory codecs may take.
         sites: that may be compressed; all others stay exact.
         recipes: that each of them may get.
+        references: the recipe that each reference plan has everywhere, from fine to coarse.
         peak: bytes that a decoding step takes over what is held, for `all-in`.
 
     Raises:
         UserError: codecs may take less memory than any choice needs.
     """
+    evaluator = evaluators[len(evaluators) // 2]
     workspace, protocol = evaluator.workspace, evaluator.protocol
     geometry, context = workspace.loaded.geometry, workspace.experiment.counted_length
     exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
     limit = parse_bytes(selection.max_codec_memory) if selection.max_codec_memory is not None else None
     with_codecs = selection.minimize == "all-in"
-    codecs = {recipe: evaluator.codecs.codecs(same_everywhere(sites, recipe)) for recipe in recipes}
+    claims: dict[tuple[Site, Recipe], list[Claim]] = {}
+    errors: dict[tuple[Site, Recipe], list[float]] = {}
+    for each in evaluators:
+        for recipe in recipes:
+            for site, own in each.codecs.codecs(same_everywhere(sites, recipe)).items():
+                claim = _claim(site, own.codec, exact, context, selection.minimize)
+                claims.setdefault((site, recipe), []).append(claim)
+                assert own.error is not None, "codecs of a ladder know their error"
+                errors.setdefault((site, recipe), []).append(own.error)
+            each.codecs.forget()  # so that the codecs of one rate only are in memory
+    middle = len(evaluators) // 2
     options = []
     for site in sites:
+        rungs = [errors[site, recipe][place] for place, recipe in enumerate(references)]
         coded = []
-        for recipe, own in codecs.items():
-            claim, error = _claim(site, own[site].codec, exact, context, selection.minimize), own[site].error
-            assert error is not None, "codecs of a ladder know their error"
-            coded.append(Option(recipe.text, claim.size, claim.codec_bytes, error))
-        found = [Option(EXACT, _exact(exact, site, context), 0.0, 0.0), *coded]
+        for recipe in recipes:
+            sizes = _between([claim.size for claim in claims[site, recipe]])
+            own_errors = _between(errors[site, recipe])
+            codec_bytes = claims[site, recipe][middle].codec_bytes
+            coded.append(Option(recipe.text, sizes, codec_bytes, own_errors, _levels(own_errors, rungs)))
+        found = [Option(EXACT, (_exact(exact, site, context),), 0.0, (0.0,)), *coded]
         options.append(ladder(found) if limit is None and not with_codecs else not_beaten(found))
     exact_sites = sum(_exact(exact, site, context) for site in sites)
     fixed = exact.base_bytes(context) - exact_sites + (peak if with_codecs else 0)
-    space = PlanSpace(tuple(sites), tuple(options), fixed, exact.base_bytes(context))
+    contexts = tuple(_context(workspace, site, sites, recipes) for site in sites) if len(evaluators) > 1 else ()
+    space = PlanSpace(tuple(sites), tuple(options), fixed, exact.base_bytes(context), contexts=contexts)
     return space if limit is None else replace(space, max_codec_bytes=float(limit))
+
+
+def _levels(errors: Sequence[float], rungs: Sequence[float]) -> tuple[float, ...]:
+    """Where errors stand among those of the reference plans, by their logarithms; beyond them, at their ends."""
+    places = np.arange(len(rungs)) * STEPS_BETWEEN
+    return tuple(float(level) for level in np.interp(_log(errors), np.maximum.accumulate(_log(rungs)), places))
+
+
+def _between(numbers: Sequence[float]) -> tuple[float, ...]:
+    """Numbers at the levels between those of the reference plans: their logarithms on a smooth curve that never turns.
+
+    Corners at the references would hold a search there. (Fritsch and Butland's curve, SIAM J. Sci. Stat. Comput. 5,
+    1984.)
+    """
+    if len(numbers) == 1:
+        return tuple(numbers)
+    places = np.linspace(0, len(numbers) - 1, (len(numbers) - 1) * STEPS_BETWEEN + 1)
+    curve = PchipInterpolator(np.arange(len(numbers)), _log(numbers))
+    return tuple(float(number) for number in np.exp(curve(places)))
+
+
+def _log(numbers: Sequence[float]) -> np.ndarray:
+    logarithms: np.ndarray = np.log(np.maximum(numbers, TINY))
+    return logarithms
+
+
+def _context(
+    workspace: Workspace, site: Site, sites: Sequence[Site], recipes: Sequence[Recipe]
+) -> tuple[int | None, ...]:
+    """The sites, by number, that the recipe which looks the furthest back predicts from."""
+    furthest = max(recipes, key=lambda recipe: recipe.n_context_layers)
+    numbers = {own: number for number, own in enumerate(sites)}
+    return tuple(numbers.get(source) for source in workspace.context_of(site, furthest))
 
 
 @dataclass(frozen=True)

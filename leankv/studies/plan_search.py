@@ -68,7 +68,7 @@ class PlanSearch:
     """One search: what it may choose from, and how that is measured.
 
     Attributes:
-        evaluator: fits to a reference plan (`CodecStore.with_reference`), and measures.
+        evaluator: fits to the middle reference plan (`CodecStore.with_reference`), and measures.
         unreferenced: the same, fitting each plan's codecs to what the plan itself leaves.
         space: the choices.
         peak: bytes that a decoding step takes over what is held.
@@ -94,12 +94,17 @@ class PlanSearch:
         # From fine to coarse: those that predict, where any do.
         self._rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
         self._sites = search_sites(workspace, selection)
-        self.reference = same_everywhere(self._sites, self._rates[len(self._rates) // 2])
+        predicts = any(recipe.n_context_layers for recipe in self.recipes)
+        places = (0, len(self._rates) // 2, len(self._rates) - 1) if predicts else (len(self._rates) // 2,)
+        references = [self._rates[place] for place in sorted(set(places))]
+        plans = [same_everywhere(self._sites, recipe) for recipe in references]
+        own = [evaluator.with_reference(plan) for plan in plans]
+        self.reference, self.evaluator = plans[len(plans) // 2], own[len(own) // 2]
         self.unreferenced = evaluator
-        self.evaluator = evaluator.with_reference(self.reference)
-        self.evaluator.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
+        for each in own:
+            each.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
         self.peak = peak
-        self.space: PlanSpace = plan_space(self.evaluator, selection, self._sites, self.recipes, peak)
+        self.space: PlanSpace = plan_space(own, selection, self._sites, self.recipes, references, peak)
         blocks = workspace.blocks("selection")
         self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))
         self._base = self.evaluator.base()
