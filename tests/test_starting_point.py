@@ -77,7 +77,7 @@ def test_all_that_was_asked_for_stands_in_it(llama_folder: Path, text_file: Path
 def test_the_forecast_has_every_part(begun: tuple[Path, Any]) -> None:
     _, told = begun
     names = [part["part"] for part in told["parts"]]
-    assert names == ["capture", "gradients", "ladders", "search", "certification", "report"]
+    assert names == ["capture", "gradients", "ladders", "search", "refits", "certification", "report"]
     assert all(part["seconds"] > 0 for part in told["parts"])
     assert told["parts"][0]["disk"] > 0
 

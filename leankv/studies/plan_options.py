@@ -55,6 +55,17 @@ def search_sites(workspace: Workspace, selection: SelectionConfig) -> list[Site]
     return sites
 
 
+def reference_recipes(rates: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes of the reference plans that ladders are fitted to the contexts of, from fine to coarse.
+
+    Args:
+        rates: the recipes that predict, from fine to coarse; where none does, all, whose context does not matter.
+    """
+    middle = len(rates) // 2
+    places = {0, middle, len(rates) - 1} if rates[middle].n_context_layers else {middle}
+    return [rates[place] for place in sorted(places)]
+
+
 def same_everywhere(sites: Sequence[Site], recipe: Recipe) -> PlanSpec:
     """The plan that gives these sites one recipe, and leaves all else exact."""
     return PlanSpec().with_sites(dict.fromkeys(sites, recipe))

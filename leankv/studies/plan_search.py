@@ -22,7 +22,14 @@ from leankv.search.path import Measured, Path, frontier
 from leankv.search.plan_space import Choice, PlanSpace
 from leankv.search.water_filling import Prediction, best_within, cheapest_within, fill_to_size, waterfill
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.plan_options import plan_of, plan_space, same_everywhere, search_recipes, search_sites
+from leankv.studies.plan_options import (
+    plan_of,
+    plan_space,
+    reference_recipes,
+    same_everywhere,
+    search_recipes,
+    search_sites,
+)
 
 MOST_EVALUATIONS = {"waterfill": 12, "refine": 60, "evolve": 200}
 """Full evaluations that a strategy may spend."""
@@ -94,9 +101,7 @@ class PlanSearch:
         # From fine to coarse: those that predict, where any do.
         self._rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
         self._sites = search_sites(workspace, selection)
-        predicts = any(recipe.n_context_layers for recipe in self.recipes)
-        places = (0, len(self._rates) // 2, len(self._rates) - 1) if predicts else (len(self._rates) // 2,)
-        references = [self._rates[place] for place in sorted(set(places))]
+        references = reference_recipes(self._rates)
         plans = [same_everywhere(self._sites, recipe) for recipe in references]
         own = [evaluator.with_reference(plan) for plan in plans]
         self.reference, self.evaluator = plans[len(plans) // 2], own[len(own) // 2]

@@ -26,6 +26,8 @@ from leankv.config.presets import LADDERS
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import find_rotation
 from leankv.models.structure import max_positions, text_config
+from leankv.studies.plan_options import reference_recipes
+from leankv.studies.select_plan import TESTED
 
 LONGEST, SEARCHED = 4096, 1024
 """Tokens of the blocks that costs are believed on, and of those that a search looks at, where a model reads so many."""
@@ -41,6 +43,7 @@ FAMILY = "resid(share,transform)"
 EVALUATIONS, BACKWARD = 12, 4
 """Passes over all selection blocks that `waterfill` takes at most, and those that look for contributions."""
 
+ONE_RATE = 0.5  # of the time of a whole ladder, what they have in common included: 250 and 500 s were seen
 DOCUMENTS = 30
 """Assumption: that a certificate at +7 % reads; 31 and 20 were seen."""
 
@@ -215,6 +218,8 @@ def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Fo
     calibration = data.calibration_blocks * data.block_length
     searched = data.selection_blocks
     paired = pace.forward + pace.cached
+    rates = [parse_recipe(text) for text in LADDERS[FAMILY]]
+    ladder, contexts = len(layers) * calibration / pace.tokens * pace.fit, len(reference_recipes(rates))
     budget = round(1e9 * experiment.memory_budget)
     activations = calibration * loaded.geometry.bytes_per_token * loaded.model.dtype.itemsize // 2
     matrices = sum(2 * layer.width_of(part) ** 2 for layer in layers for part in ("k", "v"))
@@ -229,9 +234,9 @@ def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Fo
         Forecast("gradients", f"{TOKENS:,} tokens, backward", TOKENS / pace.tokens * pace.backward, 0, 0),
         Forecast(
             "ladders",
-            f"{2 * len(layers)} sites, {len(LADDERS[FAMILY])} rates",
-            len(layers) * calibration / pace.tokens * pace.fit,
-            len(LADDERS[FAMILY]) * matrices,
+            f"{2 * len(layers)} sites, {len(rates)} rates, {contexts} contexts",
+            contexts * ladder,
+            contexts * len(rates) * matrices,
             budget,
         ),
         Forecast(
@@ -239,6 +244,13 @@ def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Fo
             f"{EVALUATIONS} x {searched} blocks of {pace.tokens:,}",
             EVALUATIONS * searched * pace.cached + BACKWARD * searched * pace.backward,
             0,
+            budget,
+        ),
+        Forecast(
+            "refits",
+            f"{len(TESTED)} plans fitted anew, and measured",
+            len(TESTED) * (ONE_RATE * ladder + searched * pace.cached),
+            len(TESTED) * matrices,
             budget,
         ),
         Forecast("certification", f"some {DOCUMENTS} documents", DOCUMENTS * long * paired, 0, 0),
