@@ -3,7 +3,8 @@
 A search tries many plans. If every one had its look-back codecs fitted anew to its own context, each would take as long
 to fit as to measure many times over. So all recipes of a site are fitted to one context, that of a *reference plan*,
 and what they have in common (a regression, principal components) is fitted once. A codec is right in any context, since
-its encoder sees the one it is used in; only its bits are a little more than they could be.
+its encoder sees the one it is used in; but its bits are more than they could be, and behind coarse sites more than
+behind fine ones. So a search has ladders of several references, and reads between them (`leankv.search.plan_space`).
 """
 
 import time
