@@ -32,7 +32,7 @@ def sweep_rows(sweep: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             format_interval((row.delta_ppl_low, row.delta_ppl_high)),
             f"{row.fvu_k:.3f}",
             f"{row.fvu_v:.3f}",
-            str(row.bits_per_token),
+            f"{row.bits_per_token:.1f}".removesuffix(".0"),
         ]
         for row, rank in zip(sweep.itertuples(), ranks, strict=True)
     ]

@@ -206,7 +206,8 @@ class CodecStore:
             return
         layers = sorted({site.layer for spec in specs for site in self._closure(spec)})
         activations, metrics = self.activations.of(layers), self.metrics.of(layers)
-        names = ", ".join(sorted({recipe.text for recipe in missing.values()}))
+        recipes = sorted({recipe.text for recipe in missing.values()})
+        names = recipes[0] if len(recipes) == 1 else f"{len(recipes)} recipes"
         with self.workspace.progress.stage(f"fitting {names} layer by layer", len(missing)) as step:
             for spec in specs:
                 keep = self._keeper(spec)
