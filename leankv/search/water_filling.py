@@ -9,6 +9,7 @@ measured, and the prediction scaled by what it missed.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -71,12 +72,12 @@ class Prediction:
         prices = self._costs + price * space.sizes + codec_price * space.codec_sizes
         alone = prices[:, :, prices.shape[2] // 2].argmin(axis=1)
         choice = start or tuple(int(index) for index in alone)
-        for _ in range(SWEEPS):
-            before = choice
-            for site in range(len(choice)):
-                each = [(*choice[:site], own, *choice[site + 1 :]) for own in range(len(space.options[site]))]
-                choice = each[int(space.totals(prices, each).argmin())]
-            if choice == before:
+        settled, n_sites = 0, len(choice)
+        for site in itertools.islice(itertools.cycle(range(n_sites)), SWEEPS * n_sites):
+            each = [(*choice[:site], own, *choice[site + 1 :]) for own in range(len(space.options[site]))]
+            best = each[int(space.totals(prices, each).argmin())]
+            settled, choice = settled + 1 if best == choice else 0, best
+            if settled == n_sites:
                 break
         return choice
 
