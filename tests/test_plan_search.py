@@ -14,7 +14,7 @@ from leankv.search.evolution import evolve
 from leankv.search.local_search import refine
 from leankv.search.path import Path, frontier
 from leankv.search.plan_space import Option, PlanSpace, ladder
-from leankv.search.water_filling import Prediction, waterfill
+from leankv.search.water_filling import SHARED, Prediction, waterfill
 
 BLOCKS = 8
 
@@ -37,7 +37,7 @@ def quadratic(space: PlanSpace, weights):
     def measure(choice, first, end):
         return [cost(choice) * (1 + 0.3 * math.sin(block)) for block in range(first, end)]
 
-    def contributions(choice):
+    def contributions(choice, time=0):
         return dict(zip(space.sites, weights * space.at(space.errors, choice), strict=True))
 
     return cost, measure, contributions
@@ -102,7 +102,7 @@ def test_numbers_are_read_off_between_the_levels_of_what_a_site_is_predicted_fro
 def test_at_a_price_no_site_alone_can_do_better_in_a_chain(weights, price, tax):
     space = chain_of(4, tax)
     cost, _, contributions = quadratic(space, weights)
-    prediction = Prediction(space, (2,) * 4, contributions((2,) * 4), cost((2,) * 4))
+    prediction = Prediction(space, (2,) * 4, contributions((2,) * 4), cost((2,) * 4), shared=0)
 
     def total(choice):
         return cost(choice) + price * space.size(choice)
@@ -122,7 +122,8 @@ def test_bytes_that_others_pay_are_paid_in_a_chain():
     start, wanted = (2,) * 20, 0.1
     blind = replace(space, contexts=())
     found, unaware = (
-        Prediction(each, start, contributions(start), cost(start)).smallest_within(wanted) for each in (space, blind)
+        Prediction(each, start, contributions(start), cost(start), shared=0).smallest_within(wanted)
+        for each in (space, blind)
     )
     assert cost(found) <= wanted
     assert space.size(found) < 0.97 * space.size(unaware)
@@ -137,7 +138,7 @@ def test_water_filling_is_as_good_as_trying_every_choice_on_the_hull(weights, wa
     space = space_of(len(weights))
     cost, _, contributions = quadratic(space, weights)
     start = (2,) * len(weights)
-    prediction = Prediction(space, start, contributions(start), cost(start))
+    prediction = Prediction(space, start, contributions(start), cost(start), shared=0)
     found = prediction.smallest_within(wanted)
     every = list(itertools.product(range(6), repeat=len(weights)))
     within = [choice for choice in every if cost(choice) <= wanted]
@@ -151,12 +152,44 @@ def test_water_filling_is_as_good_as_trying_every_choice_on_the_hull(weights, wa
     assert space.size(found) <= min(map(space.size, within)) + 100.0 * together
 
 
+def test_a_site_that_seems_to_cost_nothing_is_not_taken_for_free():
+    space = space_of(3)
+    prediction = Prediction(space, (2,) * 3, {0: 0.0, 1: 0.01, 2: -0.004}, 0.01)
+    assert prediction.of((2,) * 3) == pytest.approx(0.01)
+    assert prediction.of((3, 2, 2)) > 0.0105
+    assert prediction.of((2, 2, 3)) > 0.0105
+
+
+def test_what_two_texts_say_counts_alike():
+    space, at = space_of(2), (2, 2)
+    first = Prediction(space, at, {0: 0.03, 1: 0.01}, 0.04, shared=0)
+    both = Prediction(space, at, {0: 0.01, 1: 0.03}, 0.04, first, shared=0)
+    assert both.of(at) == pytest.approx(0.04)
+    assert both.of((3, 2)) == pytest.approx(both.of((2, 3)))
+
+
+def test_plans_for_some_text_cost_other_text_less_where_contributions_are_shared():
+    """Blocks say different things of a site; what one says too little of is dear on others."""
+    space, rng = space_of(20), random.Random(5)
+    start, wanted = (2,) * 20, space_of(20).size((3,) * 20)
+    costs: dict[float, list[float]] = {0.0: [], SHARED: []}
+    for _ in range(20):
+        truth = [10 ** rng.gauss(-4, 0.5) for _ in space.sites]
+        seen = [sum(rng.gammavariate(0.3, weight / 0.3) for _ in range(4)) / 4 for weight in truth]
+        cost, _, _ = quadratic(space, truth)
+        _, _, contributions = quadratic(space, seen)
+        for shared, found in costs.items():
+            prediction = Prediction(space, start, contributions(start), 1.0, shared=shared)
+            found.append(cost(prediction.cheapest_within(wanted)) / cost((3,) * 20))
+    assert np.mean(costs[SHARED]) < np.mean(costs[0.0]) - 0.02
+
+
 def test_waterfill_finds_the_cost_that_is_wanted_though_predictions_miss():
     space, rng = space_of(20), random.Random(1)
     weights = [10 ** rng.uniform(-5, -3) for _ in space.sites]
     _, measure, contributions = quadratic(space, weights)
 
-    def half_of_it(choice):  # a prediction that is off by a factor which depends on the site
+    def half_of_it(choice, time):  # a prediction that is off by a factor which depends on the site
         return {site: value * (0.5 + site % 3) for site, value in contributions(choice).items()}
 
     path = Path(space, lambda *asked: [1.7 * x for x in measure(*asked)], BLOCKS)

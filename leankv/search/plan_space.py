@@ -21,8 +21,9 @@ Choice = tuple[int, ...]
 Measure = Callable[[Choice, int, int], Sequence[float]]
 """A choice, a first block and an end block -> nats a token that it adds on each of these, in one fixed order."""
 
-Contributions = Callable[[Choice], Mapping[Hashable, float]]
-"""A choice -> what each site contributes to its cost, nats a token; see `leankv.calibration.sensitivity`."""
+Contributions = Callable[[Choice, int], Mapping[Hashable, float]]
+"""A choice, and how often it was asked before -> what each site contributes to its cost, nats a token, each time on
+other text as far as there is any; see `leankv.calibration.sensitivity`."""
 
 Table = np.ndarray
 """Numbers `[sites, options, levels]`; where a site has fewer options than others, its last one stands again."""

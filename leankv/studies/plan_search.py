@@ -34,7 +34,7 @@ from leankv.studies.plan_options import (
 MOST_EVALUATIONS = {"waterfill": 12, "refine": 60, "evolve": 200}
 """Full evaluations that a strategy may spend."""
 
-CONTRIBUTION_BLOCKS = 8  # assumption: contributions of 60 sites are then known to some 6 % (log of 2026-11-25)
+CONTRIBUTION_BLOCKS = 8  # each time; contributions of 60 sites are then known to 18 % (log of 2026-11-30)
 
 CONTRIBUTION_REVISION = 1
 """Raised when the contributions of a plan's sites change."""
@@ -127,10 +127,17 @@ class PlanSearch:
         base = [self._base.nats[number] for number in ids]
         return [(c - b) / self._base.tokens_per_block for b, c in zip(base, compressed.nats, strict=True)]
 
-    def contributions(self, choice: Choice) -> Mapping[Hashable, float]:
-        """What each site contributes to a choice's cost, nats a token; looked up where it was measured before."""
+    def contributions(self, choice: Choice, time: int) -> Mapping[Hashable, float]:
+        """What each site contributes to a choice's cost, nats a token; looked up where it was measured before.
+
+        Args:
+            choice: the plan.
+            time: how often contributions were asked for before: each time other blocks are read, as far as they go.
+        """
         spec, workspace = self.plan(choice), self.evaluator.workspace
-        blocks = [workspace.blocks("selection").take([number]) for number in self.order[:CONTRIBUTION_BLOCKS]]
+        n_blocks = min(CONTRIBUTION_BLOCKS, len(self.order))
+        places = [(time * n_blocks + place) % len(self.order) for place in range(n_blocks)]
+        blocks = [workspace.blocks("selection").take([self.order[place]]) for place in places]
         feeding = feeding_of(self.evaluator.protocol, blocks[0].tokens.shape[1])
 
         def of_block(block: Blocks, step: Callable[[], None]) -> dict[str, float]:
