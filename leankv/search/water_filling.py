@@ -21,8 +21,8 @@ from leankv.search.plan_space import Choice, Contributions, PlanSpace, Table
 ROUNDS = 24  # halvings of the logarithm of a price: far below what separates two choices
 PRICES = (-80.0, 20.0)  # its range, of nats a token and byte: from everything at its finest to all at its coarsest
 SHARED = 0.1
-"""Part of the mean contribution that is added to each one, as some text says too little of a site. Plans for one half of
-eight blocks cost the other half less with it, by a little where rates are few (log of 2026-11-30)."""
+"""Part of the mean contribution that is added to each one, as some text says too little of a site. Plans for one half
+of eight blocks cost the other half less with it, by a little where rates are few (log of 2026-11-30)."""
 TINY = 1e-12  # nats a token, where nothing contributes
 CLOSE_ENOUGH = 0.03  # of the wanted cost
 SWEEPS = 20  # far more than were seen to change anything
