@@ -8,7 +8,6 @@ own. The price follows from the joint cost that is wanted; that is
 measured, and the prediction scaled by what it missed.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
@@ -18,14 +17,15 @@ import numpy as np
 from leankv.search.path import Measured, Path
 from leankv.search.plan_space import Choice, Contributions, PlanSpace, Table
 
-ROUNDS = 24  # halvings of the logarithm of a price: far below what separates two choices
+ROUNDS = 17  # halvings of the logarithm of a price: far below what separates two choices
 PRICES = (-80.0, 20.0)  # its range, of nats a token and byte: from everything at its finest to all at its coarsest
 SHARED = 0.1
 """Part of the mean contribution that is added to each one, as some text says too little of a site. Plans for one half
 of eight blocks cost the other half less with it, by a little where rates are few (log of 2026-11-30)."""
 TINY = 1e-12  # nats a token, where nothing contributes
 CLOSE_ENOUGH = 0.03  # of the wanted cost
-SWEEPS = 20  # far more than were seen to change anything
+MOVES = 200  # far more than were seen to change anything
+EQUAL = 1e-12  # of a cost: less is rounding
 TRIES = 4  # slopes that are measured before contributions are taken anew
 
 
@@ -83,21 +83,28 @@ class Prediction:
     def at_price(self, price: float, codec_price: float = 0.0, start: Choice | None = None) -> Choice:
         """The best choice where a byte costs `price` nats a token, and a byte of codecs `codec_price` more.
 
-        Where sites predict from others, the best for one depends on what those take: one after another takes its best,
-        until none changes. Nothing is dearer after such a step than before it. They begin at `start`, or where each
-        would be best in a context of the middle level.
+        Where sites predict from others, the best for one depends on what those take: all take their best, or the one
+        that gains the most where that is cheaper, until none gains. They begin at `start`, or where each would be best
+        in a context of the middle level.
         """
         space = self.space
         prices = self._costs + price * space.sizes + codec_price * space.codec_sizes
         alone = prices[:, :, prices.shape[2] // 2].argmin(axis=1)
         choice = start or tuple(int(index) for index in alone)
-        settled, n_sites = 0, len(choice)
-        for site in itertools.islice(itertools.cycle(range(n_sites)), SWEEPS * n_sites):
-            each = [(*choice[:site], own, *choice[site + 1 :]) for own in range(len(space.options[site]))]
-            best = each[int(space.totals(prices, each).argmin())]
-            settled, choice = settled + 1 if best == choice else 0, best
-            if settled == n_sites:
+        n_sites, n_options = prices.shape[:2]
+        sites, options = np.repeat(np.arange(n_sites), n_options), np.tile(np.arange(n_options), n_sites)
+        for _ in range(MOVES):
+            moved = np.tile(choice, (len(sites), 1))
+            moved[np.arange(len(sites)), sites] = options
+            totals = space.totals(prices, moved).reshape(n_sites, n_options)
+            here, best = totals[0, choice[0]], totals.argmin(axis=1)
+            gains = here - totals.min(axis=1)
+            if gains.max() <= EQUAL * abs(here):
                 break
+            site = int(gains.argmax())
+            alone = (*choice[:site], int(best[site]), *choice[site + 1 :])
+            together = tuple(int(own) for own in np.where(gains > EQUAL * abs(here), best, choice))
+            choice = together if space.totals(prices, [together])[0] < totals.min() else alone
         return choice
 
     def smallest_within(self, cost: float) -> Choice:
