@@ -11,7 +11,7 @@ import pytest
 
 from leankv.cache.bundle import load_bundle
 from leankv.cache.codec_files import load_codec, save_codec
-from leankv.cache.plan import PlanSpec
+from leankv.cache.plan import PlanSpec, Site
 from leankv.codecs import parse_recipe
 from leankv.config.loading import load_experiment
 from leankv.models.loading import load_model
@@ -259,6 +259,12 @@ def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(config, 
     fitted_to_itself = search.unreferenced.codecs
     assert fitted_to_itself.key(alone, last) != fitted_to_itself.key(with_others, last)
     assert codecs.key(search.reference, last) == fitted_to_itself.key(search.reference, last)
+    # A plan's own codecs are counted as the options that it was put together from.
+    choice = search.start(0.1)
+    for minimize, memory in (("live", 0.0), ("all-in", search.space.codec_bytes(choice) + 7)):
+        claim = claim_of(search.evaluator, search.plan(choice), minimize, 7)
+        assert claim.size == pytest.approx(search.space.size(choice) + memory)
+        assert claim.codec_bytes == search.space.codec_bytes(choice) > 0
 
 
 def test_what_predicts_is_counted_as_codecs_claim_that_are_fitted_to_its_context(config, tmp_path):
@@ -283,7 +289,7 @@ def test_what_predicts_is_counted_as_codecs_claim_that_are_fitted_to_its_context
                 checked += 1
     assert checked > 30
     assert grows > checked / 4
-    assert [site.layer for site in space.sites if space.contexts[space.sites.index(site)] == ()] == [0]
+    assert [site for site, context in zip(space.sites, space.contexts, strict=True) if not context] == [Site(0, "k")]
 
 
 def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):

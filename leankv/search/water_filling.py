@@ -4,8 +4,8 @@ Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3)
 Gersho, IEEE Trans. ASSP 36, 1988): at one price a byte, every site takes the option whose predicted cost and price
 together are least; what those that predict from it then take and cost counts with its own. What an option is predicted
 to cost is the site's contribution at a plan that was measured, times the error of the option over that of the plan's
-own. The price follows from the joint cost that is wanted; that is
-measured, and the prediction scaled by what it missed.
+own. The price follows from the joint cost that is wanted; that is measured, and the prediction scaled by what it
+missed.
 """
 
 import math
@@ -54,12 +54,14 @@ class Prediction:
         errors = space.at(space.errors, at)
         known = np.array([max(contributions.get(site, 0.0), 0.0) for site in space.sites])
         seen = errors > 0  # an exact site tells nothing of what its options would cost
-        weights = np.zeros(len(known))
-        weights[seen] = np.maximum(known[seen] + shared * known[seen].mean(), TINY) / errors[seen] if seen.any() else 0
-        weights[~seen] = np.median(weights[seen]) if seen.any() else 1.0
-        weights *= max(cost, 1e-9) / float(weights @ errors) if seen.any() else 1.0
-        if before is not None and seen.any():
-            weights = (weights + before._weights * max(cost, 1e-9) / before.of(at)) / 2
+        weights = np.ones(len(known))
+        if seen.any():
+            cost = max(cost, 1e-9)
+            weights[seen] = np.maximum(known[seen] + shared * known[seen].mean(), TINY) / errors[seen]
+            weights[~seen] = np.median(weights[seen])
+            weights *= cost / float(weights @ errors)
+            if before is not None:
+                weights = (weights + before._weights * cost / before.of(at)) / 2
         self._weights: np.ndarray = weights
 
     @cached_property
@@ -89,8 +91,7 @@ class Prediction:
         """
         space = self.space
         prices = self._costs + price * space.sizes + codec_price * space.codec_sizes
-        alone = prices[:, :, prices.shape[2] // 2].argmin(axis=1)
-        choice = start or tuple(int(index) for index in alone)
+        choice = start or tuple(int(index) for index in prices[:, :, prices.shape[2] // 2].argmin(axis=1))
         n_sites, n_options = prices.shape[:2]
         sites, options = np.repeat(np.arange(n_sites), n_options), np.tile(np.arange(n_options), n_sites)
         for _ in range(MOVES):

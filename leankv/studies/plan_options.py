@@ -100,7 +100,8 @@ def plan_space(
     Raises:
         UserError: codecs may take less memory than any choice needs.
     """
-    evaluator = evaluators[len(evaluators) // 2]
+    middle = len(evaluators) // 2
+    evaluator = evaluators[middle]
     workspace, protocol = evaluator.workspace, evaluator.protocol
     geometry, context = workspace.loaded.geometry, workspace.experiment.counted_length
     exact = Footprint(geometry, {}, protocol.sinks, protocol.window)
@@ -116,7 +117,6 @@ def plan_space(
                 assert own.error is not None, "codecs of a ladder know their error"
                 errors.setdefault((site, recipe), []).append(own.error)
             each.codecs.forget()  # so that the codecs of one rate only are in memory
-    middle = len(evaluators) // 2
     options = []
     for site in sites:
         rungs = [errors[site, recipe][place] for place, recipe in enumerate(references)]

@@ -127,16 +127,16 @@ class PlanSearch:
         base = [self._base.nats[number] for number in ids]
         return [(c - b) / self._base.tokens_per_block for b, c in zip(base, compressed.nats, strict=True)]
 
-    def contributions(self, choice: Choice, time: int) -> Mapping[Hashable, float]:
+    def contributions(self, choice: Choice, round_: int) -> Mapping[Hashable, float]:
         """What each site contributes to a choice's cost, nats a token; looked up where it was measured before.
 
         Args:
             choice: the plan.
-            time: how often contributions were asked for before: each time other blocks are read, as far as they go.
+            round_: how often contributions were asked for before: each time other blocks are read, as far as they go.
         """
         spec, workspace = self.plan(choice), self.evaluator.workspace
         n_blocks = min(CONTRIBUTION_BLOCKS, len(self.order))
-        places = [(time * n_blocks + place) % len(self.order) for place in range(n_blocks)]
+        places = [(round_ * n_blocks + place) % len(self.order) for place in range(n_blocks)]
         blocks = [workspace.blocks("selection").take([self.order[place]]) for place in places]
         feeding = feeding_of(self.evaluator.protocol, blocks[0].tokens.shape[1])
 
