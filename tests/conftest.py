@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from tests import tiny
+from tests import tiny, type_checker  # noqa: F401 - before the first module that is checked
 
 # What imports LeanKV is imported inside fixtures: a hook that checks shapes has to be in place before, and pytest sets
 # hooks up after it has read this file.
