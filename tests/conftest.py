@@ -208,7 +208,7 @@ def search_config(trained: Path, documents: Path, tmp_path_factory: pytest.TempP
         "codec": {"key_space": "pre-rope"},
         "fit": {"error_metric": "gradient"},
         "protocol": {"kind": "stream", "sinks": 2, "window": 4, "chunk": 8},
-        "selection": {"recipes": "int,resid(share:-1,int:4),resid(share:-1,int:2)"},
+        "selection": {"recipes": "int:4,int:3,resid(share:-1,int:4),resid(share:-1,int:2)"},
         "certification": {"least_tokens": 24, "clip": 0.3},
     }
     path = tmp_path_factory.mktemp("config") / "plan.yaml"

@@ -161,7 +161,7 @@ class Sweep:
 
 def swept_by_one(root: Path) -> Sweep:
     """Write an experiment under `root`, and sweep it in this process; its folder is `root / "run"`."""
-    config = write_experiment(root, LAYERS, 2, {"calibration": 20, "selection": 40, "report": 4})
+    config = write_experiment(root, LAYERS, 2, {"calibration": 12, "selection": 16, "report": 3})
     experiment = load_experiment(config, {"output_dir": str(root / "run")})
     sweep(PlanEvaluator(Workspace.open(experiment, Silent())))
     return Sweep(config, table_of(root / "run"))

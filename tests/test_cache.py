@@ -36,7 +36,7 @@ def identical(request: pytest.FixtureRequest, model: Any) -> Any:
 def generate(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> Any:
     torch.manual_seed(3)
     return model.generate(
-        tokens, past_key_values=cache, max_new_tokens=16, return_dict_in_generate=True, output_logits=True, **options
+        tokens, past_key_values=cache, max_new_tokens=11, return_dict_in_generate=True, output_logits=True, **options
     )
 
 

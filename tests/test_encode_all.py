@@ -16,7 +16,7 @@ from leankv.models.geometry import find_geometry
 from tests import tiny
 from tests.oracles import Rounding, held_tensors, plan_of
 
-PREFIX, CONTINUATION = 30, 10  # the prefix is longer than the sliding windows of the tiny models that have one
+PREFIX, CONTINUATION = 18, 6  # the prefix is longer than the sliding windows of the tiny models that have one
 PROTOCOL = ProtocolConfig("prefix", sinks=2, prefix_length=PREFIX, continuation=CONTINUATION)
 RECIPES = ["int:4", "transform:s0.3", "resid(share:-2,transform:s0.3)", "k=int:3 v=resid(share:-1,int:3)"]
 

@@ -16,13 +16,13 @@ from tests.oracles import Rounding, SlowCache, identity_plan, plan_of
 
 pytestmark = pytest.mark.whole_runs
 
-NEW_TOKENS = 12
+NEW_TOKENS = 10
 
 
 @pytest.fixture
 def prompts() -> torch.Tensor:
     """Longer than the sliding window."""
-    return tiny.tokens(5, 17)
+    return tiny.tokens(4, 14)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ CLOSE = 1e-4  # nats a token
 @pytest.fixture
 def blocks() -> Blocks:
     """Three blocks, longer than the sliding window."""
-    return Blocks(tiny.tokens(3, 29), "report", "random tokens")
+    return Blocks(tiny.tokens(3, 17), "report", "random tokens")
 
 
 @pytest.fixture(params=list(PROTOCOLS))

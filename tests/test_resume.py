@@ -99,8 +99,8 @@ class History:
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     root = tmp_path_factory.mktemp("resume")
-    blocks = {"calibration": 60, "selection": 24, "report": 8}
-    path = write_experiment(root, LAYERS, 3, blocks, selection={"budget": "1000%", "strategy": "greedy"})
+    blocks = {"calibration": 30, "selection": 12, "report": 3}
+    path = write_experiment(root, LAYERS, 2, blocks, selection={"budget": "1000%", "strategy": "greedy"})
     run_to_the_end(path, root / "undisturbed")
     stops = [stop_at(point, with_signal, path, root / "disturbed") for point, with_signal in POINTS]
     run_to_the_end(path, root / "disturbed")

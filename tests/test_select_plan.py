@@ -48,6 +48,15 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     return folder, succeed_json("select", "--config", config, "--budget", "20%", "-o", folder)
 
 
+@pytest.fixture(scope="module")
+def filled(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict[str, Any]]:
+    """The folder of a search that does not refine, its command but for the folder, and what it printed as JSON."""
+    command = ["select", "--config", str(config), "--budget", "20%", "--strategy", "waterfill"]
+    folder = tmp_path_factory.mktemp("filled") / "run"
+    (summary,) = succeed_json(*command, "-o", folder)
+    return folder, command, summary
+
+
 def test_a_search_ends_with_a_certified_plan_and_its_bundle(run):
     folder, (summary,) = run
     assert summary["certificate"]["certified"]
@@ -91,12 +100,13 @@ def test_asked_again_nothing_is_measured_anew(run, config):
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
-def test_workers_that_search_together_come_to_the_same(run, config, tmp_path, executor):
+def test_workers_that_search_together_come_to_the_same(filled, tmp_path, monkeypatch, executor):
     """On Ray, also where one of them is killed; `tests/test_executors.py` kills local ones."""
-    folder, _ = run
-    command = ["select", "--config", config, "--budget", "20%", "-o", tmp_path, "--executor", executor, "--workers", 2]
+    folder, command, _ = filled
+    command = [*command, "-o", tmp_path, "--executor", executor, "--workers", 2]
     if executor == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("RAY_worker_niceness", "0")  # of 15, beside other tests they would hardly run
         killer = Thread(target=kill_the_first_worker, args=(tmp_path,))
         killer.start()
         result = succeed(*command, "--json")
@@ -292,10 +302,10 @@ def test_what_predicts_is_counted_as_codecs_claim_that_are_fitted_to_its_context
     assert [site for site, context in zip(space.sites, space.contexts, strict=True) if not context] == [Site(0, "k")]
 
 
-def test_a_killed_search_goes_on_where_it_was(run, config, tmp_path):
-    finished, (expected,) = run
+def test_a_killed_search_goes_on_where_it_was(filled, tmp_path):
+    finished, command, expected = filled
     folder = tmp_path / "run"
-    command = ["select", "--config", str(config), "--budget", "20%", "-o", str(folder), "--json"]
+    command = [*command, "-o", str(folder), "--json"]
     process = CommandProcess(command)
     wait_for(lambda: len(list(folder.glob("cells/nats-selection-*.json"))) >= 2, process)
     process.kill()

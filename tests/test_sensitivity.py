@@ -43,7 +43,7 @@ def contributions(model, blocks: torch.Tensor, protocol: ProtocolConfig, plan: P
 @pytest.mark.parametrize("kind", PROTOCOLS)
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_contributions_add_up_to_the_measured_divergence(name, kind):
-    model, blocks, protocol = tiny.build(name), tiny.tokens(3, 40), PROTOCOLS[kind]
+    model, blocks, protocol = tiny.build(name), tiny.tokens(2, 40), PROTOCOLS[kind]
     plan = plan_of(model, PlanSpec.uniform("int:6"))
     found = contributions(model, blocks, protocol, plan)
     assert set(found) == set(plan)

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> PlanEvaluator:
         "model.name": str(root / "model"),
         "model.dtype": "auto",  # processors that know no bfloat16 take an age over it
         "data.dataset": str(root / "text.txt"),
-        "data.block_length": 32,
+        "data.block_length": 24,
         "data.calibration_blocks": 6,
         "data.selection_blocks": 2,
         "data.report_blocks": 2,

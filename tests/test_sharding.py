@@ -210,7 +210,7 @@ def test_gathering_computes_nothing(serial: Sweep, tmp_path: Path, monkeypatch: 
     [
         ("fit.epochs", 3, "fit.epochs 2, not 3"),
         ("plan", "pca:2", "plan ae:4x16, not pca:2"),
-        ("data.selection_blocks", 3, "data.selection_blocks 40, not 3"),
+        ("data.selection_blocks", 3, "data.selection_blocks 16, not 3"),
         ("protocol.sinks", 1, "protocol.sinks 4, not 1"),
         ("model.revision", "main", "model.revision null, not main"),
         ("seed", 1, "seed 0, not 1"),
