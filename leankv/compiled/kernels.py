@@ -1,4 +1,8 @@
-"""The loops themselves; `leankv.compiled` says what they do. They run on one core, and let go of Python's lock."""
+"""The loops themselves; `leankv.compiled` says what they do. They run on one core, and let go of Python's lock.
+
+Arrays are copied number by number: for `a[...] = b` numba also compiles the sentence that says how shapes differ, for
+eight seconds each.
+"""
 
 import math
 
@@ -117,7 +121,9 @@ def radix_values(packed, places, columns, factor, levels, low, out):  # type: ig
     for first in range(0, len(packed), TILE):
         count = min(TILE, len(packed) - first)
         radix_tile(packed, first, count, places, columns, factor, levels, low, bytes_, q)
-        out[:, first : first + count] = q[:, :count]
+        for j in range(len(q)):
+            for n in range(count):
+                out[j, first + n] = q[j, n]
 
 
 @njit(nogil=True, cache=True)

@@ -130,7 +130,8 @@ def table_sums(own, begin, end, width, weights, sums):  # type: ignore[no-untype
 def _synthesize(q, count, mean, synthesis, tile):  # type: ignore[no-untyped-def]
     """`mean + q B`, four numbers of a token at a time: one pass over its vector for four products."""
     for n in range(count):
-        tile[n, :] = mean
+        for i in range(len(mean)):
+            tile[n, i] = mean[i]
     full = len(synthesis) // 4 * 4
     for j in range(0, full, 4):
         row0, row1, row2, row3 = synthesis[j], synthesis[j + 1], synthesis[j + 2], synthesis[j + 3]
