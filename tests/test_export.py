@@ -102,10 +102,8 @@ def test_a_base_that_is_named_loads_in_nf4_with_codecs_in_full_precision(
 
 
 def test_a_repository_and_leankv_may_be_loaded_together(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one codec: its compiled loops are compiled once more, as the repository's own."""
-    bundle = leankv.fit("int:4", loaded.model, None, tiny.tokens(8, 48), sinks=2, window=4)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     write_repository(tmp_path / "repository", bundle, loaded)

@@ -194,7 +194,10 @@ def test_a_continuation_reads_itself_exactly(model: Any, blocks: Blocks) -> None
 def test_blocks_that_are_too_short_are_refused(blocks: Blocks) -> None:
     model = tiny.build("llama")
     short = replace(blocks, tokens=blocks.tokens[:, : PREFIX + CONTINUATION - 1])
-    with pytest.raises(UserError, match=f"prefix of {PREFIX} tokens and a continuation of {CONTINUATION} need blocks"):
+    asked = (
+        f"prefix of {PREFIX} tokens and a continuation of {CONTINUATION} need blocks of {PREFIX + CONTINUATION} tokens"
+    )
+    with pytest.raises(UserError, match=f"{asked}, not"):
         nats(model, short, {})
 
 

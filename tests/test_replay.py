@@ -150,7 +150,7 @@ def test_where_the_disk_is_too_small_some_layers_are_kept(
         ), chosen
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS[:3], ids=in_short)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: f"{p.kind}-{p.batch_size}")
 def test_a_quantized_model_replays_bit_for_bit(protocol: ProtocolConfig, tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "wide", tiny.build("llama", hidden_size=64))  # NF4 on the CPU wants multiples of 64
     model = load_model(ModelConfig(str(folder), device="cpu", dtype="bfloat16", load_in_4bit=True)).model

@@ -100,9 +100,11 @@ def test_asked_again_nothing_is_measured_anew(run, config):
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
-def test_workers_that_search_together_come_to_the_same(filled, tmp_path, monkeypatch, executor):
+def test_workers_that_search_together_come_to_the_same(run, filled, tmp_path, monkeypatch, executor):
     """On Ray, also where one of them is killed; `tests/test_executors.py` kills local ones."""
     folder, command, _ = filled
+    if executor == "local":  # they refine, too
+        folder, command = run[0], command[: command.index("--strategy")]
     command = [*command, "-o", tmp_path, "--executor", executor, "--workers", 2]
     if executor == "ray":
         pytest.importorskip("ray")

@@ -1,7 +1,7 @@
 """The loops themselves; `leankv.compiled` says what they do. They run on one core, and let go of Python's lock.
 
 Arrays are copied number by number: for `a[...] = b` numba also compiles the sentence that says how shapes differ, for
-eight seconds each.
+some seconds each.
 """
 
 import math
