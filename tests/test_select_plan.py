@@ -304,6 +304,20 @@ def test_what_predicts_is_counted_as_codecs_claim_that_are_fitted_to_its_context
     assert [site for site, context in zip(space.sites, space.contexts, strict=True) if not context] == [Site(0, "k")]
 
 
+def test_all_in_counts_the_peak_that_a_plan_has_and_not_that_of_plans_that_predict(config, tmp_path):
+    """Else all plans would pay for what only those that predict decode beside a step."""
+    command = ["select", "--config", config, "--budget", "20%", "--strategy", "waterfill", "--minimize", "all-in"]
+    command += ["-o", tmp_path / "run", "--recipes"]
+    candidates = []
+    for recipes in ("int:3,resid(share:-1,int:3)", "int:3"):
+        succeed(*command, recipes)
+        candidates.append(json.loads((tmp_path / "run" / "plans.json").read_text())[-1]["candidates"])
+    both, alone = candidates
+    assert both[-1]["ratio"] == pytest.approx(alone[-1]["ratio"])
+    costs = [candidate["cost_percent"] for candidate in both]
+    assert len(set(costs)) == len(costs)  # no plan twice, once for each peak
+
+
 def test_a_killed_search_goes_on_where_it_was(filled, tmp_path):
     finished, command, expected = filled
     folder = tmp_path / "run"

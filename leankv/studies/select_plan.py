@@ -23,7 +23,7 @@ from leankv.storage.locks import locked
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.certify import certify_candidates, check_certifiable
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.plan_options import Claim, claim_of
+from leankv.studies.plan_options import Claim, claim_of, search_recipes
 from leankv.studies.plan_search import Found, PlanSearch, search
 from leankv.studies.select import run_folder, save_bundle, write_manifest
 from leankv.studies.stored_bytes import bytes_of_plan
@@ -73,7 +73,7 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     base_ppl = math.nan if all(budget.percent for budget in budgets) else evaluator.base().perplexity
     check_certifiable(evaluator.with_long_blocks(), [budget.percent_of(base_ppl) for budget in budgets])
     windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
-    searches = [_search_of(evaluator, selection, window) for window in windows]
+    searches = [own for window in windows for own in _searches_of(evaluator, selection, window)]
     summaries = []
     for budget in budgets:
         summaries.append(_select(evaluator, searches, budget, folder, len(budgets) == 1))
@@ -130,14 +130,30 @@ def _of_budget(budget: Budget, is_only: bool) -> str:
     return "" if is_only else f"-{str(budget).replace('%', 'pct')}"
 
 
-def _search_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> PlanSearch:
+def _searches_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> list[PlanSearch]:
+    """The searches that one window takes: one, or two where a step's peak counts and some recipes predict."""
     own = evaluator if window == evaluator.protocol.window else evaluator.with_window(window)
     if selection.minimize != "all-in":
-        return PlanSearch(own, selection)
-    plain = PlanSearch(own, replace(selection, minimize="live"))
-    # What one decoding step takes depends on a plan little: that of the reference stands for all.
-    peak = bytes_of_plan(plain.long, "selection", plain.reference).peak_step
-    return PlanSearch(own, selection, peak)
+        return [PlanSearch(own, selection)]
+    recipes = search_recipes(selection.recipes, evaluator.workspace.experiment.fit.error_metric)
+    alone = [recipe.text for recipe in recipes if not recipe.n_context_layers]
+    searches = [_all_in_search(own, selection)]
+    # A step's peak jumps with the first site that predicts, since what it reads is decoded beside it. Going from site
+    # to site, a search would not see that peak go with the last one.
+    if 0 < len(alone) < len(recipes):
+        searches.append(_all_in_search(own, replace(selection, recipes=",".join(alone))))
+    return searches
+
+
+def _all_in_search(evaluator: PlanEvaluator, selection: SelectionConfig) -> PlanSearch:
+    plain = PlanSearch(evaluator, replace(selection, minimize="live"))
+    # What a decoding step takes depends little on rates: the reference plan stands for all.
+    return PlanSearch(evaluator, selection, _peak_of(plain.long, plain.reference))
+
+
+def _peak_of(evaluator: PlanEvaluator, spec: PlanSpec) -> int:
+    """Bytes that a decoding step takes over what is held under a plan, on a real cache."""
+    return bytes_of_plan(evaluator, "selection", spec).peak_step
 
 
 def _select(
@@ -149,7 +165,7 @@ def _select(
     percent = budget.percent_of(base_ppl)
     wanted = math.log1p(percent / 100)
     strategies = _strategies(selection)
-    found = [_found(own, strategies, wanted, selection.target_ratio) for own in searches]
+    searches, found = _found(searches, strategies, wanted, selection.target_ratio)
     candidates = _candidates(searches, found, wanted, selection)
     seconds = {f"search, {name}": sum(each.seconds[name] for each in found) for name in strategies}
     seconds["long blocks"] = time.monotonic() - started - sum(seconds.values())
@@ -176,16 +192,25 @@ def _select(
     return summary
 
 
-def _found(own: PlanSearch, strategies: Sequence[str], wanted: float, target_ratio: float | None) -> Found:
-    """Search one window, for what blocks as long as those of reports shall cost."""
-    found = search(own, strategies, wanted / own.length_factor(wanted), target_ratio)
-    coarsest = own.space.ratio(tuple(len(options) - 1 for options in own.space.options))
-    if target_ratio is not None and found.best.ratio < 0.98 * target_ratio:
+def _found(
+    searches: Sequence[PlanSearch], strategies: Sequence[str], wanted: float, target_ratio: float | None
+) -> tuple[list[PlanSearch], list[Found]]:
+    """Run searches, for what blocks as long as those of reports shall cost: those that came to something, and to what.
+
+    Raises:
+        UserError: none reaches the ratio that is wanted.
+    """
+    found = [search(own, strategies, wanted / own.length_factor(wanted), target_ratio) for own in searches]
+    if target_ratio is None:
+        return list(searches), found
+    reached = [place for place, each in enumerate(found) if each.best.ratio >= 0.98 * target_ratio]
+    if not reached:
+        coarsest = max(own.space.ratio(tuple(len(options) - 1 for options in own.space.options)) for own in searches)
         raise UserError(
             f"no plan reaches a ratio of {target_ratio:g}: the best has {coarsest:.1f}; allow coarser recipes, a "
             "shorter window, or a lower selection.target_ratio"
         )
-    return found
+    return [searches[place] for place in reached], [found[place] for place in reached]
 
 
 def _candidates(
@@ -206,7 +231,8 @@ def _candidates(
         evaluator = _refitted(own, selection.refit)
         title = f"selection text in long blocks, {step.ratio:.1f}x"
         cost = compare(evaluator.base(), evaluator.nats_by_batch(spec, title))
-        claim = claim_of(evaluator, spec, selection.minimize, own.peak)
+        peak = _peak_of(evaluator, spec) if selection.minimize == "all-in" else 0
+        claim = claim_of(evaluator, spec, selection.minimize, peak)
         if claim.codec_bytes > own.space.max_codec_bytes:
             continue  # codecs that were fitted anew may take more memory than the search's
         ratio = own.space.base / claim.size
