@@ -62,11 +62,11 @@ def refine(
 
 def _tried(path: Path, state: _State, factors: Mapping[int, float], few: int) -> bool:
     """Whether a move pays; then it is made."""
-    once, choice = factors, state.here.choice
+    choice = state.here.choice
     while choice == state.here.choice and max(*factors.values(), *(1 / f for f in factors.values())) <= LARGEST_TILT:
         tilted = state.prediction.tilted(factors)
         choice = tilted.cheapest_within(state.here.size)
-        factors = {site: factor * once[site] for site, factor in factors.items()}
+        factors = {site: factor**2 for site, factor in factors.items()}
     if choice == state.here.choice:
         return False
     if path.cost(choice, few) >= path.cost(state.here.choice, few):

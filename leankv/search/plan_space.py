@@ -101,13 +101,15 @@ class PlanSpace:
 
     def _at(self, table: Table, choices: np.ndarray) -> np.ndarray:
         """The numbers `[choices, sites]` of choices `[choices, sites]`."""
+        n_sites, n_options, n_levels = table.shape
+        rows = (np.arange(n_sites) * n_options + choices) * n_levels  # where each one's levels begin
         beside = np.zeros(choices.shape)
         if self.contexts:
-            left = self._levels[np.arange(choices.shape[1]), choices, self._levels.shape[2] // 2]
+            left = self._levels.take(rows + n_levels // 2)
             for _ in range(LEVEL_ROUNDS):
                 beside = left @ self._shares.T
-                left = _read(self._levels, choices, beside)
-        return _read(table, choices, beside)
+                left = _read(self._levels, rows, beside)
+        return _read(table, rows, beside)
 
     @cached_property
     def _shares(self) -> np.ndarray:
@@ -164,12 +166,14 @@ class PlanSpace:
         return tuple(numbers)
 
 
-def _read(table: Table, choices: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Numbers `[choices, sites]` of options, at levels `[choices, sites]` between whole ones."""
-    sites, last = np.arange(choices.shape[1]), table.shape[2] - 1
-    whole = np.minimum(levels.astype(int), max(last - 1, 0))
-    below, above = (table[sites, choices, each] for each in (whole, np.minimum(whole + 1, last)))
-    numbers: np.ndarray = below + (levels - whole) * (above - below)
+def _read(table: Table, rows: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Numbers `[choices, sites]` of options whose levels begin at `rows`, at levels between whole ones."""
+    n_levels = table.shape[2]
+    if n_levels == 1:
+        return table.take(rows)
+    whole = np.minimum(levels.astype(np.intp), n_levels - 2)
+    below = table.take(rows + whole)
+    numbers: np.ndarray = below + (levels - whole) * (table.take(rows + whole + 1) - below)
     return numbers
 
 
