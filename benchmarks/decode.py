@@ -27,7 +27,7 @@ from leankv.cache.plan import Plan, PlanSpec
 from leankv.evaluation.step_peak import peak_bytes, watched
 
 GENERATED, REPEATS = ENCODE_EVERY, 3  # so that each time of generating tokens pays for coding as many
-CERTIFIED = Path(__file__).parent.parent / "results" / "plans-smollm2" / "plans.json"
+CERTIFIED = Path(__file__).parent.parent / "results" / "plans-smollm2-7pct" / "plans.json"
 """Its plan under +7 %."""
 
 ROWS: tuple[tuple[str, int, float], ...] = (
