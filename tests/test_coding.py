@@ -92,6 +92,7 @@ def test_whole_numbers_come_back_from_an_integer_matrix(bits: int, rows: int, co
     matrix = IntegerMatrix(rows, columns, bits)
     matrix.fill(whole)
     assert torch.equal(matrix.widened(), whole)
+    assert torch.equal(matrix.transposed(), whole.T)
     assert matrix.integers.nbytes == math.ceil(rows * bits / 8) * columns
 
 

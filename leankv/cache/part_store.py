@@ -262,9 +262,11 @@ class PartStore:
         """Tokens that are codes, as compiled loops read them, where there are some (`has_loops`)."""
         assert self.codec is not None
         assert self.code is not None
-        if self._matrix is None:
-            self._matrix = self.codec.loop_matrix()
-        return self.codec.packed_rows(self._codes(self.code, first, last), self._matrix)
+        sinks, coded, _ = self._lengths()
+        matrix = self.codec.loop_matrix() if self._matrix is None else self._matrix
+        # The exact window is read after the last code, and would stand beside a matrix that nobody reads any more.
+        self._matrix = None if last == sinks + coded else matrix
+        return self.codec.packed_rows(self._codes(self.code, first, last), matrix)
 
     def meeting(self, first: int, last: int, queries: Float[torch.Tensor, "1 heads groups head_dim"]) -> Meeting:
         """How keys that are codes, read by compiled loops, meet the queries of one token."""

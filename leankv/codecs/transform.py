@@ -243,7 +243,7 @@ class Transform(Codec):
         return q
 
     def loop_matrix(self) -> Float[torch.Tensor, "numbers width"]:
-        return self.synthesis.widened().T.contiguous()
+        return self.synthesis.transposed()
 
     def packed_rows(self, code: Code, matrix: torch.Tensor | None = None) -> PackedRows:
         escapes = code.ragged("escapes")

@@ -47,13 +47,22 @@ class IntegerMatrix(torch.nn.Module):
 
     def widened(self) -> Float32[torch.Tensor, "rows columns"]:
         if self.bits == 8:
-            return self.integers * self.scale
+            return self.integers.float().mul_(self.scale)
         if self.bits == 16:
             upper, lower = self.integers.chunk(2)
             return (256 * upper.float()).add_(lower).mul_(self.scale)
         lower = (self.integers + 8 & 15) - 8
         upper = self.integers - lower >> 4
         return torch.stack([upper, lower], dim=1).flatten(0, 1)[: self.rows] * self.scale
+
+    def transposed(self) -> Float32[torch.Tensor, "columns rows"]:
+        """The transpose of `widened()`, contiguous; made as small integers, as a decoding step has room for little."""
+        if self.bits == 4:
+            return self.widened().T.contiguous()
+        whole = self.integers.T.contiguous()
+        if self.bits == 16:
+            whole = whole[:, : self.rows].short().mul_(256).add_(whole[:, self.rows :])
+        return whole.float().mul_(self.scale[:, None])
 
 
 def rounded(
