@@ -89,7 +89,7 @@ def test_twice_the_blocks_take_twice_as_long(begun: tuple[Path, Any], llama_fold
         load_experiment(path, {"data.calibration_blocks": n, "data.selection_blocks": n, "data.report_blocks": n})
         for n in (8, 16)
     )
-    pace = Pace(once.data.selection_block_length or 0, 1.0, 3.0, 2.0, 0.5)
+    pace = Pace(once.data.selection_block_length or 0, 1.0, 3.0, 2.0, 0.5, 8 * once.data.block_length)
     for before, after in zip(forecast(loaded, once, pace), forecast(loaded, twice, pace), strict=True):
         grows = 1 if before.part in ("gradients", "certification") else 2
         assert after.seconds == pytest.approx(grows * before.seconds)

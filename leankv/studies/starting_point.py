@@ -1,7 +1,8 @@
 """A first experiment for a model, and what it will take: measured on one block, on this machine.
 
 `leankv init` writes it. Times are those of one block, forward, backward and through a compressed cache, and of fitting
-one layer to it; the parts of a search are so many of each. Longer blocks are taken to cost as much a token.
+one layer to as many vectors as it will be; the parts of a search are so many of each. Longer blocks are taken to cost
+as much a token.
 """
 
 import math
@@ -16,12 +17,15 @@ import yaml
 
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
-from leankv.calibration.error_metrics import TOKENS
+from leankv.calibration.error_metrics import TOKENS, shrunk
+from leankv.calibration.fit import weighted_error
+from leankv.calibration.fit_in_context import reconstructed
 from leankv.calibration.gradients import gradient_passes
 from leankv.codecs import FitData, TrainingSettings, parse_recipe
 from leankv.codecs.base import fit_together
 from leankv.config.experiment import Experiment
 from leankv.config.loading import flatten
+from leankv.config.plan_table import PARTS
 from leankv.config.presets import LADDERS
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import find_rotation
@@ -76,7 +80,8 @@ class Pace:
         forward: a plain pass.
         backward: a pass and the gradients of all keys and values.
         cached: a pass through a compressed cache, in chunks.
-        fit: fitting all rates of one layer's keys and values to the block.
+        fit: fitting all rates of one layer's keys and values to `fitted` vectors each.
+        fitted: as many as there are calibration tokens. Few of them would not tell: half of a fit does not grow.
     """
 
     tokens: int
@@ -84,6 +89,7 @@ class Pace:
     backward: float
     cached: float
     fit: float
+    fitted: int
 
 
 COMMENTS = {
@@ -152,7 +158,7 @@ def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[
     vocabulary = text_config(model.config).vocab_size
     tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(experiment.seed))
     tokens = tokens.to(model.device)
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # vectors and error metric of each part
     is_pre_rope = experiment.codec.key_space == "pre-rope"
     rotation = find_rotation(model, False, lambda reason: None) if is_pre_rope else None
 
@@ -160,11 +166,15 @@ def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
 
+    middle = len(loaded.geometry.layers) // 2
+
     def backward() -> None:
         (cache,) = gradient_passes(model, tokens)
-        for part in ("k", "v"):
-            states, _ = cache.states_and_gradients(0, part)
-            seen[part] = states.transpose(1, 2).flatten(2)[0]
+        for part in PARTS:
+            states, gradient = cache.states_and_gradients(middle, part)
+            seen[part] = _rows(states), None
+            if gradient is not None:
+                seen[part] = _rows(states), shrunk(_rows(gradient).T @ _rows(gradient) / length)
 
     def cached() -> None:
         layers = loaded.geometry.layers
@@ -183,24 +193,32 @@ def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[
             for chunk in tokens.split(protocol.chunk, dim=1):
                 model(input_ids=chunk, past_key_values=cache)
 
+    copies = -(-experiment.data.calibration_blocks * experiment.data.block_length // length)
+
     def fit() -> None:
         recipes = [parse_recipe(text) for text in LADDERS[FAMILY]]
         training = TrainingSettings(0, experiment.fit.batch_tokens, experiment.fit.learning_rate, experiment.seed)
         # What a layer predicts from: keys and values of the two before it. These stand for them.
-        context = torch.cat([*seen.values(), *seen.values()], dim=1)[None].half()
-        for x in seen.values():
+        vectors = [states for states, _ in seen.values()]
+        context = torch.cat([*vectors, *vectors], dim=1).half().repeat(copies, 1)
+        for states, metric in seen.values():
+            x = states.repeat(copies, 1)
             held = max(2, len(x) // 10)
             data = FitData(
-                x[None, held:].float(),
-                x[None, :held].float(),
-                context=context[:, held:],
-                heldout_context=context[:, :held],
+                x[None, held:],
+                x[None, :held],
+                context=context[None, held:],
+                heldout_context=context[None, :held],
+                error_metric=None if metric is None else metric[None],
                 training=training,
             )
-            fit_together(recipes, data)
+            codecs = [codec for (codec,) in fit_together(recipes, data)]
+            for codec in codecs:  # each one's error, and what later layers see of one of them
+                weighted_error(x[:held], reconstructed(codec, x[:held], context[:held]), metric)
+            reconstructed(codecs[len(codecs) // 2], x, context)
 
-    forward()  # what is built once is built now
     seconds = []
+    forward()  # what is built once is built now
     for trial in (forward, backward, cached, fit):
         started = time.monotonic()
         trial()
@@ -208,7 +226,13 @@ def measure_pace(loaded: LoadedModel, experiment: Experiment, on_step: Callable[
             torch.cuda.synchronize(loaded.model.device)
         seconds.append(time.monotonic() - started)
         on_step()
-    return Pace(length, *seconds)
+    of_forward, of_backward, of_cached, of_fit = seconds
+    return Pace(length, of_forward, of_backward, of_cached, of_fit, copies * length)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """`[1, heads, T, head_dim]` as `[T, W]`, float32."""
+    return states.transpose(1, 2).flatten(2)[0].float()
 
 
 def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Forecast]:
@@ -219,7 +243,7 @@ def forecast(loaded: LoadedModel, experiment: Experiment, pace: Pace) -> list[Fo
     searched = data.selection_blocks
     paired = pace.forward + pace.cached
     rates = [parse_recipe(text) for text in LADDERS[FAMILY]]
-    ladder, contexts = len(layers) * calibration / pace.tokens * pace.fit, len(reference_recipes(rates))
+    ladder, contexts = len(layers) * pace.fit * calibration / pace.fitted, len(reference_recipes(rates))
     budget = round(1e9 * experiment.memory_budget)
     activations = calibration * loaded.geometry.bytes_per_token * loaded.model.dtype.itemsize // 2
     matrices = sum(2 * layer.width_of(part) ** 2 for layer in layers for part in ("k", "v"))
