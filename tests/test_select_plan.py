@@ -363,8 +363,10 @@ def test_selections_and_comparisons_are_written_into_one_table_and_figure(run, f
     assert "not asked for" in text
     assert "at 95 %" in text
     assert (tmp_path / "together" / "figures" / "frontier.png").stat().st_size > 10_000
-    assert "holds no finished comparison" in refuse("report", folder, folder / "cells", "-o", tmp_path / "together")
-    assert "none of these folders" in refuse("report", tmp_path / "compared", "-o", tmp_path / "together")
+    assert "holds no run" in refuse("report", folder, folder / "cells", "-o", tmp_path / "together")
+    # Without a selection there is nothing to draw beside: the page alone.
+    succeed("report", tmp_path / "compared", "-o", tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["report.html"]
 
 
 def test_what_is_not_certified_is_shipped_with_its_own_certificate(config, tmp_path, monkeypatch):

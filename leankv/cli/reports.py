@@ -17,8 +17,8 @@ def report_command(
         typer.Option(
             "--output-dir",
             "-o",
-            help="Write the page there, and plans.csv, plans.md and figures/frontier.png beside it: finished "
-            "comparisons among the runs are drawn beside the selections.",
+            help="Write the page there. Where selections are among the runs, plans.csv, plans.md and "
+            "figures/frontier.png stand beside it, in which finished comparisons are drawn with them.",
         ),
     ] = None,
     json_: Json = False,
@@ -39,10 +39,8 @@ def report_command(
         print_json({str(run): read_summary(run).to_json() for run in runs})
         return
     page = (output_dir or runs[0]) / PAGE
-    if output_dir is not None:
-        write_together(runs, output_dir)
-        OUT.print(f"written: {output_dir}/plans.csv, plans.md, figures/frontier.png", highlight=False, soft_wrap=True)
     write_page(runs, page)
+    written = [page, *(write_together(runs, output_dir) if output_dir else ())]
     if output_dir is None and finished:
         OUT.print(runs_table(finished))
-    OUT.print(f"written: {page}", highlight=False, soft_wrap=True)
+    OUT.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

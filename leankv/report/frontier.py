@@ -12,13 +12,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from leankv.errors import UserError
 from leankv.report import run_files
 from leankv.report.columns import read_compare
 from leankv.report.plans import plans_frame
 from leankv.report.summary import read_summary
 from leankv.report.tables import format_budget, format_certified, format_number, markdown_table
-from leankv.report.task_scores import read_task_scores
 from leankv.storage.files import read_json, write_atomically, write_text
 
 TABLE, TEXT, FIGURE = "plans.csv", "plans.md", "figures/frontier.png"
@@ -30,25 +28,25 @@ LEAST_PERCENT = 0.1  # costs below, and those that are none, stand at this end o
 MARKS = "os^DvP*X<>hd"
 
 
-def write_together(runs: Sequence[Path], folder: Path) -> None:
-    """Write `plans.csv` (a row a selection), `plans.md` and the figure of some finished runs.
+def write_together(runs: Sequence[Path], folder: Path) -> list[Path]:
+    """Write `plans.csv` (a row a selection), `plans.md` and the figure of the selections among some runs.
 
     Args:
-        runs: folders of selections, and of comparisons, whose caches are drawn beside; task scores play no part.
+        runs: folders of runs. Caches of comparisons are drawn beside; maps, task scores, unfinished runs play no part.
         folder: what is written goes there.
 
-    Raises:
-        UserError: a folder holds neither.
+    Returns:
+        What was written: nothing where no run is a finished selection.
     """
     selections = [run for run in runs if _is_selection(run)]
-    comparisons = [run for run in runs if run not in selections and read_task_scores(run) is None]
-    caches = [read_compare(run) for run in comparisons]  # refuses what is no comparison either
+    caches = [read_compare(run) for run in runs if run not in selections and (run / run_files.COMPARE).is_file()]
     if not selections:
-        raise UserError("none of these folders holds a finished selection; name one that leankv select has written")
+        return []
     plans = pd.concat([_plans_of(run) for run in selections], ignore_index=True)
     write_text(folder / TABLE, plans.to_csv(index=False))
     write_text(folder / TEXT, plans_markdown(plans))
     write_atomically(folder / FIGURE, lambda path: draw_frontier(plans, caches, path))
+    return [folder / name for name in (TABLE, TEXT, FIGURE)]
 
 
 def _is_selection(run: Path) -> bool:
