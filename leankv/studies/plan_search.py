@@ -30,6 +30,7 @@ from leankv.studies.plan_options import (
     search_recipes,
     search_sites,
 )
+from leankv.studies.stored_bytes import bytes_of_plan
 
 MOST_EVALUATIONS = {"waterfill": 12, "refine": 60, "evolve": 200}
 """Full evaluations that a strategy may spend."""
@@ -78,16 +79,14 @@ class PlanSearch:
         evaluator: fits to the middle reference plan (`CodecStore.with_reference`), and measures.
         unreferenced: the same, fitting each plan's codecs to what the plan itself leaves.
         space: the choices.
-        peak: bytes that a decoding step takes over what is held.
         path: what was measured.
     """
 
-    def __init__(self, evaluator: PlanEvaluator, selection: SelectionConfig, peak: int = 0):
+    def __init__(self, evaluator: PlanEvaluator, selection: SelectionConfig):
         """
         Args:
             evaluator: of the workspace, with the protocol that costs are wanted under.
             selection: what is wanted.
-            peak: bytes that a decoding step takes over what is held, for `all-in`.
 
         Raises:
             UserError: recipes or sites do not suit the model, or limits contradict each other.
@@ -108,7 +107,8 @@ class PlanSearch:
         self.unreferenced = evaluator
         for each in own:
             each.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
-        self.peak = peak
+        # What a decoding step takes depends little on rates: the reference plan stands for all.
+        peak = peak_of(self.long, self.reference, selection.minimize)
         self.space: PlanSpace = plan_space(own, selection, self._sites, self.recipes, references, peak)
         blocks = workspace.blocks("selection")
         self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))
@@ -230,6 +230,11 @@ class PlanSearch:
         for number, site in enumerate(self._sites):
             groups.setdefault((site.part, site.layer * BANDS // n_layers), []).append(number)
         return list(groups.values())
+
+
+def peak_of(evaluator: PlanEvaluator, spec: PlanSpec, minimize: str) -> int:
+    """Bytes that a decoding step takes over what is held under a plan, on a real cache; 0 where they do not count."""
+    return bytes_of_plan(evaluator, "selection", spec).peak_step if minimize == "all-in" else 0
 
 
 def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_ratio: float | None = None) -> Found:

@@ -23,10 +23,9 @@ from leankv.storage.locks import locked
 from leankv.studies.activation_store import remove_captures
 from leankv.studies.certify import certify_candidates, check_certifiable
 from leankv.studies.plan_evaluator import PlanEvaluator
-from leankv.studies.plan_options import Claim, claim_of, search_recipes
-from leankv.studies.plan_search import Found, PlanSearch, search
+from leankv.studies.plan_options import Claim, claim_of
+from leankv.studies.plan_search import Found, PlanSearch, peak_of, search
 from leankv.studies.select import run_folder, save_bundle, write_manifest
-from leankv.studies.stored_bytes import bytes_of_plan
 from leankv.studies.summarize import Choosing, summarize
 
 TESTED = (0.35, 0.6, 0.8, 1.0)
@@ -133,27 +132,14 @@ def _of_budget(budget: Budget, is_only: bool) -> str:
 def _searches_of(evaluator: PlanEvaluator, selection: SelectionConfig, window: int) -> list[PlanSearch]:
     """The searches that one window takes: one, or two where a step's peak counts and some recipes predict."""
     own = evaluator if window == evaluator.protocol.window else evaluator.with_window(window)
-    if selection.minimize != "all-in":
-        return [PlanSearch(own, selection)]
-    recipes = search_recipes(selection.recipes, evaluator.workspace.experiment.fit.error_metric)
+    searches = [PlanSearch(own, selection)]
+    recipes = searches[0].recipes
     alone = [recipe.text for recipe in recipes if not recipe.n_context_layers]
-    searches = [_all_in_search(own, selection)]
     # A step's peak jumps with the first site that predicts, since what it reads is decoded beside it. Going from site
     # to site, a search would not see that peak go with the last one.
-    if 0 < len(alone) < len(recipes):
-        searches.append(_all_in_search(own, replace(selection, recipes=",".join(alone))))
+    if selection.minimize == "all-in" and 0 < len(alone) < len(recipes):
+        searches.append(PlanSearch(own, replace(selection, recipes=",".join(alone))))
     return searches
-
-
-def _all_in_search(evaluator: PlanEvaluator, selection: SelectionConfig) -> PlanSearch:
-    plain = PlanSearch(evaluator, replace(selection, minimize="live"))
-    # What a decoding step takes depends little on rates: the reference plan stands for all.
-    return PlanSearch(evaluator, selection, _peak_of(plain.long, plain.reference))
-
-
-def _peak_of(evaluator: PlanEvaluator, spec: PlanSpec) -> int:
-    """Bytes that a decoding step takes over what is held under a plan, on a real cache."""
-    return bytes_of_plan(evaluator, "selection", spec).peak_step
 
 
 def _select(
@@ -231,7 +217,7 @@ def _candidates(
         evaluator = _refitted(own, selection.refit)
         title = f"selection text in long blocks, {step.ratio:.1f}x"
         cost = compare(evaluator.base(), evaluator.nats_by_batch(spec, title))
-        peak = _peak_of(evaluator, spec) if selection.minimize == "all-in" else 0
+        peak = peak_of(evaluator, spec, selection.minimize)
         claim = claim_of(evaluator, spec, selection.minimize, peak)
         if claim.codec_bytes > own.space.max_codec_bytes:
             continue  # codecs that were fitted anew may take more memory than the search's
