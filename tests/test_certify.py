@@ -230,6 +230,17 @@ def test_too_few_documents_for_any_plan_are_refused_with_the_number_needed(evalu
     assert not cells(evaluator)
 
 
+def test_where_the_bound_that_is_chosen_asks_for_more_documents_than_there_are_the_test_says_so(
+    evaluator: PlanEvaluator,
+) -> None:
+    """It is known after a search only, whose plan would be lost by a refusal."""
+    auto = CertificationConfig(least_tokens=20, max_documents=6)
+    place, (certificate,) = certify(evaluator, [SAFE], 1.0, auto)
+    assert place is None
+    assert certificate.documents <= 6
+    assert certificate.documents_needed is None or certificate.documents_needed > 6
+
+
 def test_a_plan_that_runs_out_of_documents_is_told_how_many_it_would_take(evaluator: PlanEvaluator) -> None:
     enough = certify(evaluator, [SAFE], BUDGET, SETTINGS)[1][0].documents
     few = CertificationConfig(least_tokens=20, clip=0.25, max_documents=enough + 1)

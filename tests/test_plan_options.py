@@ -27,6 +27,7 @@ def test_families_stand_for_their_rates():
     assert recipes[-1] == "int:5"
     by_rate = [recipe.text for recipe in search_recipes("transform", "none")]
     assert all(":s" not in text for text in by_rate)
+    assert (by_rate[0], by_rate[-1]) == ("transform:4", "transform:0.25"), "from fine to coarse, as steps are"
 
 
 def test_ladders_of_a_reference_do_not_depend_on_the_plan_they_stand_in(search_config, tmp_path):

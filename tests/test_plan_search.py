@@ -243,6 +243,17 @@ def test_evolve_keeps_bytes_and_never_gets_worse():
     assert costs == sorted(costs, reverse=True)
 
 
+def test_evolve_ends_where_all_plans_nearby_are_known():
+    """What is known costs no evaluation, so their number alone would not end it."""
+    space = space_of(3)
+    _, measure, _ = quadratic(space, [1e-3, 2e-3, 3e-3])
+    path = Path(space, measure, BLOCKS)
+    start = path.record((3,) * 3, "uniform", "")
+    best = evolve(path, start, 10_000, seed=0)
+    assert path.evaluations < 6**3
+    assert best.cost <= start.cost
+
+
 def test_memory_for_codecs_is_a_limit():
     heavy = tuple(Option(f"h{level}", (60.0 * (6 - level),), 100.0, (4.0**level,)) for level in range(6))
     light = tuple(Option(f"l{level}", (100.0 * (6 - level),), 1.0, (4.0**level,)) for level in range(6))

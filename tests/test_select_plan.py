@@ -13,9 +13,11 @@ from leankv.cache.bundle import load_bundle
 from leankv.cache.codec_files import load_codec, save_codec
 from leankv.cache.plan import PlanSpec
 from leankv.config.loading import load_experiment
+from leankv.errors import UserError
 from leankv.models.loading import load_model
 from leankv.report.plans import PLANS_COLUMNS
 from leankv.studies import select_plan
+from leankv.studies.plan_options import Claim
 from tests.forked import CommandProcess
 from tests.run_folders import (
     finished_files,
@@ -151,6 +153,18 @@ def test_a_ratio_may_be_the_target(config, tmp_path):
     assert 0.98 * 2.2 <= summary["cache_ratio"] < 3
 
 
+def test_of_several_searches_with_a_target_the_cheapest_plan_is_tested_and_not_the_smallest():
+    def candidate(ratio, cost):
+        return select_plan.Candidate(None, PlanSpec(), Claim(1 / ratio, 0.0), ratio, cost)
+
+    cheap, smaller, far = candidate(8.0, 0.01), candidate(8.05, 0.03), candidate(7.0, 0.005)
+    assert select_plan.in_order([smaller, far, cheap], 0.07, None) == [far, cheap, smaller]
+    assert select_plan.in_order([smaller, far, cheap], 0.07, 8.0) == [cheap]
+    assert select_plan.in_order([far], 0.07, 8.0) == [far], "fitted anew, it takes more than it promised"
+    with pytest.raises(UserError, match=r"no plan keeps within \+2\.02 %: the nearest costs \+3\.05 %"):
+        select_plan.in_order([smaller], 0.02, 8.0)
+
+
 def test_windows_are_part_of_the_plan(config, tmp_path):
     folder = tmp_path / "run"
     (summary,) = succeed_json(
@@ -205,6 +219,10 @@ def test_codecs_may_be_trained_together(config, tmp_path):
             "no plan keeps within +0.5 %: the nearest",
         ),
         (("--target-ratio", "90", "--recipes", "int"), "no plan reaches a ratio of 90: the best has"),
+        (
+            ("--target-ratio", "2", "--recipes", "resid(share:-1,int:2)", "--max-codec-memory", "2kB"),
+            "no plan reaches a ratio of 2 with codecs within 2kB: the best has",
+        ),
         (("--strategy", "refine"), "write waterfill before it"),
         (("--strategy", "luck"), "must be one of greedy, waterfill, refine, evolve"),
         (("--sites", "q:1"), "sites 'q:1' are not understood"),
@@ -230,11 +248,48 @@ def test_what_cannot_be_is_refused_in_a_sentence(config, tmp_path, options, says
     [
         (("--set", "certification.max_documents=3"), "set certification.max_documents to more than 3"),
         (("--set", "data.selection_blocks=3", "--set", "certification.clip=auto"), "set data.selection_blocks to 4 or"),
+        (("--window", "22"), "2 sinks and a window of 22 keep every token of selection blocks of 24 exact"),
+        (("--windows", "4,46"), "a window of 46 keep every token of"),
     ],
 )
-def test_what_could_not_be_certified_is_refused_before_anything_is_searched(config, tmp_path, options, says):
-    assert says in refuse("select", "--config", config, "-o", tmp_path / "run", *options)
+def test_what_could_not_be_certified_is_refused_before_anything_is_searched(filled, tmp_path, options, says):
+    """And what a folder holds of a finished run stays finished."""
+    folder, command, _ = filled
+    assert says in refuse(*command, "-o", tmp_path / "run", *options)
     assert not (tmp_path / "run" / "codecs").exists()
+    assert "0.001 % at 95 % confidence" in refuse(*command, "-o", folder, "--budget", "0.001%")
+    assert (folder / "manifest.json").is_file()
+
+
+def test_a_budget_that_no_plan_keeps_does_not_stop_the_others(config, tmp_path):
+    command = ("select", "--config", config, "-o", tmp_path, "--strategy", "waterfill", "--recipes", "int:2")
+    clip = ("--set", "certification.clip=0.01", "--budget", "0.5%,60%", "--target-ratio", "3.3")
+    assert "no plan keeps within +0.5 %: the nearest" in refuse(*command, *clip)
+    (entry,) = json.loads((tmp_path / "plans.json").read_text())
+    assert entry["budget"] == "60%"
+    assert (tmp_path / "bundle-60pct").is_dir()
+
+
+def test_recipes_may_be_named_in_any_order(filled):
+    """Their errors say which is the finer; a search among them comes to the same plan and measures nothing anew."""
+    folder, command, summary = filled
+    before, plan = finished_files(folder), (folder / "plan.json").read_text()
+    (again,) = succeed_json(
+        *command, "-o", folder, "--recipes", "resid(share:-1,int:2),int:3,resid(share:-1,int:4),int:4"
+    )
+    assert (folder / "plan.json").read_text() == plan
+    assert again["certificate"] == summary["certificate"]
+    assert {path for path in finished_files(folder) if "cells" in str(path)} == {
+        path for path in before if "cells" in str(path)
+    }
+
+
+def test_where_codecs_weigh_more_than_they_save_sites_stay_exact(config, tmp_path):
+    command = ("select", "--config", config, "--budget", "20%", "--strategy", "waterfill", "-o", tmp_path)
+    (summary,) = succeed_json(*command, "--minimize", "all-in", "--recipes", "resid(share:-1,int:4)")
+    (entry,) = json.loads((tmp_path / "plans.json").read_text())
+    assert len(PlanSpec.parse(entry["plan"]).sites(4)) < 8
+    assert summary["certificate"]["certified"]
 
 
 def test_all_in_counts_the_peak_that_a_plan_has_and_not_that_of_plans_that_predict(config, tmp_path):

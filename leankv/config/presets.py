@@ -36,7 +36,7 @@ SEARCH_SETTINGS = {**COMPARE_SETTINGS, "data.selection_blocks": 16}
 """What `leankv select` searches with where no experiment is named and none was begun in the folder."""
 
 _STEPS = tuple(f"s{0.005 * 2 ** (half / 2):.3g}" for half in range(9))
-_RATES = tuple(f"{0.25 * 2 ** (half / 2):.3g}" for half in range(9))
+_RATES = tuple(f"{4 / 2 ** (half / 2):.3g}" for half in range(9))
 
 LADDERS = {
     "transform": tuple(f"transform:{step}" for step in _STEPS),

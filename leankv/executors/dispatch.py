@@ -210,7 +210,8 @@ def follow_sweep(experiment: Experiment, workers: int, at_work: Callable[[], boo
 def _refuse_screening(experiment: Experiment, flag: str) -> None:
     if experiment.sweep.screen or experiment.sweep.predict:
         raise UserError(
-            f"screening and prediction look at all layers together; leave {flag} or --screen and --predict out"
+            f"screening and prediction look at all layers together; leave {flag} out, or give "
+            "--no-screen and --no-predict"
         )
 
 

@@ -17,6 +17,7 @@ STAGES = ((8, 4), (2, 1))
 of a generation that is spent on all blocks at two of its five full evaluations."""
 SWITCHES = 3  # at most; the paper draws min of two uniform numbers, so that few are the likeliest
 TRIES = 64
+IDLE = 8  # generations that change and measure nothing, after which there is nothing left nearby (assumption)
 
 
 def evolve(path: Path, start: Measured, max_evaluations: float, seed: int) -> Measured:
@@ -32,18 +33,23 @@ def evolve(path: Path, start: Measured, max_evaluations: float, seed: int) -> Me
         The last parent.
     """
     first, rng, parent = path.evaluations, random.Random(seed), start
-    generation = 0
-    while True:
+    generation, idle = 0, 0
+    while idle < IDLE:
         offspring = _offspring(path.space, parent.choice, start.size, rng)
         needed = _evaluations(len(offspring), path.n_blocks)
         if not offspring or path.evaluations - first + needed > max_evaluations:
-            return parent
+            break
         generation += 1
+        before = path.evaluations
         for one_in, survivors in STAGES:
             blocks = max(1, path.n_blocks // one_in)
             offspring = sorted(offspring, key=lambda choice: path.cost(choice, blocks))[:survivors]
         if path.cost(offspring[0]) < parent.cost:
             parent = path.record(offspring[0], "evolve", f"generation {generation}")
+            idle = 0
+        else:  # what is known already costs nothing, so the limit alone would not end a small space
+            idle = idle + 1 if path.evaluations == before else 0
+    return parent
 
 
 def _evaluations(offspring: int, n_blocks: int) -> float:

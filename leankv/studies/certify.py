@@ -63,14 +63,14 @@ def certify_candidates(
     documents = workspace.documents("certification", settings.least_tokens)
     # Neighbours in a source may be alike; in a random order each is a draw like any other.
     order = random.Random(workspace.experiment.seed).sample(range(len(documents)), len(documents))
-    bound = _stated_clip(settings)
+    bound = clip or _stated_clip(settings)
+    # A clip that is chosen turns out larger, but a test that runs out of documents says how many it takes.
+    _check_enough(documents, budget_percent, bound or math.log1p(budget_percent / 100), settings)
     certificates: list[Certificate] = []
 
     def test(place: int) -> bool:
         evaluator, spec = candidates[place]
-        stated = clip or bound or clip_for(evaluator, spec, budget_percent)
-        if place == 0:
-            _check_enough(documents, budget_percent, stated, settings)
+        stated = bound or clip_for(evaluator, spec, budget_percent)
         certificates.append(_test(evaluator, spec, documents, order, budget_percent, stated, settings))
         return certificates[-1].certified
 

@@ -59,10 +59,10 @@ def search_sites(workspace: Workspace, selection: SelectionConfig) -> list[Site]
 
 
 def reference_recipes(rates: Sequence[Recipe]) -> list[Recipe]:
-    """The recipes of the reference plans that ladders are fitted to the contexts of, from fine to coarse.
+    """The recipes of the reference plans that ladders are fitted to the contexts of, in the order of `rates`.
 
     Args:
-        rates: the recipes that predict, from fine to coarse; where none does, all, whose context does not matter.
+        rates: the recipes that predict; where none does, all, whose context does not matter.
     """
     if not any(rate.n_context_layers for rate in rates):
         return [rates[len(rates) // 2]]

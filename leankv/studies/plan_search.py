@@ -97,16 +97,20 @@ class PlanSearch:
             workspace.checked(PlanSpec.uniform(recipe))
             if selection.refit == "distill":
                 require_trainable(recipe)
-        # From fine to coarse: those that predict, where any do.
-        self._rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
         self._sites = search_sites(workspace, selection)
-        references = reference_recipes(self._rates)
-        plans = [same_everywhere(self._sites, recipe) for recipe in references]
-        own = [evaluator.with_reference(plan) for plan in plans]
-        self.reference, self.evaluator = plans[len(plans) // 2], own[len(own) // 2]
-        self.unreferenced = evaluator
-        for each in own:
+        # Those that predict, where any do.
+        rates = [recipe for recipe in self.recipes if recipe.n_context_layers] or self.recipes
+        references = reference_recipes(rates)
+        fitting = {recipe: evaluator.with_reference(same_everywhere(self._sites, recipe)) for recipe in references}
+        for each in fitting.values():
             each.codecs.fit([same_everywhere(self._sites, recipe) for recipe in self.recipes])
+        # From fine to coarse, whatever the order they were named in.
+        self._rates = self._by_error(fitting[references[len(references) // 2]], rates)
+        references.sort(key=self._rates.index)
+        own = [fitting[recipe] for recipe in references]
+        middle = len(references) // 2
+        self.reference, self.evaluator = same_everywhere(self._sites, references[middle]), own[middle]
+        self.unreferenced = evaluator
         # What a decoding step takes depends little on rates: the reference plan stands for all.
         peak = peak_of(self.long, self.reference, selection.minimize)
         self.space: PlanSpace = plan_space(own, selection, self._sites, self.recipes, references, peak)
@@ -114,6 +118,14 @@ class PlanSearch:
         self.order = random.Random(workspace.experiment.seed).sample(range(len(blocks)), len(blocks))
         self._base = self.evaluator.base()
         self.path = Path(self.space, self._measure, len(self.order))
+
+    def _by_error(self, evaluator: PlanEvaluator, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """Recipes by their error at the last site, which has all layers to predict from."""
+        last = self._sites[-1:]
+        errors = {
+            recipe: evaluator.codecs.codecs(same_everywhere(last, recipe))[last[0]].error or 0.0 for recipe in recipes
+        }
+        return sorted(recipes, key=errors.__getitem__)
 
     def plan(self, choice: Choice) -> PlanSpec:
         """The plan of a choice."""
@@ -219,7 +231,7 @@ class PlanSearch:
                 choice.append(names.index(recipe.text))
                 continue
             error = stored[site].error or 0.0
-            coded = [index for index, name in enumerate(names) if name != EXACT]
+            coded = [index for index, name in enumerate(names) if name != EXACT] or [0]  # nothing may be worth coding
             choice.append(min(coded, key=lambda index: abs(options[index].error - error)))
         return tuple(choice)
 
@@ -243,22 +255,26 @@ def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_rat
     Args:
         own: what to search.
         strategies: `waterfill` first.
-        wanted: nats a token that the plan may cost.
+        wanted: nats a token that the plan may cost in blocks as long as those of reports.
         target_ratio: given, the cost is made least at this ratio of bytes instead.
     """
     path, progress = own.path, own.evaluator.workspace.progress
     size = None if target_ratio is None else own.space.base / target_ratio
+    evaluations = path.evaluations  # what it takes to find a uniform plan to begin at counts as the first strategy's
+    wanted /= own.length_factor(wanted)
     spent: dict[str, float] = {}
     seconds: dict[str, float] = {}
     best: Measured | None = None
     prediction: Prediction | None = None
     for strategy in strategies:
-        started, evaluations = time.monotonic(), path.evaluations
+        started = time.monotonic()
         most = MOST_EVALUATIONS[strategy]
         if strategy == "waterfill" and size is not None:
             best, prediction = fill_to_size(path, own.start_at_size(size), own.contributions, size)
         elif strategy == "waterfill":
-            best, prediction = waterfill(path, own.start(wanted), own.contributions, wanted, most - len(FRONTIER) - 1)
+            start = own.start(wanted)
+            left = most - (path.evaluations - evaluations) - len(FRONTIER) - 1
+            best, prediction = waterfill(path, start, own.contributions, wanted, left)
         elif strategy == "refine":
             assert best is not None
             assert prediction is not None
@@ -275,6 +291,7 @@ def search(own: PlanSearch, strategies: Sequence[str], wanted: float, target_rat
         # Also of what searches under other budgets have measured.
         best = best_within(path.steps, wanted) if size is None else cheapest_within(path.steps, size)
         spent[strategy], seconds[strategy] = path.evaluations - evaluations, time.monotonic() - started
+        evaluations = path.evaluations
         progress.say(f"{strategy}: {best.percent:+.2f} % at a ratio of {best.ratio:.1f}")
     assert best is not None
     steps = tuple(path.steps)

@@ -32,6 +32,10 @@ TESTED = (0.35, 0.6, 0.8, 1.0)
 """Of the cost that the best plan has on selection text: the smallest plans within these parts of it are tested.
 Assumption: other text shows the same plan at up to twice the cost (log of 2026-11-26), so the first has room for it."""
 
+NEAR_TARGET = 0.98
+"""A plan reaches a target ratio from this part of it on: sites go from option to option, and fitted anew a plan takes
+some percent more or less (assumption)."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -60,25 +64,53 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
         plan, as `--plan` reads it.
 
     Raises:
-        UserError: no plan meets a budget or a ratio (the sentence names the nearest), recipes, sites and limits do
-            not suit the model or each other, or there is too little text to certify anything by.
+        UserError: no plan meets a budget or a ratio (the sentence names the nearest, and other budgets are searched
+            first), recipes, sites, windows and limits do not suit the model or each other, or there is too little text
+            to certify anything by.
     """
     workspace = evaluator.workspace
     selection, folder = workspace.experiment.selection, run_folder(workspace)
     budgets = parse_budgets(selection.budget)
+    windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
+    _check_windows(workspace.experiment, windows)
     # What takes hours is not begun where nothing could be certified at its end.
-    workspace.begin()
     # Points are percent of a perplexity that takes a pass to know.
     base_ppl = math.nan if all(budget.percent for budget in budgets) else evaluator.base().perplexity
     check_certifiable(evaluator.with_long_blocks(), [budget.percent_of(base_ppl) for budget in budgets])
-    windows = parse_windows(selection.windows) if selection.windows else (evaluator.protocol.window,)
+    workspace.begin()
     searches = [own for window in windows for own in _searches_of(evaluator, selection, window)]
-    summaries = []
+    summaries, refused = [], []
     for budget in budgets:
-        summaries.append(_select(evaluator, searches, budget, folder, len(budgets) == 1))
+        try:
+            summaries.append(_select(evaluator, searches, budget, folder, len(budgets) == 1))
+        except UserError as error:  # told when the other budgets have had their turn
+            refused.append(str(error))
+    if refused:
+        raise UserError("; ".join(refused))
     remove_captures(folder)
     write_manifest(workspace)
     return summaries
+
+
+def _check_windows(experiment: Experiment, windows: Sequence[int]) -> None:
+    """Refuse an exact window that leaves nothing of a block to be coded.
+
+    Raises:
+        UserError: names the window and the block.
+    """
+    protocol = experiment.protocol
+    lengths = {
+        "selection": experiment.protocol.coded_after or experiment.length_of("selection"),
+        "report": experiment.counted_length,
+    }
+    for window in windows:
+        for split, length in lengths.items():
+            if protocol.sinks + window >= length:
+                raise UserError(
+                    f"{protocol.sinks} sinks and a window of {window} keep every token of {split} blocks of {length} "
+                    "exact, so no plan changes anything; give a shorter --window (or --windows), or longer blocks "
+                    "(data.block_length, data.selection_block_length)"
+                )
 
 
 def read_selections(folder: Path, experiment: Experiment) -> list[Summary]:
@@ -186,15 +218,17 @@ def _found(
     Raises:
         UserError: none reaches the ratio that is wanted.
     """
-    found = [search(own, strategies, wanted / own.length_factor(wanted), target_ratio) for own in searches]
+    found = [search(own, strategies, wanted, target_ratio) for own in searches]
     if target_ratio is None:
         return list(searches), found
-    reached = [place for place, each in enumerate(found) if each.best.ratio >= 0.98 * target_ratio]
+    reached = [place for place, each in enumerate(found) if each.best.ratio >= NEAR_TARGET * target_ratio]
     if not reached:
-        coarsest = max(own.space.ratio(tuple(len(options) - 1 for options in own.space.options)) for own in searches)
+        largest = max(step.ratio for each in found for step in each.steps if step.is_allowed)
+        limit = searches[0].evaluator.workspace.experiment.selection.max_codec_memory
+        within = f" with codecs within {limit}" if limit else ""
         raise UserError(
-            f"no plan reaches a ratio of {target_ratio:g}: the best has {coarsest:.1f}; allow coarser recipes, a "
-            "shorter window, or a lower selection.target_ratio"
+            f"no plan reaches a ratio of {target_ratio:g}{within}: the best has {largest:.1f}; allow coarser recipes, "
+            f"a shorter window, {'more memory for codecs, ' if limit else ''}or a lower selection.target_ratio"
         )
     return [searches[place] for place in reached], [found[place] for place in reached]
 
@@ -228,7 +262,25 @@ def _candidates(
             "fitted anew, the codecs of every plan take more memory than selection.max_codec_memory allows; ask for a "
             "little less of them, or for selection.refit none"
         )
-    candidates.sort(key=lambda each: each.cost)
+    return in_order(candidates, wanted, selection.target_ratio)
+
+
+def in_order(candidates: Sequence[Candidate], wanted: float, target_ratio: float | None) -> list[Candidate]:
+    """Those that are worth testing, from safe to bold.
+
+    Args:
+        candidates: from all searches.
+        wanted: nats a token that a plan may cost.
+        target_ratio: given, one alone is tested: the cheapest of those that reach it, or of all where none does any
+            more once it is fitted anew.
+
+    Raises:
+        UserError: none is within the budget; names the nearest.
+    """
+    candidates = sorted(candidates, key=lambda each: each.cost)
+    if target_ratio is not None:
+        near = [each for each in candidates if each.ratio >= NEAR_TARGET * target_ratio]
+        candidates = (near or candidates)[:1]
     smaller: list[Candidate] = []
     for candidate in candidates:  # what costs more and saves no more than another is none
         if not smaller or candidate.claim.size < smaller[-1].claim.size:

@@ -9,7 +9,7 @@ from leankv.evaluation.cache_bytes import PIECE, SETTLED, CacheBytes, measure_by
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.workspace import Workspace
 
-COUNTING_REVISION = 5
+COUNTING_REVISION = 6
 """Raised when the bytes counted of one cache change: the ruler, the way caches are filled, the peak."""
 
 

@@ -34,7 +34,8 @@ def sweep(evaluator: PlanEvaluator) -> pd.DataFrame:
     options, shard = workspace.experiment.sweep, workspace.shard
     if shard.count > 1 and (options.screen or options.predict):
         raise UserError(
-            "screening and prediction look at all layers together; leave --shard or --screen and --predict out"
+            "screening and prediction look at all layers together; leave --shard out, or give --no-screen and "
+            "--no-predict"
         )
     workspace.begin()
     layers = shard.part(workspace.layers)
