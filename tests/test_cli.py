@@ -78,17 +78,25 @@ def test_run_writes_everything(finished: Path) -> None:
 def test_run_prints_tables_and_a_completion(experiment: Path, finished: Path) -> None:
     """A second run takes everything from the files of the first."""
     before = {path: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()}
-    output = succeed("run", experiment, "-o", finished, "--prompt", "once there was").stdout
+    output = succeed("run", experiment, "-o", finished, "--prompt", "once there was [/b] [INST]").stdout
     summary = json.loads((finished / "summary.json").read_text())
     assert f"{summary['ppl']:.3f}" in output
     assert f"{summary['base_ppl']:.3f}" in output
-    assert "once there was" in output
+    assert "once there was [/b] [INST]" in output, "a prompt is text, not markup"
     assert "tokens/s" in output
     assert {path: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()} == before
 
 
 def test_run_prints_its_summary_as_json(experiment: Path, finished: Path) -> None:
     assert succeed_json("run", experiment, "-o", finished) == json.loads((finished / "summary.json").read_text())
+    assert (finished / "completion.json").is_file(), "the bundle is the same, and so is what it says"
+
+
+def test_what_an_earlier_choice_said_does_not_stay_beside_another(experiment: Path, tmp_path: Path) -> None:
+    succeed("run", experiment, "-o", tmp_path)
+    assert (tmp_path / "completion.json").is_file()
+    succeed_json("select", "-o", tmp_path, "--budget", "0.0001%", "--strategy", "greedy")
+    assert not (tmp_path / "completion.json").exists()
 
 
 # -- sweep, select, train-layer ----------------------------------------------------------------------------------------

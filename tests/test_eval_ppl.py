@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from leankv.cache.bundle import load_bundle
-from leankv.config.experiment import ModelConfig
+from leankv.config.experiment import DataConfig, Experiment, ModelConfig
 from leankv.models.loading import load_model
 from leankv.report.divergence import DIVERGENCE_COLUMNS
+from leankv.studies import evaluate
 from tests.run_folders import BLOCKS, refuse, succeed, succeed_json
 
 pytestmark = pytest.mark.whole_runs
@@ -65,6 +66,19 @@ def test_eval_ppl_on_a_split(bundle: Path, split: str) -> None:
     told = succeed_json("eval-ppl", "--bundle", bundle, "--split", split, "--blocks", 2)
     assert told["split"] == split
     assert told["tokens"] == 2 * 47
+
+
+def test_other_blocks_do_not_move_the_borders_of_a_bundle_s_text() -> None:
+    """WikiText-2 is cut by tokens: shorter blocks would put certification text where codecs were fitted."""
+    made = {"dataset": "wikitext-2", "block_length": 512, "calibration_blocks": 64, "selection_blocks": 2}
+    cuts = []
+    for asked in ({}, {"block_length": 64}, {"calibration_blocks": 2}):
+        data = dataclasses.replace(DataConfig(**made), **asked)
+        cuts.append(evaluate._cut_for(dataclasses.replace(Experiment(), data=data), {"data": made}))
+    assert cuts[0] == cuts[1] == cuts[2]
+    assert cuts[0].data == DataConfig(**made)
+    other = dataclasses.replace(Experiment(), data=DataConfig(dataset="wikipedia-sample"))
+    assert evaluate._cut_for(other, {"data": made}) is other
 
 
 def test_eval_ppl_on_all_begins_where_calibration_begins(bundle: Path) -> None:

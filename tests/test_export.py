@@ -167,6 +167,21 @@ def test_a_base_that_nobody_could_find_is_refused(bundle: Bundle, loaded: Loaded
     assert not (tmp_path / "repository").exists()
 
 
+@pytest.mark.parametrize(
+    ("of", "value", "sentence"),
+    [("_hf_peft_config_loaded", True, "is an adapter, .*merge_and_unload"), ("__class__", None, "code of its own")],
+)
+def test_weights_that_would_not_load_alone_are_not_written(
+    bundle: Bundle, loaded: LoadedModel, tmp_path: Path, of: str, value: Any, sentence: str
+) -> None:
+    model = copy.copy(loaded.model)
+    own = type("Own", (type(loaded.model),), {"__module__": "transformers_modules.own.modeling"})
+    setattr(model, of, value or own)
+    with pytest.raises(UserError, match=sentence):
+        write_repository(tmp_path / "repository", bundle, replace(loaded, model=model), with_weights=True)
+    assert not (tmp_path / "repository").exists()
+
+
 def test_codecs_of_ones_own_do_not_travel(bundle: Bundle, loaded: LoadedModel, tmp_path: Path) -> None:
     class Mine(IntegersRecipe):
         family = "mine"
@@ -260,7 +275,11 @@ def test_push_uploads_what_was_exported(
 
     elsewhere = CliRunner().invoke(app, ["push", str(tmp_path), "--to", "me/lean", "--endpoint", address])
     assert elsewhere.exit_code == 2
-    assert "not written by leankv export" in elsewhere.output
+    assert "is no finished leankv export" in elsewhere.output
+    loaded.model.save_pretrained(repository)  # an export that was stopped among its weights
+    halfway = CliRunner().invoke(app, command)
+    assert halfway.exit_code == 2
+    assert "is no finished leankv export" in halfway.output
 
     assert "model.safetensors" not in write_repository(repository, bundle, loaded)
     local = CliRunner().invoke(app, command)

@@ -1,6 +1,7 @@
 """Tables and summaries on disk: read back as written, also by the version before, or refused in a sentence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,21 @@ import pandas as pd
 import pytest
 
 from leankv.errors import UserError
-from leankv.report.columns import COMPARE_COLUMNS, MAP_COLUMNS, SWEEP_COLUMNS, read_compare, read_map, read_sweep
+from leankv.report.columns import (
+    COMPARE_COLUMNS,
+    MAP_COLUMNS,
+    SWEEP_COLUMNS,
+    on_report_text,
+    read_compare,
+    read_map,
+    read_sweep,
+)
 from leankv.report.divergence import DIVERGENCE_COLUMNS
 from leankv.report.evaluation import Evaluation
+from leankv.report.model_card import measured
+from leankv.report.page.contents import Chosen
+from leankv.report.page.tables import bytes_saved
+from leankv.report.plans import read_entries
 from leankv.report.summary import Summary, read_summary
 from leankv.storage.files import write_json
 
@@ -70,6 +83,7 @@ def summary() -> Summary:
         peak_rss_bytes=10**8,
         device="cpu",
         dtype="float32",
+        claimed_base_bytes={1024: 64_000, 4096: 256_000},
     )
 
 
@@ -109,6 +123,42 @@ def test_a_summary_of_the_version_before(tmp_path: Path) -> None:
     value["weighting"] = value.pop("error_metric")
     write_json(tmp_path / "summary.json", value | {"no_longer_known": 1})
     assert read_summary(tmp_path) == summary()
+
+
+def test_bytes_saved_are_of_caches_that_stop_growing_where_layers_slide() -> None:
+    def base(told: Summary) -> list[str]:
+        return [row[1].text for row in bytes_saved(Chosen(told)).rows]
+
+    slides = {4096: 5_000_000, 32768: 6_000_000}
+    assert base(replace(summary(), claimed_cache_ratio=dict.fromkeys(slides, 2.0), claimed_base_bytes=slides)) == [
+        "5.0",
+        "6.0",
+    ]
+    before = replace(summary(), claimed_cache_ratio={4096: 2.0}, claimed_base_bytes=None, context=1024)
+    assert base(replace(before, base_bytes=4 * 2 * 32 * 2 * 1024)) == ["2.1"]
+    assert base(replace(before, base_bytes=4 * 2 * 32 * 2 * 512)) == ["-"], "an earlier version's file does not say"
+
+
+def test_the_choice_that_was_made_last_comes_first(tmp_path: Path) -> None:
+    write_json(tmp_path / "plans.json", [{"summary": summary().to_json()}])
+    write_json(tmp_path / "summary.json", summary().to_json())
+    assert len(read_entries(tmp_path)) == 1
+    write_json(tmp_path / "summary.json", replace(summary(), strategy="greedy", ppl=12.0).to_json())
+    assert [entry["summary"]["ppl"] for entry in read_entries(tmp_path)] == [12.0, 10.5]
+
+
+def test_only_report_text_stands_beside_selections() -> None:
+    table = read_compare(Path(__file__).parent.parent / "results" / "compare-smollm2-selection")
+    assert len(table)
+    assert not len(on_report_text(table))
+
+
+def test_a_card_says_how_prefixes_were_measured() -> None:
+    experiment = {"data": {"block_length": 4096}, "protocol": {"prefix_length": 1024, "continuation": 256}}
+    assert "in blocks of 4096 tokens" in measured(summary(), experiment)
+    told = measured(replace(summary(), protocol="prefix"), experiment)
+    assert "behind prefixes of 1024 tokens, 256 read beside each" in told
+    assert "4096" not in told.partition("|")[0]
 
 
 def test_a_summary_that_is_not_there_or_lacks_a_figure(tmp_path: Path) -> None:

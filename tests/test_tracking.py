@@ -54,6 +54,16 @@ def test_maps_and_comparisons_have_a_figure_a_row() -> None:
     assert any(name == "compare/int:4/ppl" for _, values in compared.rows for name in values)
 
 
+def test_a_run_that_others_are_still_at_is_no_error(run: Path) -> None:
+    """A shard that has done its part."""
+    for path in (*run.glob("*.csv"), *run.glob("s*.json"), *run.glob("p*.json")):
+        path.unlink()
+    said: list[str] = []
+    track("tensorboard", run, said.append)
+    assert said[0].startswith("tensorboard was told nothing: ")
+    assert "nothing of it is finished" in said[0]
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [(ConnectionError("no route to host"), "no route to host"), (ImportError("cannot import name"), "cannot import")],

@@ -241,12 +241,14 @@ def _print_plans(experiment: Any, json_: bool) -> None:
 
 def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) -> None:
     """Complete a prompt with a run's bundle, on the screen and in its folder, there beside what the base model says."""
+    from rich.text import Text
+
     from leankv.cache.bundle import load_bundle
     from leankv.evaluation.generation import base_text, complete, encoded, format_completion
     from leankv.storage.files import write_json
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
-    OUT.print(f"[bold]{prompt}[/bold]", end="", highlight=False)
+    OUT.print(Text(prompt, style="bold"), end="")  # a prompt may hold what rich takes for markup
     length = NEW_TOKENS + cache.sinks + cache.window
     ids = encoded(loaded, prompt, False)
     completion = complete(loaded, cache, ids, length, 0.0, seed, print_piece)

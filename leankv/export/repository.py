@@ -20,8 +20,14 @@ CONFIG_FILE = "config.json"
 MARK = ".leankv-export"
 """A file that says that a folder was written by this, and may be written again."""
 
-OF_ONE_EXPORT = ("*.py", "model*.safetensors", "model.safetensors.index.json", "generation_config.json")
-"""What an export need not write again: code of the families in use, and weights where they are asked for."""
+OF_ONE_EXPORT = (CONFIG_FILE, "*.py", "model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+"""What an export need not write again: code of the families in use, and weights where they are asked for. And the
+configuration, which comes last: a folder without it is no whole export."""
+
+
+MERGING = (
+    "merge it (peft: merge_and_unload, then save_pretrained), and fit and export a bundle of the folder that this gives"
+)
 
 
 def write_repository(
@@ -57,6 +63,13 @@ def write_repository(
             f"{loaded.name} is loaded in 4 bits, and its weights are not written so; leave --with-weights out: the "
             "repository then names its base, which loads with quantization_config"
         )
+    if with_weights and type(loaded.model).__module__.startswith("transformers_modules."):
+        raise UserError(
+            f"{loaded.name} comes with code of its own, which would not travel with its weights; leave --with-weights "
+            "out: the repository then names its base"
+        )
+    if with_weights and getattr(loaded.model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{loaded.name} is an adapter, whose weights do not load without its base's; {MERGING}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / MARK, f"{__version__}\n")
@@ -89,6 +102,12 @@ def write_repository(
 
 
 STEPS = 3
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an export into a folder came to its end: what transformers writes beside weights names no code."""
+    path = folder / CONFIG_FILE
+    return (folder / MARK).is_file() and path.is_file() and "auto_map" in read_json(path)
 
 
 def _refuse_others(folder: Path) -> None:
@@ -138,6 +157,8 @@ def _nameable(loaded: LoadedModel) -> str:
         return loaded.name
     if (Path(loaded.name) / CONFIG_FILE).is_file():
         return str(Path(loaded.name).resolve())
+    if getattr(loaded.model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{loaded.name} is an adapter's folder, which a repository cannot name as its base; {MERGING}")
     raise UserError(
         f"the base model {loaded.name} is neither on the hub nor a folder that transformers loads, so a repository "
         "cannot name it; add --with-weights"

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from leankv.errors import UserError
-from leankv.export.repository import CONFIG_FILE, MARK, local_base
+from leankv.export.repository import MARK, is_whole, local_base
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, endpoint: str | None = None) -> str:
@@ -27,8 +27,8 @@ def upload(folder: Path, repository: str, *, private: bool = False, endpoint: st
         UserError: the folder is no export, or names a base that only this machine has, or the hub refuses or cannot be
             reached.
     """
-    if not all((folder / name).is_file() for name in (MARK, CONFIG_FILE)):  # the latter comes last
-        raise UserError(f"{folder} was not written by leankv export; write a repository with it first")
+    if not is_whole(folder):
+        raise UserError(f"{folder} is no finished leankv export; write a repository with it first")
     if (base := local_base(folder)) is not None:
         raise UserError(
             f"{folder} names the folder {base} as its base, which other machines do not have; export it with "

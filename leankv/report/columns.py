@@ -161,6 +161,11 @@ def read_compare(folder: Path) -> pd.DataFrame:
     return table.assign(**{name: table[name].astype(object).fillna("") for name in ("baseline", "plan")})
 
 
+def on_report_text(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The rows that may stand beside what selections cost: other splits are what plans are chosen on."""
+    return comparison[comparison["split"] == "report"]
+
+
 def _read(folder: Path, name: str, thing: str, columns: Sequence[str]) -> pd.DataFrame:
     """A table that a command left; only empty fields are missing values, as `none` is a codec."""
     path = folder / name

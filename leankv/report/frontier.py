@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from leankv.report import run_files
-from leankv.report.columns import read_compare
-from leankv.report.plans import plans_frame
-from leankv.report.summary import read_summary
+from leankv.report.columns import on_report_text, read_compare
+from leankv.report.plans import plans_frame, read_entries
 from leankv.report.tables import format_budget, format_certified, format_number, markdown_table
-from leankv.storage.files import read_json, write_atomically, write_text
+from leankv.storage.files import write_atomically, write_text
 
 TABLE, TEXT, FIGURE = "plans.csv", "plans.md", "figures/frontier.png"
 
@@ -32,7 +31,8 @@ def write_together(runs: Sequence[Path], folder: Path) -> list[Path]:
     """Write `plans.csv` (a row a selection), `plans.md` and the figure of the selections among some runs.
 
     Args:
-        runs: folders of runs. Caches of comparisons are drawn beside; maps, task scores, unfinished runs play no part.
+        runs: folders of runs. Caches of comparisons on report text are drawn beside; maps, task scores, unfinished runs
+            play no part.
         folder: what is written goes there.
 
     Returns:
@@ -40,6 +40,7 @@ def write_together(runs: Sequence[Path], folder: Path) -> list[Path]:
     """
     selections = [run for run in runs if _is_selection(run)]
     caches = [read_compare(run) for run in runs if run not in selections and (run / run_files.COMPARE).is_file()]
+    caches = [table for table in (on_report_text(table) for table in caches) if len(table)]
     if not selections:
         return []
     plans = pd.concat([_plans_of(run) for run in selections], ignore_index=True)
@@ -54,9 +55,7 @@ def _is_selection(run: Path) -> bool:
 
 
 def _plans_of(run: Path) -> pd.DataFrame:
-    path = run / run_files.PLANS
-    entries = read_json(path) if path.is_file() else [{"summary": read_summary(run).to_json()}]
-    own = plans_frame(entries)
+    own = plans_frame(read_entries(run))
     own.insert(0, "run", run.name)
     return own
 

@@ -51,10 +51,14 @@ def measured(summary: Summary, experiment: Mapping[str, Any]) -> str:
     table = markdown_table(["", ""], [[name, value] for name, value in summary_rows(summary)])
     interval = format_interval(summary.delta_ppl_interval)
     protocol = format_protocol(summary.protocol, summary.sinks, summary.window)
+    blocks = f"in blocks of {experiment['data']['block_length']} tokens"
+    if summary.protocol == "prefix":
+        lengths = experiment["protocol"]
+        blocks = f"behind prefixes of {lengths['prefix_length']} tokens, {lengths['continuation']} read beside each"
     return f"""Perplexity rises from {summary.base_ppl:.3f} to {summary.ppl:.3f} ({summary.delta_percent:+.1f} %, 95 %
 interval of the rise {interval} points), measured under the protocol {protocol} on
-{summary.tokens} tokens of {summary.dataset}, {summary.split} split, in blocks of
-{experiment["data"]["block_length"]} tokens. The mean Kullback-Leibler divergence from the
+{summary.tokens} tokens of {summary.dataset}, {summary.split} split,
+{blocks}. The mean Kullback-Leibler divergence from the
 uncompressed model is {summary.divergence["kl"]:.4g} nats a token, and the likeliest next token is the same for
 {summary.divergence["top1"]:.1f} % of the tokens.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from leankv.report import run_files
 from leankv.report.plans_figure import draw_plans
 from leankv.report.selection import summary_rows
-from leankv.report.summary import Summary
+from leankv.report.summary import Summary, read_summary
 from leankv.report.tables import format_budget, format_number, markdown_table, plain_table
 from leankv.search.certificate import Certificate
 from leankv.storage.files import read_json, write_atomically, write_text
@@ -66,6 +66,20 @@ def write_plans_report(folder: Path) -> None:
     write_text(folder / "plans.csv", plans_frame(entries).to_csv(index=False))
     write_text(folder / "selection.md", plans_markdown(entries))
     write_atomically(folder / FIGURE, lambda path: draw_plans(entries, path))
+
+
+def read_entries(folder: Path) -> list[dict[str, Any]]:
+    """The selections of a run: those of searches, as `plans.json` has them, and of layers, of which there is a summary.
+
+    The last one made stands in `summary.json`: where it is none of the searches', it comes first.
+    """
+    path, last = folder / run_files.PLANS, folder / run_files.SUMMARY
+    entries: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    if last.is_file():
+        summary = read_summary(folder).to_json()
+        if all(Summary.from_json(entry["summary"]).to_json() != summary for entry in entries):
+            entries = [{"summary": summary}, *entries]
+    return entries
 
 
 def plans_frame(entries: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

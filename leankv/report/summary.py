@@ -50,6 +50,7 @@ class Summary:
         stored_bytes: of the compressed cache serialized.
         peak_step_bytes: the most that one decoding step takes over `held_bytes`.
         claimed_cache_ratio: tokens -> cache ratio, as the codecs' bits say.
+        claimed_base_bytes: tokens -> bytes of the 16-bit cache; None in files of earlier versions.
         codec_parameters: in all codecs.
         codec_bytes: the same on disk.
         codec_bytes_memory: the same in memory, with the tables that decoding builds.
@@ -111,6 +112,7 @@ class Summary:
     refit: str = "none"
     evaluations: float | None = None
     certificate: Mapping[str, Any] | None = None
+    claimed_base_bytes: Mapping[int, int] | None = None
 
     @property
     def stored_ratio(self) -> float:
@@ -131,6 +133,9 @@ class Summary:
             "delta_ppl_interval": None if self.delta_ppl_interval is None else list(self.delta_ppl_interval),
             "claimed_cache_ratio": {str(tokens): ratio for tokens, ratio in self.claimed_cache_ratio.items()},
             "seconds": dict(self.seconds),
+            "claimed_base_bytes": None
+            if self.claimed_base_bytes is None
+            else {str(tokens): bytes_ for tokens, bytes_ in self.claimed_base_bytes.items()},
         }
 
     @classmethod
@@ -144,11 +149,12 @@ class Summary:
         named["divergence"] = {name: named[name] for name in DIVERGENCE_COLUMNS}
         since = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
         known = {field.name: (since | named)[field.name] for field in fields(cls)}
-        interval = known["delta_ppl_interval"]
+        interval, base_bytes = known["delta_ppl_interval"], known["claimed_base_bytes"]
         changed = {
             "selected_layers": tuple(known["selected_layers"]),
             "delta_ppl_interval": None if interval is None else tuple(interval),
             "claimed_cache_ratio": {int(tokens): ratio for tokens, ratio in known["claimed_cache_ratio"].items()},
+            "claimed_base_bytes": base_bytes and {int(tokens): bytes_ for tokens, bytes_ in base_bytes.items()},
         }
         return cls(**{**known, **changed})
 

@@ -79,6 +79,7 @@ def agreement_of(
             "blocks": blocks.hash,
             "chunk": protocol.chunk,
             "new_tokens": new_tokens,
+            "generation": model.generation_config.to_diff_dict(),  # of which the fingerprint knows nothing
         }
         found = cells.get_or_compute("agreement", depends_on, partial(measured, one))
         rows.append({"cache": one.name, **found})

@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from leankv.cache.bundle import load_bundle
+from leankv.cache.bundle import load_bundle, read_bundle_config
 from leankv.cache.lean_cache import LeanCache
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import Experiment
+from leankv.config.loading import flatten, load_experiment
 from leankv.data.splits import TextSource
 from leankv.errors import UserError
 from leankv.evaluation.base_pass import BasePass
@@ -59,7 +61,8 @@ def evaluate(
         )
     if split == "all" and plan is not None:
         raise UserError("--split all has the text that the plan's codecs are fitted to; name a split")
-    source = TextSource(experiment.data, experiment.length_of("selection"))
+    cut = experiment if bundle is None else _cut_for(experiment, read_bundle_config(bundle)["experiment"])
+    source = TextSource(cut.data, cut.length_of("selection"))
     if plan is None:
         progress.say(f"loading {experiment.model.name}")
         loaded = load_model(experiment.model)
@@ -117,3 +120,18 @@ def evaluate(
             ran = free_run(model, prompts, new_tokens, protocol.batch_size, make_base, first_cache.fresh, step)
         result = replace(result, free_run=ran)
     return result
+
+
+def _cut_for(experiment: Experiment, made_with: dict[str, Any]) -> Experiment:
+    """Whose settings cut the text into splits: a bundle's, where it is of the same text.
+
+    Other blocks would move the borders, and others' splits onto what the codecs were fitted to.
+
+    Args:
+        experiment: what is asked for.
+        made_with: the experiment that a bundle came from, as its configuration has it.
+    """
+    settings = flatten(made_with)
+    if settings.get("data.dataset") != experiment.data.dataset:
+        return experiment
+    return load_experiment(None, {**settings, "data.data_dir": experiment.data.data_dir})

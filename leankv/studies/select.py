@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from leankv.cache.bundle import Bundle
+from leankv.cache.bundle import CONFIG_FILE, Bundle
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import Experiment
 from leankv.config.loading import load_experiment
@@ -83,8 +83,10 @@ def save_bundle(evaluator: PlanEvaluator, spec: PlanSpec, summary: Summary, fold
     workspace, protocol = evaluator.workspace, evaluator.protocol
     # The protocol that the plan was measured under: a search of windows leaves another one than it began with.
     made_with = asdict(replace(workspace.experiment, protocol=protocol))
+    completion, said_by = run_folder(workspace) / run_files.COMPLETION, _codes_of(folder)
     if not spec.sites(workspace.n_layers):
         shutil.rmtree(folder, ignore_errors=True)
+        completion.unlink(missing_ok=True)
         return
     bundle = Bundle(
         evaluator.codecs.plan(spec),
@@ -97,6 +99,15 @@ def save_bundle(evaluator: PlanEvaluator, spec: PlanSpec, summary: Summary, fold
         summary.to_json(),
     )
     bundle.save(folder, model_card(summary, made_with))
+    if _codes_of(folder) != said_by:  # else what an earlier bundle said would pass for what this one says
+        completion.unlink(missing_ok=True)
+
+
+def _codes_of(folder: Path) -> list[Any]:
+    """What of a saved bundle decides what is generated with it; nothing where there is no bundle."""
+    path = folder / CONFIG_FILE
+    config = read_json(path) if path.is_file() else {}
+    return [config.get(name) for name in ("files", "key_space", "sinks", "window")]
 
 
 def run_folder(workspace: Workspace) -> Path:

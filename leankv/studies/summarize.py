@@ -102,4 +102,5 @@ def summarize(evaluator: PlanEvaluator, spec: PlanSpec, budget: Budget, base_ppl
         refit=how.refit,
         evaluations=how.evaluations,
         certificate=None if how.certificate is None else how.certificate.to_json(),
+        claimed_base_bytes={tokens: footprint.base_bytes(tokens) for tokens in CONTEXT_LENGTHS},
     )

@@ -63,7 +63,11 @@ def track(tracker: str, folder: Path, say: Callable[[str], None]) -> None:
         folder: of the run.
         say: told what became of it.
     """
-    figures = figures_of(read_run(folder))
+    try:
+        figures = figures_of(read_run(folder))
+    except UserError as error:  # a shard whose others are at work, or a table of another version
+        say(f"{tracker} was told nothing: {error}")
+        return
     try:
         with TRACKERS[tracker](figures, folder) as log:
             for step, values in figures.rows:

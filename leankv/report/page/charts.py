@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from leankv.report.columns import on_report_text
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.tables import format_budget
 from leankv.report.task_scores import TaskScores, row_name
@@ -120,7 +121,8 @@ def frontier(runs: Sequence[RunContents]) -> go.Figure:
     number = 0
     for run in runs:
         if run.compare is not None:
-            for (method, baseline), rows in run.compare.groupby(["method", "baseline"], sort=False, dropna=False):
+            groups = on_report_text(run.compare).groupby(["method", "baseline"], sort=False, dropna=False)
+            for (method, baseline), rows in groups:
                 rows = rows.sort_values("cache_ratio")
                 figure.add_scatter(
                     x=rows["cache_ratio"],

@@ -10,7 +10,8 @@ import pandas as pd
 from leankv.errors import UserError
 from leankv.report import run_files
 from leankv.report.columns import read_compare, read_map, read_spectra, read_sweep
-from leankv.report.summary import Summary, read_summary
+from leankv.report.plans import read_entries
+from leankv.report.summary import Summary
 from leankv.report.task_scores import TaskScores, read_task_scores
 from leankv.storage.files import read_json
 
@@ -103,12 +104,15 @@ def read_run(folder: Path) -> RunContents:
 
 
 def _chosen(folder: Path) -> list[Chosen]:
-    if (folder / run_files.PLANS).is_file():
-        return [
-            Chosen(Summary.from_json(entry["summary"]), entry["plan"], entry["steps"], entry["candidates"])
-            for entry in read_json(folder / run_files.PLANS)
-        ]
-    return [Chosen(read_summary(folder))] if (folder / run_files.SUMMARY).is_file() else []
+    return [
+        Chosen(
+            Summary.from_json(entry["summary"]),
+            entry.get("plan"),
+            entry.get("steps", ()),
+            entry.get("candidates", ()),
+        )
+        for entry in read_entries(folder)
+    ]
 
 
 def _missing(folder: Path) -> list[str]:

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from leankv.report.columns import on_report_text
+from leankv.report.compare import compare_title
 from leankv.report.page import charts, tables
 from leankv.report.page.contents import RunContents, read_run
 from leankv.report.page.text_difference import parted
@@ -51,7 +53,7 @@ def page(runs: Sequence[RunContents]) -> str:
         return f"chart-{len(drawn) - 1}"
 
     finished = [run for run in runs if run.chosen]
-    has_frontier = bool(finished) or any(run.compare is not None for run in runs)
+    has_frontier = bool(finished) or any(run.compare is not None and len(on_report_text(run.compare)) for run in runs)
     body = environment.get_template("page.html").render(
         version=__version__,
         runs=runs,
@@ -59,6 +61,7 @@ def page(runs: Sequence[RunContents]) -> str:
         frontier=chart(charts.frontier(runs)) if has_frontier else None,
         chart=chart,
         charts=charts,
+        compare_title=compare_title,
         tables=tables,
         parted=parted,
         task_note=note_of,

@@ -1,6 +1,7 @@
 """The page's tables: cells of text, and what they are sorted by."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from leankv.config.plan_table import recipes_by_layer
 from leankv.report import run_files
 from leankv.report.page.contents import Chosen, RunContents
 from leankv.report.selection import selection_rows
+from leankv.report.summary import Summary
 from leankv.report.tables import (
     format_budget,
     format_certified,
@@ -89,15 +91,25 @@ def headline(chosen: Chosen) -> list[tuple[str, str]]:
 def bytes_saved(chosen: Chosen) -> PageTable:
     """The 16-bit cache and the compressed one at long contexts, as the codecs claim; without the codecs themselves."""
     summary = chosen.summary
-    per_token = summary.base_bytes / summary.context
     rows = []
     for tokens in LONG_CONTEXTS:
         ratio = summary.claimed_cache_ratio.get(tokens)
         if ratio is not None:
-            base, held = per_token * tokens / 1e6, per_token * tokens / ratio / 1e6
+            base = _base_bytes(summary, tokens) / 1e6
+            held = base / ratio
             sizes = [Cell.number(size, ",.1f") for size in (base, held, base - held)]
             rows.append([Cell.number(tokens, ",.0f"), *sizes, Cell.number(ratio, ".1f")])
     return PageTable(["tokens", "16-bit, MB", "held, MB", "saved, MB", "ratio"], rows)
+
+
+def _base_bytes(summary: Summary, tokens: int) -> float:
+    """Of the 16-bit cache; not known of files that do not say, unless every layer's grew with the text so far."""
+    if summary.claimed_base_bytes is not None:
+        return float(summary.claimed_base_bytes.get(tokens, math.nan))
+    widths = summary.width if isinstance(summary.width, list) else [summary.width] * summary.n_layers
+    of_both = [sum(width) if isinstance(width, tuple | list) else 2 * width for width in widths]
+    per_token = sum(of_both) * 2  # bytes of 16 bits
+    return float(per_token * tokens) if summary.base_bytes == per_token * summary.context else math.nan
 
 
 def plan_table(chosen: Chosen) -> PageTable | None:
