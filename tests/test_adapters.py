@@ -9,6 +9,7 @@ import transformers
 
 import leankv
 from leankv.config.experiment import ModelConfig
+from leankv.models.fingerprint import fingerprint
 from leankv.models.loading import load_model
 from tests import tiny
 
@@ -44,6 +45,19 @@ def test_an_adapters_folder_loads_with_its_base_and_its_tokenizer(folders: tuple
         assert not torch.allclose(own, base.model(ids).logits, atol=1e-2)
     assert adapter.fingerprint != base.fingerprint
     assert adapter.tokenizer("a b").input_ids == base.tokenizer("a b").input_ids
+
+
+def test_which_adapter_is_active_and_how_strongly_is_part_of_the_fingerprint(folders: tuple[Path, Path]) -> None:
+    model = wrapped(folders)
+    told = [fingerprint(model)]
+    with model.disable_adapter():
+        told.append(fingerprint(model))
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    told.append(fingerprint(model))
+    assert len(set(told)) == 3
+    assert fingerprint(wrapped(folders)) == told[0]
 
 
 def test_a_model_with_an_adapter_is_fitted_measured_and_generates(folders: tuple[Path, Path]) -> None:

@@ -1,6 +1,7 @@
 """The command line: its help, what each command prints, and the files it writes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.main import get_command
 
 from leankv import __version__
 from leankv.cli import app
-from tests.run_folders import succeed, succeed_json
+from tests.run_folders import refuse, succeed, succeed_json
 
 pytestmark = pytest.mark.whole_runs
 
@@ -136,6 +137,16 @@ def test_set_reaches_every_setting(experiment: Path, tmp_path: Path) -> None:
     assert resolved["seed"] == 5
 
 
+def test_train_layer_leaves_a_run_s_layers_alone(experiment: Path, finished: Path, tmp_path: Path) -> None:
+    """What is chosen later is chosen among all that were swept."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "experiment.yaml").read_text()
+    for command in (("train-layer", 1), ("map", "int:4", "--layers", "1")):
+        succeed_json(*command, "--config", experiment, "-o", run)
+        assert (run / "experiment.yaml").read_text() == before
+    assert "2024 holds no finished sweep" in refuse("select", "--strategy", "greedy", "--set", "output_dir=2024")
+
+
 def test_train_layer_tells_error_and_cost(experiment: Path, tmp_path: Path) -> None:
     row = succeed_json("train-layer", 2, "--config", experiment, "-o", tmp_path)
     assert row["layer"] == 2
@@ -160,6 +171,11 @@ def test_generate_streams_text_and_tells_the_bytes(bundle: Path) -> None:
     assert output.startswith(told["text"].rstrip("\ufffd")[:3])
     assert f"{told['cache_bytes']:,}" in output
     assert "tokens/s" in output
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(bundle: Path) -> None:
+    sentence = refuse("generate", "once there was", "--bundle", bundle, "--max-new-tokens", 600)
+    assert "and 600 new ones are more than the model's 512 positions" in sentence
 
 
 def test_sampling_follows_the_seed(bundle: Path) -> None:

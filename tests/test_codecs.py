@@ -327,6 +327,8 @@ def test_groups_and_subvectors_that_do_not_divide_the_width_are_refused(text: st
 
 
 def test_a_codec_within_a_codec_is_refused_by_its_own_name() -> None:
+    with pytest.raises(UserError, match=r"is not understood; write resid.*both from as many layers"):
+        parse_recipe("resid(share:-1,share:-2)")
     with pytest.raises(UserError, match=r"codec 'int:9' is not understood; write int:B"):
         parse_recipe("resid(pca:4,resid(mean,int:9))")
     with pytest.raises(UserError, match=r"resid.* does not suit this model: D = 25 is more than the width 24"):

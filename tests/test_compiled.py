@@ -42,6 +42,19 @@ def test_transforms_encode_alike(spec: str, scale: float) -> None:
     assert torch.equal(fast, slow)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "transform" in spec])
+def test_what_is_no_number_stays_within_a_token_s_code(spec: str) -> None:
+    """A model that overflows says nonsense, and does not write where other things stand."""
+    codec = fit(spec, vectors())[0]
+    x = vectors(seed=1)[0][:4]
+    broken = x.clone()
+    broken[1], broken[2, 3] = torch.nan, torch.inf
+    decoded = codec.decode(codec.encode(broken)).float()
+    expected = codec.decode(codec.encode(x)).float()
+    assert decoded.shape == expected.shape
+    assert torch.equal(decoded[[0, 3]], expected[[0, 3]])
+
+
 @given(
     ranges=st.lists(st.tuples(st.integers(-200, 200), st.integers(1, 256)), min_size=1, max_size=40),
     tokens=st.integers(0, 130),

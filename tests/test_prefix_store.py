@@ -68,6 +68,28 @@ def test_a_stored_prefix_costs_what_the_protocol_measures(architecture: str, tmp
     assert abs(float(nats) - measured.nats[0]) / measured.tokens_per_block < 1e-6
 
 
+def test_pages_that_go_while_a_prompt_is_computed_are_written_again(
+    llama: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process that makes room; a gap would make all that is behind it worthless."""
+    store, text = PrefixStore(tmp_path, bundle, llama), prompt(3 * PAGE)
+    store.add(text[:, :PAGE])
+    computed = store._computed
+
+    def meanwhile(tokens: torch.Tensor) -> Any:
+        assert store.drop(None) > 0
+        return computed(tokens)
+
+    monkeypatch.setattr(store, "_computed", meanwhile)
+    assert store.add(text) == 3
+    assert store.stored_tokens(text) == 3 * PAGE
+
+
+def test_more_sinks_than_a_page_holds_are_refused(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="keeps 300 sinks exact"):
+        PrefixStore(tmp_path, dataclasses.replace(bundle, sinks=300), llama)
+
+
 def test_prompts_that_begin_alike_share_pages(llama: Any, bundle: Bundle, tmp_path: Path) -> None:
     store = PrefixStore(tmp_path, bundle, llama)
     system = prompt(2 * PAGE)

@@ -48,6 +48,25 @@ def fitted(architecture: str, recipe: str) -> tuple[Any, Bundle]:
 
 
 @torch.no_grad()
+def test_a_cache_suits_the_same_model_in_another_dtype(tmp_path: Path) -> None:
+    """Fingerprints are the same, and a layer that is left exact has the numbers that it was saved with."""
+    model = tiny.build("llama")
+    ids = tiny.tokens(1, 20)
+    bundle = leankv.fit(
+        PlanSpec().with_layers([1], k="int:4"), model, None, tiny.tokens(8, 40, seed=1), sinks=2, window=0
+    )
+    cache = bundle.new_cache()
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    other = copy.deepcopy(model).bfloat16()
+    back = load_cache(tmp_path / "cache", bundle)
+    logits = other(ids[:, :3], past_key_values=back).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert back.layers[0].keys.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def fed(model: Any, cache: Any, tokens: torch.Tensor, **given: Any) -> torch.Tensor:
     """Logits of all tokens but the first, some at a time, after these."""
     pieces = [model(piece, past_key_values=cache, **given).logits for piece in tokens.split(5, dim=1)]

@@ -1,6 +1,7 @@
 """`leankv init`: an experiment that fits the model, and a forecast of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from leankv.cli import app
-from leankv.config.experiment import ModelConfig
-from leankv.config.loading import flatten, load_experiment
+from leankv.config.experiment import Experiment, ModelConfig
+from leankv.config.loading import flatten, load_experiment, settings_named
 from leankv.models.loading import load_model
 from leankv.report.tables import format_duration
 from leankv.studies.starting_point import Pace, experiment_text, forecast, starting_experiment
@@ -46,7 +47,7 @@ def test_the_experiment_suits_the_model(begun: tuple[Path, Any], llama_folder: P
     assert experiment.data.dataset == str(text_file)
     assert experiment.codec.key_space == "pre-rope"
     assert experiment.data.block_length <= loaded.model.config.max_position_embeddings
-    assert experiment.protocol.kind == "stream"
+    assert (experiment.protocol.kind, experiment.protocol.window) == ("stream", 128)
     assert all("#" in line or ":" in line for line in path.read_text().splitlines())
 
 
@@ -67,11 +68,24 @@ def test_all_that_was_asked_for_stands_in_it(llama_folder: Path, text_file: Path
         "seed": 7,
     }
     loaded, base = load_model(ModelConfig(str(llama_folder), dtype="float32")), load_experiment(None, asked)
-    text = experiment_text(starting_experiment(loaded, base, "out"), loaded)
+    text = experiment_text(starting_experiment(loaded, base, asked.keys(), "out"), loaded)
     read = flatten(yaml.safe_load(text))
     assert {key: read[key] for key in asked} == asked
     assert len([line for line in text.splitlines() if line.startswith("data:")]) == 1
     assert read["protocol.window"] == 0
+
+
+def test_what_is_asked_for_stays_where_it_is_what_is_said_anyway(llama_folder: Path) -> None:
+    """LeanKV's defaults are not what `init` would write."""
+    defaults = flatten(asdict(Experiment()))
+    asked = {
+        key: defaults[key] for key in ("protocol.kind", "fit.error_metric", "selection.budget", "data.block_length")
+    }
+    named = settings_named(None, asked)
+    loaded = load_model(ModelConfig(str(llama_folder), dtype="float32"))
+    written = starting_experiment(loaded, load_experiment(None, asked), named, "out")
+    assert {key: written[key] for key in asked} == asked
+    assert written["protocol.window"] == 0, "a strict pass has none"
 
 
 def test_the_forecast_has_every_part(begun: tuple[Path, Any]) -> None:

@@ -44,6 +44,9 @@ def test_a_text_is_added_listed_and_dropped(bundle: Path, document: Path, tmp_pa
     assert succeed_json("prefix", "list", *where) == []
     assert "1 pages are new" in succeed("prefix", "add", document, *where).stdout
     assert succeed_json("prefix", "drop", "--all", *where)["freed_bytes"] > 0
+    document = document.rename(document.with_name("notes [draft].txt"))  # no markup, but a name
+    assert document.name in succeed("prefix", "add", document, *where).stdout
+    assert document.name in succeed("prefix", "list", *where).stdout
     assert "not both" in refuse("prefix", "drop", *where)
     assert "not both" in refuse("prefix", "drop", document, "--all", *where)
 

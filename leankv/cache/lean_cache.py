@@ -136,10 +136,11 @@ class LeanCache(Cache):
         if isinstance(layer, LeanLayer):
             is_read = reads_codes(self.config) and key_states.device.type == "cpu"
             layer.hands_out_codes = is_read and not self.decode_once
-        elif layer.is_initialized and layer.keys.device != key_states.device:
-            # Read from a file, by who did not know where the layer's keys would be.
-            layer.keys, layer.values = layer.keys.to(key_states.device), layer.values.to(key_states.device)
-            layer.device = key_states.device
+        elif layer.is_initialized and _kind(layer.keys) != _kind(key_states):
+            # Read from a file, by who did not know where the layer's keys would be, and what numbers: a cache that was
+            # saved by a model in another dtype suits this one.
+            layer.keys, layer.values = layer.keys.to(key_states), layer.values.to(value_states)
+            layer.device, layer.dtype = key_states.device, key_states.dtype
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def encode_all(self) -> None:
@@ -258,3 +259,7 @@ class LeanCache(Cache):
         ]
         stock = [layer for layer in asked if not isinstance(layer, LeanLayer) and layer.is_initialized]
         return sum(sizes) + sum(tensor.nbytes for layer in stock for tensor in (layer.keys, layer.values))
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype

@@ -65,7 +65,7 @@ def attention_moments(
         moments[site] = moments[site] + own if site in moments else own
         if layer not in projections:
             v_head_dim = geometry.width_of("v") // geometry.kv_heads
-            projections[layer] = _output_gram(module, queries.shape[1], geometry.kv_heads, v_head_dim)
+            projections[layer] = _output_gram(module, queries, geometry.kv_heads, v_head_dim)
 
     with _watched(model, watch), torch.no_grad(), progress.stage("queries", len(blocks)) as step:
         for tokens in blocks.tokens:
@@ -79,7 +79,7 @@ def attention_moments(
     return moments | {Site(layer, "v"): gram for layer, gram in projections.items()}
 
 
-def _output_gram(module: torch.nn.Module, heads: int, kv_heads: int, v_head_dim: int) -> torch.Tensor:
+def _output_gram(module: torch.nn.Module, queries: torch.Tensor, kv_heads: int, v_head_dim: int) -> torch.Tensor:
     """`sum_h O_h O_h^T` over the query heads of each value head, `[W, W]`; `O_h` `[v_head_dim, hidden]`."""
     projection = output_projection(module)
     if projection is None:
@@ -89,7 +89,8 @@ def _output_gram(module: torch.nn.Module, heads: int, kv_heads: int, v_head_dim:
         )
     parameter = next(model_parameter for model_parameter in projection.parameters())
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    unit = torch.eye(heads * v_head_dim, device=parameter.device, dtype=dtype)
+    # Where the queries are: weights that accelerate offloaded are on no device until their module is called.
+    unit = torch.eye(queries.shape[1] * v_head_dim, device=queries.device, dtype=dtype)
     # Through the module itself, so that it does not matter how its weights are laid out or quantized.
     rows = (projection(unit) - projection(torch.zeros_like(unit[:1]))).float().unflatten(0, (kv_heads, -1, v_head_dim))
     return torch.block_diag(*torch.einsum("kgih,kgjh->kij", rows, rows).cpu())

@@ -71,7 +71,9 @@ def capture(
     writers: dict[int, LayerWriter] = {}
     try:
         if folder.exists():
-            shutil.rmtree(folder)  # an unfinished capture of a run that was stopped
+            # An unfinished capture, or one of other layers; what is left of a stopped removal is none.
+            (folder / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         for layer in layers:
             widths: dict[str, int] = {part: loaded.geometry.layers[layer].width_of(part) for part in PARTS}

@@ -60,8 +60,8 @@ def shrunk(metric: Float[torch.Tensor, "W W"], share: float = SHRINKAGE) -> Floa
     """`metric` mixed with the multiple of the identity that has its trace; the identity where it is all zero."""
     size = metric.diagonal().mean()
     if size == 0:
-        return torch.eye(len(metric))
-    return (1 - share) * metric + share * size * torch.eye(len(metric))
+        return torch.eye(len(metric), device=metric.device, dtype=metric.dtype)
+    return (1 - share) * metric + share * size * torch.eye(len(metric), device=metric.device, dtype=metric.dtype)
 
 
 def gradient_moments(loaded: LoadedModel, sample: MetricSample, progress: Progress) -> ErrorMetrics:

@@ -37,7 +37,7 @@ PANELS = {
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+OUT = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False)  # prompts and paths are no markup
 
 
 def command(

@@ -99,11 +99,18 @@ def generate_command(
     Example: leankv generate --bundle results/demo-plan/bundle --store prefixes --file manual.txt "In short:"
     """
     from leankv.evaluation.generation import complete, encoded, format_completion
+    from leankv.models.structure import max_positions
 
     if max_size is not None and store is None:
         raise UserError("--max-size is of a store; name one with --store")
     loaded, opened, experiment, progress = open_bundle(asked, bundle, register)
     ids = encoded(loaded, text_of(file) + prompt, chat)
+    limit = max_positions(loaded.model.config)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones are more than the model's {limit} "
+            "positions; shorten the prompt, or lower --max-new-tokens"
+        )
     kept = None if store is None else open_store(store, opened, loaded, progress, max_size)
     if kept is not None and not kept.stored_tokens(ids):
         with progress.stage("computing and storing the prompt", 1) as step:

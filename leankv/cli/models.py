@@ -45,7 +45,7 @@ def init_command(
 
     Example: leankv init smollm2-135m --dataset wikipedia-sample --to first.yaml
     """
-    from leankv.config.loading import load_experiment
+    from leankv.config.loading import load_experiment, settings_named
     from leankv.errors import UserError
     from leankv.models.loading import load_model
     from leankv.report.tables import format_duration, text_table
@@ -59,11 +59,16 @@ def init_command(
     progress.say(f"loading {model}")
     loaded = load_model(load_experiment(asked.config, overrides).model)
     base = load_experiment(asked.config, overrides)
-    settings = starting_experiment(loaded, base, f"results/{Path(model).name}")
+    named = settings_named(asked.config, overrides)
+    settings = starting_experiment(loaded, base, named, f"results/{Path(model).name}")
     write_text(to, experiment_text(settings, loaded))
     experiment = load_experiment(to, {})
-    with progress.stage("timing one block", 4) as step:
-        parts = forecast(loaded, experiment, measure_pace(loaded, experiment, step))
+    try:
+        with progress.stage("timing one block", 4) as step:
+            parts = forecast(loaded, experiment, measure_pace(loaded, experiment, step))
+    except BaseException:
+        to.unlink()  # else it would be in the way of the same command
+        raise
     if json_:
         print_json({"file": str(to), "parts": [asdict(part) for part in parts]})
         return

@@ -50,7 +50,7 @@ def map_command(
     wanted = parse_recipes(recipes or MAP_SPECS)
     check_measure(measure)
     extra = {} if blocks is None else {"data.selection_blocks": blocks}
-    workspace = Workspace.open(load_experiment(asked.config, asked.overrides(extra)), Progress())
+    workspace = Workspace.beside(load_experiment(asked.config, asked.overrides(extra)), Progress())
     table = map_rates(PlanEvaluator(workspace), wanted, measure)
     if json_:
         print_table_json(table)

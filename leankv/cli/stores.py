@@ -156,4 +156,4 @@ def chat_command(
         elif said:
             completion = talk.say(said, max_new_tokens, temperature, experiment.seed, print_piece)
             line = format_completion(completion, loaded.numerics["dtype"])
-            OUT.print(f"\n[dim]{line}[/dim]", highlight=False, soft_wrap=True)
+            OUT.print(f"\n{line}", style="dim", highlight=False, soft_wrap=True)

@@ -89,7 +89,7 @@ def train_layer_command(
     from leankv.studies.workspace import Workspace
 
     experiment = load_experiment(asked.config, asked.overrides({"layers": str(layer)}))
-    evaluator = PlanEvaluator(Workspace.open(experiment, Progress()))
+    evaluator = PlanEvaluator(Workspace.beside(experiment, Progress()))
     folder = Path(experiment.output_dir)
     evaluator.base()
     row = layer_row(evaluator, layer, *layer_cost(evaluator, layer))
@@ -170,7 +170,7 @@ def select_command(
 
     options = WorkerOptions(executor, workers, address)
     overrides = asked.overrides()
-    named = Path(overrides.get("output_dir", _default_output_dir()))
+    named = Path(str(overrides.get("output_dir", _default_output_dir())))
     begun = asked.config is not None or (named / run_files.EXPERIMENT).is_file()
     as_used = overrides if begun else asked.without_window_if_none_can_be({**SEARCH_SETTINGS, **overrides})
     experiment = experiment_of(asked.config, as_used)
@@ -241,14 +241,12 @@ def _print_plans(experiment: Any, json_: bool) -> None:
 
 def _complete(folder: Path, bundle: str, loaded: Any, prompt: str, seed: int) -> None:
     """Complete a prompt with a run's bundle, on the screen and in its folder, there beside what the base model says."""
-    from rich.text import Text
-
     from leankv.cache.bundle import load_bundle
     from leankv.evaluation.generation import base_text, complete, encoded, format_completion
     from leankv.storage.files import write_json
 
     cache = load_bundle(folder / bundle, loaded.model).new_cache()
-    OUT.print(Text(prompt, style="bold"), end="")  # a prompt may hold what rich takes for markup
+    OUT.print(prompt, end="", style="bold", highlight=False)
     length = NEW_TOKENS + cache.sinks + cache.window
     ids = encoded(loaded, prompt, False)
     completion = complete(loaded, cache, ids, length, 0.0, seed, print_piece)

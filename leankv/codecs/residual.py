@@ -30,7 +30,7 @@ class ResidualRecipe(Recipe):
 
     family = "resid"
     revision = 2  # B fitted to cross-fitted errors of A
-    grammar = "resid(A,B) (A, B any two codecs)"
+    grammar = "resid(A,B) (A, B any two codecs; of two that predict, both from as many layers)"
     nested = True
 
     @classmethod
@@ -38,7 +38,10 @@ class ResidualRecipe(Recipe):
         texts = split_recipes(arguments)
         if len(texts) != 2 or not all(texts):
             raise ValueError
-        return cls(known_recipe(texts[0]), known_recipe(texts[1]))
+        first, second = (known_recipe(text) for text in texts)
+        if first.n_context_layers and second.n_context_layers not in (0, first.n_context_layers):
+            raise ValueError  # both are handed one context
+        return cls(first, second)
 
     @property
     def arguments(self) -> str:

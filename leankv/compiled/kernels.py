@@ -131,7 +131,7 @@ def count_outside(q, low, levels, counts):  # type: ignore[no-untyped-def]
     for j in range(len(q)):
         bottom, top = low[j], low[j] + levels[j]
         for n in range(q.shape[1]):
-            if q[j, n] < bottom or q[j, n] >= top:
+            if not (bottom <= q[j, n] < top):  # as `take_escapes` has it: of what is no number, too
                 counts[n] += 1
 
 

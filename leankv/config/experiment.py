@@ -243,8 +243,8 @@ class Experiment:
             raise UserError(f"fit.learning_rate must be above 0, not {self.fit.learning_rate}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed must be below 2^63, not {self.seed}")
-        if self.memory_budget < 0:
-            raise UserError(f"memory_budget must not be negative, not {self.memory_budget}")
+        if not 0 <= self.memory_budget < 1e9:
+            raise UserError(f"memory_budget is GB, 0 or more, not {self.memory_budget}")
         if not 0 < self.fit.heldout_fraction < 1:
             raise UserError(f"fit.heldout_fraction must lie between 0 and 1, not {self.fit.heldout_fraction}")
         if not 0.5 <= self.certification.confidence < 1:

@@ -25,6 +25,19 @@ def load_experiment(path: Path | None, overrides: dict[str, Any]) -> Experiment:
     Raises:
         UserError: the file is missing or malformed, or a key or value is wrong; names the line where there is one.
     """
+    return _build(_named(path, overrides))
+
+
+def settings_named(path: Path | None, overrides: dict[str, Any]) -> frozenset[str]:
+    """The dotted keys that a YAML file and overrides name, whether or not with the values that are the defaults.
+
+    Raises:
+        UserError: as `load_experiment`.
+    """
+    return frozenset(_named(path, overrides))
+
+
+def _named(path: Path | None, overrides: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if path is not None:
         values = _flatten_yaml(path)
@@ -34,7 +47,7 @@ def load_experiment(path: Path | None, overrides: dict[str, Any]) -> Experiment:
         if key not in known and key not in PLAN_PARTS:
             raise UserError(f"there is no setting {given!r}; the settings are {', '.join(known)}")
         _set(values, key, value, known, given)
-    return _build(values)
+    return values
 
 
 def _set(values: dict[str, Any], key: str, value: Any, known: dict[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@
 What a stored prefix costs in quality is what the protocol `prefix` measures (`leankv.evaluation.perplexity`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class PrefixStore:
             that are damaged are removed.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the bundle has more sinks than a page has tokens.
     """
 
     def __init__(
@@ -73,6 +73,11 @@ class PrefixStore:
         max_bytes: int | None = None,
         on_damage: Callable[[str], None] = lambda sentence: None,
     ):
+        if bundle.sinks > PAGE:
+            raise UserError(
+                f"the bundle keeps {bundle.sinks} sinks exact, and a store has room for those of one page of {PAGE} "
+                "tokens; make it with fewer"
+            )
         check_output_dir(Path(folder))
         self.pages = PageFolder(Path(folder), max_bytes)
         self.bundle, self.model, self.on_damage = bundle, model, on_damage
@@ -136,14 +141,19 @@ class PrefixStore:
         if len(names) == 1:
             return 0
         with self.pages.working_on(names[-1]):
-            missing = [number for number, name in enumerate(names[1:]) if not self._is_exact(name)]
-            if missing:
+            self.pages.used(names[1:])  # while this computes, others may make room
+            if written := self._missing(names):
                 whole = input_ids[:, : PAGE * (len(names) - 1)].to(self.model.device)
                 held = held_by(self._computed(whole).layers)
-                for number in missing:
+                written = self._missing(names)
+                for number in written:
                     self._write(names, number, held, is_exact=True, title=title)
         self.pages.used(names[1:])
-        return len(missing)
+        return len(written)
+
+    def _missing(self, names: Sequence[str]) -> list[int]:
+        """The pages of a prompt that are not there as they are computed exactly."""
+        return [number for number, name in enumerate(names[1:]) if not self._is_exact(name)]
 
     def put(self, cache: LeanCache, input_ids: Ids, title: str = "") -> int:
         """Store the whole pages of a cache that are codes already, and are not there; how many those were.

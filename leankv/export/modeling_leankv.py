@@ -20,6 +20,7 @@ from leankv.cache.code_attention import switch_to_codes
 from leankv.cache.default_cache import make_by_default
 from leankv.export.configuration_leankv import LeanKVConfig
 from leankv.models.fingerprint import fingerprint
+from leankv.models.half_precision import multiplies, multiply_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class LeanKVForCausalLM(PreTrainedModel):
             base = AutoConfig.for_model(**config.base_config)
             model = AutoModelForCausalLM.from_pretrained(name, *arguments, config=base, **given)
         model.eval()
+        if model.device.type == "cpu" and not multiplies(model.dtype):
+            multiply_in_float32(model)
         folder = Path(files[0]).parent
         if getattr(model, "hf_quantizer", None) is None:
             return attach(model, load_bundle(folder, model))

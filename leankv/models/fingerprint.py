@@ -40,6 +40,8 @@ is not known here makes another fingerprint rather than passing unnoticed."""
 def fingerprint(model: Any) -> str:
     """sha256 (hex) over the configuration, and over a sum and spread-out samples of every weight tensor.
 
+    Of PEFT adapters, also which are active and how strongly.
+
     Of the text model's configuration all counts but `LEFT_OUT`; null is the same as not there. Floating-point weights
     count as bfloat16, so that a bfloat16 checkpoint has one fingerprint in bfloat16 and float32. Weights that
     accelerate offloaded are read from where it keeps them, a tensor at a time. Buffers that a checkpoint does not hold
@@ -50,7 +52,18 @@ def fingerprint(model: Any) -> str:
     """
     # Not the state dict: bitsandbytes requantizes weights to make one, once a forward pass has repacked them on a CPU.
     weights = [_marks(name, own, stored) for name, own, stored in _weights(model)]
-    return hash_of({"configuration": _configuration(model), "weights": weights})
+    adapters = {name: own for name, module in model.named_modules() if (own := _adapters(module))}
+    known = {"adapters": adapters} if adapters else {}
+    return hash_of({"configuration": _configuration(model), "weights": weights, **known})
+
+
+def _adapters(module: Any) -> list[Any]:
+    """Which of a PEFT layer's adapters are at work, and how strongly; nothing of any other module."""
+    active, is_off = getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
+    if not isinstance(active, list) or not isinstance(is_off, bool):
+        return []
+    scaling = getattr(module, "scaling", {})
+    return [is_off, *([name, scaling.get(name) if isinstance(scaling, dict) else None] for name in active)]
 
 
 def _configuration(model: Any) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 def multiply_in_float32(model: nn.Module) -> None:
     """Let all linear layers of a 16-bit model on the CPU multiply in float32; weights and results stay in 16 bits.
 
-    Layers that others have changed (quantized, offloaded, with adapters) keep their own products.
+    Layers that others have changed (quantized, offloaded, with adapters) keep their own products, and so does a model
+    that is moved to another device later.
     """
     for module in model.modules():
         if type(module) in PRODUCTS and "forward" not in vars(module):
@@ -51,7 +52,7 @@ def _conv1d(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if inputs.shape[:-1].numel() < FEWEST_ROWS:
+    if inputs.shape[:-1].numel() < FEWEST_ROWS or inputs.device.type != "cpu":
         return linear(inputs, weight, bias)
     wide = linear(inputs.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(inputs.dtype)

@@ -81,7 +81,7 @@ class PageFolder:
                     self._made_room(kept)  # the folder may have been over its limit before
                 raise UserError(
                     f"{self.folder} may hold {self.max_bytes} bytes, and what belongs together takes more; raise "
-                    "max_bytes (nothing was removed for what does not fit)"
+                    "max_bytes"
                 )
             return True
 

@@ -193,6 +193,5 @@ def experiment_of(config: Path | None, overrides: dict[str, Any]) -> Experiment:
     """The experiment that a file names; where none is named, the one that its output folder was begun with, if any."""
     if config is not None:
         return load_experiment(config, overrides)
-    folder = Path(overrides.get("output_dir", Experiment().output_dir))
-    own = folder / run_files.EXPERIMENT
-    return load_experiment(own if own.is_file() else None, {**overrides, "output_dir": str(folder)})
+    own = Path(str(overrides.get("output_dir", Experiment().output_dir))) / run_files.EXPERIMENT
+    return load_experiment(own if own.is_file() else None, {"output_dir": str(own.parent), **overrides})

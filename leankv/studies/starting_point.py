@@ -7,7 +7,7 @@ as much a token.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from leankv.codecs.base import fit_together
 from leankv.config.experiment import Experiment
 from leankv.config.loading import flatten
 from leankv.config.plan_table import PARTS
-from leankv.config.presets import LADDERS
+from leankv.config.presets import LADDERS, USUAL_WINDOW
 from leankv.models.loading import LoadedModel
 from leankv.models.rope import find_rotation
 from leankv.models.structure import max_positions, text_config
@@ -114,16 +114,20 @@ COMMENTS = {
 """Of the settings that an experiment's file explains; what else was asked for stands there without."""
 
 
-def starting_experiment(loaded: LoadedModel, base: Experiment, output_dir: str) -> dict[str, Any]:
+def starting_experiment(
+    loaded: LoadedModel, base: Experiment, named: Collection[str], output_dir: str
+) -> dict[str, Any]:
     """Settings, dotted key -> value, that suit a model and the memory that is free, and all that was asked for.
 
     Args:
         loaded: the model.
-        base: what was asked for on the command line: all of it that is not a default is kept.
+        base: what was asked for, on the command line and in a file.
+        named: the keys of what was: they are kept, whether or not they say what is said anyway.
         output_dir: of the experiment.
     """
     defaults = flatten(asdict(Experiment()))
-    asked = {key: value for key, value in flatten(asdict(base)).items() if value != defaults[key]}
+    asked = {key: value for key, value in flatten(asdict(base)).items() if value != defaults[key] or key in named}
+    protocol = asked.get("protocol.kind", "stream")
     longest = max_positions(loaded.model.config) or LONGEST
     block = asked.get("data.block_length") or 2 ** int(math.log2(min(longest, LONGEST)))
     pre_rope = find_rotation(loaded.model, False, lambda reason: None) is not None
@@ -140,7 +144,7 @@ def starting_experiment(loaded: LoadedModel, base: Experiment, output_dir: str) 
         "fit.error_metric": "gradient",
         "protocol.kind": "stream",
         "protocol.sinks": 4,
-        "protocol.window": 128 if base.protocol.kind in ("stream", "decode") else 0,
+        "protocol.window": USUAL_WINDOW if protocol in ("stream", "decode") else 0,
         "selection.budget": "7%",
         "selection.minimize": "live",
         "selection.strategy": "waterfill",

@@ -95,6 +95,20 @@ class Workspace:
         return workspace
 
     @classmethod
+    def beside(cls, experiment: Experiment, progress: Progress) -> "Workspace":
+        """As `open`, but a folder that was begun keeps what it was begun with: `layers` are this command's alone.
+
+        For what adds to a folder and chooses nothing in it; else a later choice would be among these layers only.
+
+        Raises:
+            UserError: as `open`.
+        """
+        workspace = cls.load(experiment, progress)
+        if not (Path(experiment.output_dir) / run_files.EXPERIMENT).is_file():
+            claim_folder(experiment)
+        return workspace
+
+    @classmethod
     def load(cls, experiment: Experiment, progress: Progress, shard: Shard | None = None) -> "Workspace":
         """As `open`, but runs with other settings may begin in the folder later: for activations, which suit many.
 
