@@ -147,10 +147,11 @@ def base_text(loaded: LoadedModel, input_ids: Int[torch.Tensor, "1 T"], max_new_
 
 def format_completion(completion: Completion, dtype: str) -> str:
     """One sentence on what the cache held, and where it began."""
-    ratio = completion.uncompressed_bytes / completion.cache_bytes
+    held, whole = completion.cache_bytes, completion.uncompressed_bytes
+    times = f"{whole / held:.2f}x" if held else "nothing is held"  # by `mean` everywhere, without sinks and window
     return (
-        f"{completion.tokens} tokens: the compressed cache held {completion.cache_bytes:,} bytes, the uncompressed one "
-        f"({dtype}) holds {completion.uncompressed_bytes:,} ({ratio:.2f}x); {completion.tokens_at_start} tokens were "
-        f"there at the start, first token after {completion.seconds_to_first_token:.2f} s, "
+        f"{completion.tokens} tokens: the compressed cache held {held:,} bytes, the uncompressed one "
+        f"({dtype}) holds {whole:,} ({times}); {completion.tokens_at_start} tokens were there at the start, "
+        f"first token after {completion.seconds_to_first_token:.2f} s, "
         f"{completion.tokens_per_second:.1f} tokens/s"
     )
