@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class NoPlanError(UserError):
+    """No plan keeps within one budget, or reaches a ratio; another budget may have one."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of others says first; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -278,3 +278,10 @@ def test_nf4_is_swept_there(experiment: Path, tmp_path: Path) -> None:
 def test_the_doctor_finds_nothing_wrong(llama_folder: Path) -> None:
     done = invoke("doctor")
     assert done.exit_code == 0, done.stdout
+
+
+def test_an_experiment_is_begun_and_timed_there(llama_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    told = succeed_json(
+        "init", llama_folder, "--dataset", text_file, "--to", tmp_path / "e.yaml", "--device", DEVICE.type
+    )
+    assert all(part["seconds"] > 0 for part in told["parts"])

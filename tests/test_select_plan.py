@@ -257,7 +257,9 @@ def test_what_could_not_be_certified_is_refused_before_anything_is_searched(fill
     folder, command, _ = filled
     assert says in refuse(*command, "-o", tmp_path / "run", *options)
     assert not (tmp_path / "run" / "codecs").exists()
+    begun = (folder / "experiment.yaml").read_text()
     assert "0.001 % at 95 % confidence" in refuse(*command, "-o", folder, "--budget", "0.001%")
+    assert (folder / "experiment.yaml").read_text() == begun
     assert (folder / "manifest.json").is_file()
 
 

@@ -86,6 +86,9 @@ def test_what_is_asked_for_stays_where_it_is_what_is_said_anyway(llama_folder: P
     written = starting_experiment(loaded, load_experiment(None, asked), named, "out")
     assert {key: written[key] for key in asked} == asked
     assert written["protocol.window"] == 0, "a strict pass has none"
+    short = {"data.block_length": 128}
+    written = starting_experiment(loaded, load_experiment(None, short), short.keys(), "out")
+    assert 0 < written["protocol.window"] <= 64, "what a window holds is compressed by no plan"
 
 
 def test_the_forecast_has_every_part(begun: tuple[Path, Any]) -> None:

@@ -212,7 +212,7 @@ def _search(experiment: Any, prompt: str, json_: bool) -> Path:
     from leankv.studies.select_plan import bundle_name, select_plans
     from leankv.studies.workspace import Workspace
 
-    workspace, folder = Workspace.open(experiment, Progress()), Path(experiment.output_dir)
+    workspace, folder = Workspace.load(experiment, Progress()), Path(experiment.output_dir)
     summaries = select_plans(PlanEvaluator(workspace))
     _print_plans(experiment, json_)
     if summaries[-1].selected_layers and not json_:

@@ -30,7 +30,7 @@ def _sweep(experiment: Experiment, progress: Progress, shard: Shard) -> None:
 def _select(experiment: Experiment, progress: Progress, shard: Shard) -> None:
     """All workers run the whole search: they come to the same plans, and share the measurements that it asks for."""
     progress.say(f"shard {shard}: process {os.getpid()} on {platform.node()}")
-    select_plans(PlanEvaluator(Workspace.open(experiment, progress)))
+    select_plans(PlanEvaluator(Workspace.load(experiment, progress)))
 
 
 TASKS: Mapping[str, Callable[[Experiment, Progress, Shard], None]] = {"sweep": _sweep, "select": _select}

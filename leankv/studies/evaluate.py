@@ -69,7 +69,15 @@ def evaluate(
     else:
         workspace = Workspace.load(experiment, progress)  # its codecs may lie beside those of other plans
         loaded, plan = workspace.loaded, workspace.checked(plan)
-    blocks = source.blocks(split, loaded.tokenizer, n_blocks, experiment.measured_length)
+    try:
+        blocks = source.blocks(split, loaded.tokenizer, n_blocks, experiment.measured_length)
+    except UserError as error:
+        if cut is experiment:
+            raise
+        raise UserError(
+            f"the {split} split of {source.name}, cut as for the bundle, is too short for {n_blocks} blocks of "
+            f"{experiment.measured_length} tokens; ask for fewer or shorter ones (--blocks, --block-length)"
+        ) from error
     protocol, model = experiment.protocol, loaded.model
     # Before the first long pass, so that a bad bundle is refused at once.
     first_cache = None

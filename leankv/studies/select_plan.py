@@ -11,7 +11,7 @@ from typing import Any
 from leankv.cache.plan import PlanSpec
 from leankv.config.experiment import Experiment, SelectionConfig
 from leankv.config.notation import Budget, parse_budgets, parse_windows
-from leankv.errors import UserError
+from leankv.errors import NoPlanError, UserError
 from leankv.evaluation.perplexity import compare
 from leankv.report import run_files
 from leankv.report.plans import write_plans_report
@@ -25,6 +25,7 @@ from leankv.studies.certify import certify_candidates, check_certifiable
 from leankv.studies.plan_evaluator import PlanEvaluator
 from leankv.studies.plan_options import Claim, claim_of
 from leankv.studies.plan_search import Found, PlanSearch, peak_of, search
+from leankv.studies.run_folder import claim_folder
 from leankv.studies.select import run_folder, save_bundle, write_manifest
 from leankv.studies.summarize import Choosing, summarize
 
@@ -77,16 +78,17 @@ def select_plans(evaluator: PlanEvaluator) -> list[Summary]:
     # Points are percent of a perplexity that takes a pass to know.
     base_ppl = math.nan if all(budget.percent for budget in budgets) else evaluator.base().perplexity
     check_certifiable(evaluator.with_long_blocks(), [budget.percent_of(base_ppl) for budget in budgets])
+    claim_folder(workspace.experiment)
     workspace.begin()
     searches = [own for window in windows for own in _searches_of(evaluator, selection, window)]
     summaries, refused = [], []
     for budget in budgets:
         try:
             summaries.append(_select(evaluator, searches, budget, folder, len(budgets) == 1))
-        except UserError as error:  # told when the other budgets have had their turn
+        except NoPlanError as error:  # told when the other budgets have had their turn
             refused.append(str(error))
     if refused:
-        raise UserError("; ".join(refused))
+        raise UserError("; ".join(dict.fromkeys(refused)))
     remove_captures(folder)
     write_manifest(workspace)
     return summaries
@@ -226,7 +228,7 @@ def _found(
         largest = max(step.ratio for each in found for step in each.steps if step.is_allowed)
         limit = searches[0].evaluator.workspace.experiment.selection.max_codec_memory
         within = f" with codecs within {limit}" if limit else ""
-        raise UserError(
+        raise NoPlanError(
             f"no plan reaches a ratio of {target_ratio:g}{within}: the best has {largest:.1f}; allow coarser recipes, "
             f"a shorter window, {'more memory for codecs, ' if limit else ''}or a lower selection.target_ratio"
         )
@@ -258,7 +260,7 @@ def _candidates(
         ratio = own.space.base / claim.size
         candidates.append(Candidate(evaluator, spec, claim, ratio, math.log1p(cost.delta_percent / 100)))
     if not candidates:
-        raise UserError(
+        raise NoPlanError(
             "fitted anew, the codecs of every plan take more memory than selection.max_codec_memory allows; ask for a "
             "little less of them, or for selection.refit none"
         )
@@ -288,7 +290,7 @@ def in_order(candidates: Sequence[Candidate], wanted: float, target_ratio: float
     within = [candidate for candidate in smaller if candidate.cost <= wanted]
     if not within:
         nearest = min(candidates, key=lambda each: each.cost)
-        raise UserError(
+        raise NoPlanError(
             f"no plan keeps within +{100 * math.expm1(wanted):.3g} %: the nearest costs "
             f"{100 * math.expm1(nearest.cost):+.2f} % at a ratio of {nearest.ratio:.1f}; raise the budget, or "
             "allow finer recipes"

@@ -130,6 +130,7 @@ def starting_experiment(
     protocol = asked.get("protocol.kind", "stream")
     longest = max_positions(loaded.model.config) or LONGEST
     block = asked.get("data.block_length") or 2 ** int(math.log2(min(longest, LONGEST)))
+    searched = asked.get("data.selection_block_length") or min(block, SEARCHED)
     pre_rope = find_rotation(loaded.model, False, lambda reason: None) is not None
     suggested = {
         "model.name": base.model.name,
@@ -138,13 +139,14 @@ def starting_experiment(
         "data.block_length": block,
         "data.calibration_blocks": max(2, CALIBRATION_TOKENS // block),
         "data.selection_blocks": 16,
-        "data.selection_block_length": min(block, SEARCHED),
+        "data.selection_block_length": searched,
         "data.report_blocks": 8,
         "codec.key_space": "pre-rope" if pre_rope else "post-rope",
         "fit.error_metric": "gradient",
         "protocol.kind": "stream",
         "protocol.sinks": 4,
-        "protocol.window": USUAL_WINDOW if protocol in ("stream", "decode") else 0,
+        # Half of a short block at most: what a window holds is compressed by no plan.
+        "protocol.window": min(USUAL_WINDOW, block // 2, searched // 2) if protocol in ("stream", "decode") else 0,
         "selection.budget": "7%",
         "selection.minimize": "live",
         "selection.strategy": "waterfill",
