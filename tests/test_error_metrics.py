@@ -21,6 +21,7 @@ from leankv.progress import Silent
 from leankv.studies import metric_store
 from tests import tiny
 from tests.run_folders import evaluator_of, folder_of
+from tests.test_fingerprint import offloaded
 
 BLOCKS = Blocks(tiny.tokens(3, 24, seed=2), "calibration", "random")
 LAYERS = [0, 2, 3]
@@ -161,3 +162,11 @@ def test_a_damaged_file_of_metrics_is_named(settings: dict[str, Any], tmp_path: 
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"metrics.*damaged.*delete it"):
         evaluator_of(changed, tmp_path / "run").codecs.metrics.of([0])
+
+
+def test_attention_weights_come_from_offloaded_projections_too(tmp_path: Path) -> None:
+    """On `meta` until their module is called."""
+    expected = metrics_of("attention", tiny.build("llama"), None)
+    found = metrics_of("attention", offloaded(tiny.build("llama"), "a device map", tmp_path), None)
+    for site, metric in expected.items():
+        torch.testing.assert_close(found[site], metric)
