@@ -58,10 +58,8 @@ def fit_error_metrics(kind: str, loaded: LoadedModel, sample: MetricSample, prog
 
 def shrunk(metric: Float[torch.Tensor, "W W"], share: float = SHRINKAGE) -> Float[torch.Tensor, "W W"]:
     """`metric` mixed with the multiple of the identity that has its trace; the identity where it is all zero."""
-    size = metric.diagonal().mean()
-    if size == 0:
-        return torch.eye(len(metric), device=metric.device, dtype=metric.dtype)
-    return (1 - share) * metric + share * size * torch.eye(len(metric), device=metric.device, dtype=metric.dtype)
+    size, identity = metric.diagonal().mean(), torch.eye(len(metric), device=metric.device, dtype=metric.dtype)
+    return identity if size == 0 else (1 - share) * metric + share * size * identity
 
 
 def gradient_moments(loaded: LoadedModel, sample: MetricSample, progress: Progress) -> ErrorMetrics:

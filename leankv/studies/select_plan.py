@@ -102,7 +102,7 @@ def _check_windows(experiment: Experiment, windows: Sequence[int]) -> None:
     """
     protocol = experiment.protocol
     lengths = {
-        "selection": experiment.protocol.coded_after or experiment.length_of("selection"),
+        "selection": protocol.coded_after or experiment.length_of("selection"),
         "report": experiment.counted_length,
     }
     for window in windows:
