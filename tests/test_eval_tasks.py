@@ -88,6 +88,7 @@ def test_base_bundle_and_baselines_stand_side_by_side(
     bundle: Path, ending: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("multiprocessing.Pool", pytest.fail)  # a copy of a process with threads can wait for ever
     spec = write_factory(tmp_path, "forgetting_cache", FORGETTING)
     own, out = write_tasks(tmp_path / "own"), tmp_path / "scores"
     command: tuple[object, ...] = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +30,10 @@ from leankv.storage.files import check_output_dir, hash_of, hash_of_file, write_
 from leankv.storage.lines import Lines
 from leankv.studies.agreement import agreement_of
 from leankv.studies.contestants import Contestant, name_of, of_baseline, of_bundle, stock
+
+# The harness resamples scores in copies of this process unless it is told not to. A copy of a process with threads can
+# wait for ever for a lock that one of them held. The numbers are the same.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 ASKING_REVISION = 1
 """Raised when what a cache answers changes: how prompts are fed, what is kept exact."""
