@@ -37,14 +37,18 @@ def test_help_lists_every_command() -> None:
     assert all(command in text for command in COMMANDS)
 
 
-def test_help_needs_no_torch() -> None:
-    """So that it is instant."""
+def test_help_and_misspelt_settings_need_no_torch(tmp_path: Path) -> None:
+    """So that they are instant."""
+    (tmp_path / "wrong.yaml").write_text("fit: {epoch: 3}\n")
     code = f"""
 import sys
 from typer.testing import CliRunner
 from leankv.cli import app
 for command in [[], *([name] for name in {COMMANDS!r})]:
     assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
+wrong = {str(tmp_path / "wrong.yaml")!r}
+for command in (["sweep", "--set", "fit.epoch=3"], ["eval-ppl", "--config", wrong], ["run", wrong]):
+    assert CliRunner().invoke(app, command).exit_code == 2
 print([name for name in ("torch", "transformers", "datasets", "pandas", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

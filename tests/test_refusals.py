@@ -24,14 +24,18 @@ BAD_TEXTS = {
 }
 
 
-def test_an_unknown_model_exits_with_2_for_real(text_file: Path, tmp_path: Path) -> None:
+def test_a_mistake_exits_with_2_for_real() -> None:
     """The installed command, as a shell sees it."""
-    command = [LEANKV, "sweep", "-m", str(tmp_path / "none"), "--dataset", str(text_file), "-o", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([LEANKV, "sweep", "--set", "fit.epochs=x"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: the model folder {tmp_path / 'none'} does not exist; check --model"
+    assert done.stderr == "error: fit.epochs must be int, not 'x'\n"
+
+
+def test_an_unknown_model(text_file: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    sentence = refuse("sweep", "-m", missing, "--dataset", text_file, "-o", tmp_path / "run")
+    assert sentence == f"error: the model folder {missing} does not exist; check --model"
 
 
 class OutOfMemoryError(RuntimeError):

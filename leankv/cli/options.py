@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leankv.config.loading import parse_override
+from leankv.config.loading import parse_override, settings_named
 from leankv.config.plan_table import PARTS, Part, read_plan_table
 from leankv.errors import UserError
 
@@ -183,8 +183,9 @@ def settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:
-            chosen = {name: given.pop(name) for name in option_names}
-            command(asked=Asked(chosen), **given)
+            asked = Asked({name: given.pop(name) for name in option_names})
+            settings_named(asked.config, asked.overrides())  # refused before commands import what takes ten seconds
+            command(asked=asked, **given)
 
         parameters = [*taken, *options]
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

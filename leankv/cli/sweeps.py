@@ -39,6 +39,8 @@ def run_command(
     Example: leankv run experiments/demo.yaml
     """
     from leankv.config.loading import load_experiment
+
+    experiment = load_experiment(config, asked.overrides())
     from leankv.report.selection import write_reports
     from leankv.report.sweep import sweep_table
     from leankv.studies.plan_evaluator import PlanEvaluator
@@ -46,7 +48,6 @@ def run_command(
     from leankv.studies.sweep import sweep
     from leankv.studies.workspace import Workspace
 
-    experiment = load_experiment(config, asked.overrides())
     if experiment.selection.strategy != "greedy":
         return _search(experiment, prompt, json_)
     workspace = Workspace.open(experiment, Progress())

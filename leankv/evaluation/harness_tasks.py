@@ -76,18 +76,21 @@ def load_tasks(
         if not set(wanted) <= {*manager.all_subtasks, *RULER_GROUPS}:
             manager = TaskManager(include_path=include_path)
     check_names(wanted, manager.all_tasks)
+    of_ruler = [name for name in manager.all_subtasks if _lies_in_ruler(name, manager)]
+    single = list(dict.fromkeys(part for name in wanted for part in (of_ruler if name in RULER_GROUPS else (name,))))
+    of_no_length = [name for name in single if name in of_ruler and not lengths]
+    if of_no_length:
+        raise UserError(f"{of_no_length[0]} at --lengths is longer than the model's positions reach; name shorter ones")
     if set(wanted) <= set(OFFLINE_TASKS):
         _import_needles()
-    of_ruler = [name for name in manager.all_subtasks if _lies_in_ruler(name, manager)]
     found = []
-    for each in dict.fromkeys(part for name in wanted for part in (of_ruler if name in RULER_GROUPS else (name,))):
-        if each not in of_ruler:
+    for each in single:
+        if each in of_ruler:
+            found += [
+                HarnessTask(each, length, _ruler(manager, each, length, tokenizer_folder, seed)) for length in lengths
+            ]
+        else:
             found += [HarnessTask(title, None, task) for title, task in _load(manager, each, each, seed).items()]
-            continue
-        if not lengths:
-            raise UserError(f"{each} at --lengths is longer than the model's positions reach; name shorter ones")
-        for length in lengths:
-            found.append(HarnessTask(each, length, _ruler(manager, each, length, tokenizer_folder, seed)))
     return found
 
 
