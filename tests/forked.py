@@ -53,6 +53,7 @@ class CommandProcess:
         """Wait for its end; what it printed, and what it said."""
         self._process.join(timeout)
         if self._process.exitcode is None:
+            self.kill()  # else this process would wait for it at its own end
             raise subprocess.TimeoutExpired("leankv", timeout or 0)
         said = []
         for file in (self._out, self._err):
