@@ -1,5 +1,7 @@
 """What tests of codecs share: made-up vectors, fitting to them, looking at codes."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,16 @@ def fit(
     heldout = train[:, :32] if heldout is None else heldout
     data = FitData(train, heldout, error_metric=error_metric, training=training, on_epoch=on_epoch)
     return parse_recipe(text).fit(data)
+
+
+def fitted(text: str) -> list[Codec]:
+    """Codecs of a recipe, fitted to `vectors()`: once, and given as copies."""
+    return copy.deepcopy(_fitted(text))
+
+
+@functools.cache
+def _fitted(text: str) -> list[Codec]:
+    return fit(text, vectors())
 
 
 def through(codec: Codec, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     architecture = callspec.params.get("architecture", FIRST_ARCHITECTURE) if callspec else FIRST_ARCHITECTURE
     unchecked = item.get_closest_marker("whole_runs") is not None or architecture != FIRST_ARCHITECTURE
     jaxtyping.config.update("jaxtyping_disable", unchecked)
+
+
+@pytest.fixture
+def drawn_whole() -> None:
+    """Asked for by tests that look at a figure."""
+
+
+@pytest.fixture(autouse=True)
+def sketched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests draw is small and laid out by nobody, in a fifth of the time.
+
+    Fixtures of a module or of all draw before, so whole.
+    """
+    figure = sys.modules.get("matplotlib.figure")
+    if figure is None or "drawn_whole" in request.fixturenames:
+        return
+    save = figure.Figure.savefig
+
+    def sketch(self: Any, path: Any, **given: Any) -> None:
+        self.set_layout_engine("none")
+        save(self, path, **{**given, "dpi": 40})
+
+    monkeypatch.setattr(figure.Figure, "savefig", sketch)
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))

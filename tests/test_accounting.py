@@ -1,5 +1,6 @@
 """The arithmetic of bytes against the bytes that caches really hold."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -58,19 +59,17 @@ def take_in(geometry: Geometry, cache: LeanCache, tokens: int, at_a_time: int) -
             cache.update(k.bfloat16(), v.bfloat16(), number)
 
 
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (4, 0), (0, 5), (4, 5), (3, 20)])
-@pytest.mark.parametrize("tokens", [BELOW_WINDOW, ABOVE_WINDOW])
 @pytest.mark.parametrize("specs", [{"k": "ae:4x8", "v": "pca:3"}, {"v": "identity"}, {"k": "mean"}], ids=str)
-def test_a_compressed_cache_holds_the_bytes_computed(
-    model: Any, specs: dict[str, str], tokens: int, sinks: int, window: int
-) -> None:
+def test_a_compressed_cache_holds_the_bytes_computed(model: Any, specs: dict[str, str]) -> None:
     geometry = find_geometry(model)
     codecs = plan(geometry, specs, range(4))
-    expected = footprint(geometry, codecs, sinks, window).compressed_bytes(tokens)
-    for at_a_time in (tokens, 7, 1):
-        cache = LeanCache(model.config, codecs, sinks=sinks, window=window)
-        take_in(geometry, cache, tokens, at_a_time)
-        assert cache.nbytes() == expected, f"{at_a_time} tokens at a time"
+    exact_rows = [(0, 0), (4, 0), (0, 5), (4, 5), (3, 20)]
+    for tokens, (sinks, window) in itertools.product((BELOW_WINDOW, ABOVE_WINDOW), exact_rows):
+        expected = footprint(geometry, codecs, sinks, window).compressed_bytes(tokens)
+        for at_a_time in (tokens, 7, 1):
+            cache = LeanCache(model.config, codecs, sinks=sinks, window=window)
+            take_in(geometry, cache, tokens, at_a_time)
+            assert cache.nbytes() == expected, f"{sinks} sinks, window {window}: {at_a_time} of {tokens} at a time"
 
 
 @pytest.mark.parametrize("tokens", [BELOW_WINDOW, ABOVE_WINDOW])
@@ -86,15 +85,20 @@ def test_layers_left_alone_count_in_full(model: Any, tokens: int) -> None:
     assert cache.nbytes() - constants == footprint(geometry, codecs, 2, 3).compressed_bytes(tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, BELOW_WINDOW, 11, 12, 13, ABOVE_WINDOW])
-@pytest.mark.parametrize("at_a_time", [1, 100])
-def test_the_uncompressed_cache_is_the_stock_one(model: Any, tokens: int, at_a_time: int) -> None:
-    cache = DynamicCache(config=model.config)
-    feed(model, cache, tokens, at_a_time)
-    held = sum(
-        states.numel() * states.element_size() for layer in cache.layers for states in (layer.keys, layer.values)
-    )
-    assert Footprint(find_geometry(model), {}, 0, 0).base_bytes(tokens) == held
+def test_the_uncompressed_cache_is_the_stock_one(model: Any) -> None:
+    """Fed at once, and token by token."""
+    footprint, grown = Footprint(find_geometry(model), {}, 0, 0), DynamicCache(config=model.config)
+    for before, tokens in itertools.pairwise((0, 1, BELOW_WINDOW, 11, 12, 13, ABOVE_WINDOW)):
+        whole = DynamicCache(config=model.config)
+        feed(model, whole, tokens, tokens)
+        feed(model, grown, tokens - before, 1)
+        for cache in (whole, grown):
+            held = sum(
+                states.numel() * states.element_size()
+                for layer in cache.layers
+                for states in (layer.keys, layer.values)
+            )
+            assert footprint.base_bytes(tokens) == held, tokens
 
 
 @pytest.mark.parametrize("tokens", [1, BELOW_WINDOW, ABOVE_WINDOW])

@@ -26,11 +26,10 @@ LONG = 30  # tokens: more than the sliding window
 # -- identity codecs: the same bits as the stock cache ----------------------------------------------------------------
 
 
-@pytest.fixture(params=[(0, 0), (2, 5)], ids=["no exact rows", "sinks and window"])
-def identical(request: pytest.FixtureRequest, model: Any) -> Any:
-    """Makes a cache with identity codecs in every layer."""
-    sinks, window = request.param
-    return lambda: LeanCache(model.config, identity_plan(model), sinks=sinks, window=window)
+@pytest.fixture
+def identical(model: Any) -> list[LeanCache]:
+    """Caches with identity codecs in every layer: one without exact rows, one with sinks and a window."""
+    return [LeanCache(model.config, identity_plan(model), sinks=sinks, window=own) for sinks, own in ((0, 0), (2, 5))]
 
 
 def generate(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> Any:
@@ -40,75 +39,77 @@ def generate(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> An
     )
 
 
-def assert_same_generation(model: Any, cache: Any, tokens: torch.Tensor, **options: Any) -> None:
+def assert_same_generation(model: Any, caches: list[LeanCache], tokens: torch.Tensor, **options: Any) -> None:
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, **options}
     expected = generate(model, DynamicCache(config=model.config), tokens, **options)
-    got = generate(model, cache, tokens, **options)
-    assert torch.equal(got.sequences, expected.sequences)
-    for ours, theirs in zip(got.logits, expected.logits, strict=True):
-        assert torch.equal(ours, theirs)
+    for cache in caches:
+        got = generate(model, cache, tokens, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        for ours, theirs in zip(got.logits, expected.logits, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_one_forward_pass_is_bit_equal(model: Any, identical: Any) -> None:
     tokens = tiny.tokens(2, LONG)
     with torch.no_grad():
         expected = model(tokens, past_key_values=DynamicCache(config=model.config)).logits
-        assert torch.equal(model(tokens, past_key_values=identical()).logits, expected)
+        for cache in identical:
+            assert torch.equal(model(tokens, past_key_values=cache).logits, expected)
 
 
 def test_chunks_are_bit_equal(model: Any, identical: Any) -> None:
     """Logits of every chunk, with chunks shorter and longer than the sliding window."""
-    stock, lean = DynamicCache(config=model.config), identical()
+    stock = DynamicCache(config=model.config)
     with torch.no_grad():
         for chunk in tiny.tokens(2, LONG).split([1, 7, 2, 14, 6], dim=1):
-            assert torch.equal(model(chunk, past_key_values=lean).logits, model(chunk, past_key_values=stock).logits)
+            expected = model(chunk, past_key_values=stock).logits
+            assert all(torch.equal(model(chunk, past_key_values=cache).logits, expected) for cache in identical)
 
 
 def test_greedy_generation_is_bit_equal(model: Any, identical: Any) -> None:
-    assert_same_generation(model, identical(), tiny.tokens(2, LONG))
+    assert_same_generation(model, identical, tiny.tokens(2, LONG))
 
 
 def test_short_prompts_grow_past_the_sliding_window_bit_equal(model: Any, identical: Any) -> None:
-    assert_same_generation(model, identical(), tiny.tokens(1, 3))
+    assert_same_generation(model, identical, tiny.tokens(1, 3))
 
 
 def test_sampling_is_bit_equal(model: Any, identical: Any) -> None:
-    assert_same_generation(model, identical(), tiny.tokens(2, LONG), do_sample=True, temperature=1.3, top_k=0)
+    assert_same_generation(model, identical, tiny.tokens(2, LONG), do_sample=True, temperature=1.3, top_k=0)
 
 
 def test_beam_search_is_bit_equal(model: Any, identical: Any) -> None:
-    assert_same_generation(model, identical(), tiny.tokens(2, LONG), num_beams=3)
+    assert_same_generation(model, identical, tiny.tokens(2, LONG), num_beams=3)
 
 
 def test_chunked_prefill_is_bit_equal(model: Any, identical: Any) -> None:
-    assert_same_generation(model, identical(), tiny.tokens(2, LONG), prefill_chunk_size=7)
+    assert_same_generation(model, identical, tiny.tokens(2, LONG), prefill_chunk_size=7)
 
 
 def test_prompt_lookup_decoding_is_bit_equal(model: Any, identical: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Assisted decoding records the past of sliding layers and crops rejected tokens."""
-    tokens = tiny.tokens(1, 9).repeat(1, 4)
-    cache, crops = identical(), []
-    crop = cache.crop
-    monkeypatch.setattr(cache, "crop", lambda count: (crops.append(count), crop(count)))
-    assert_same_generation(model, cache, tokens, prompt_lookup_num_tokens=4)
-    assert min(crops) < 0, "no candidate was ever rejected, so nothing was tested"
+    tokens, crop = tiny.tokens(1, 9).repeat(1, 4), LeanCache.crop
+    crops: dict[LeanCache, list[int]] = {cache: [] for cache in identical}
+    monkeypatch.setattr(LeanCache, "crop", lambda cache, count: (crops[cache].append(count), crop(cache, count)))
+    assert_same_generation(model, identical, tokens, prompt_lookup_num_tokens=4)
+    assert all(min(own) < 0 for own in crops.values()), "no candidate was ever rejected, so nothing was tested"
 
 
 def test_left_padded_batches_are_bit_equal(model: Any, identical: Any) -> None:
     tokens, mask = tiny.tokens(3, LONG), torch.ones(3, LONG, dtype=torch.int64)
     for row, padding in enumerate((0, 5, 17)):
         tokens[row, :padding], mask[row, :padding] = 0, 0
-    assert_same_generation(model, identical(), tokens, attention_mask=mask)
+    assert_same_generation(model, identical, tokens, attention_mask=mask)
 
 
 def test_two_turns_with_one_cache_are_bit_equal(model: Any, identical: Any) -> None:
     """A conversation: the cache of the first turn is handed to the second."""
-    tokens = tiny.tokens(1, LONG)
-    stock, lean = DynamicCache(config=model.config), identical()
+    tokens, stock = tiny.tokens(1, LONG), DynamicCache(config=model.config)
     for _ in range(2):
         options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
         expected = generate(model, stock, tokens, **options).sequences
-        assert torch.equal(generate(model, lean, tokens, **options).sequences, expected)
+        for cache in identical:
+            assert torch.equal(generate(model, cache, tokens, **options).sequences, expected)
         tokens = torch.cat([expected, tiny.tokens(1, 4, seed=5)], dim=1)
 
 

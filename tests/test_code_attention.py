@@ -94,7 +94,9 @@ def assert_pieces_are_what_update_hands_out(
             assert ours.get_seq_length() == stock.get_seq_length()
 
 
-@pytest.mark.parametrize("spec", ["int:4", PREDICTING, "resid(pca:4,int:4)"])
+@pytest.mark.parametrize(
+    ("architecture", "spec"), tiny.with_each(["int:4", PREDICTING, "resid(pca:4,int:4)"], PREDICTING)
+)
 @pytest.mark.parametrize(("sinks", "window", "encode_every"), [(0, 0, 1), (2, 3, 2)])
 def test_pieces_are_what_update_hands_out(model: Any, spec: str, sinks: int, window: int, encode_every: int) -> None:
     plan = fitted(model, PlanSpec.uniform(spec).with_layers([2], v="none").with_layers([1], k="none"))

@@ -13,6 +13,7 @@ from tests.codec_vectors import (
     WIDTH,
     cast_parameters,
     fit,
+    fitted,
     fvu,
     rows_of,
     stored_bits,
@@ -49,7 +50,7 @@ def test_fitting_three_problems_gives_three_codecs(spec: str) -> None:
 @every_spec
 @pytest.mark.parametrize("tokens", [0, 1, 7, 256])
 def test_a_code_has_one_row_a_token_and_decodes_to_the_shape_that_went_in(spec: str, tokens: int) -> None:
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     x = vectors(seed=1)[0, :tokens]
     code = codec.encode(x)
     assert code.shape == (tokens,)
@@ -85,7 +86,7 @@ def test_claimed_bits_hold_for_vectors_that_nothing_was_fitted_to(spec: str, tok
 
 @every_spec
 def test_a_serialized_code_comes_back_bit_for_bit(spec: str) -> None:
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     x = vectors(seed=1)[0]
     x[3, 5], x[7] = 1e4, -300.0
     for rows in (x, x[:1], x[:0]):
@@ -99,7 +100,7 @@ def test_a_serialized_code_comes_back_bit_for_bit(spec: str) -> None:
 
 @every_spec
 def test_a_stream_of_more_or_fewer_bytes_is_refused(spec: str) -> None:
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     serialized = codec.serialize(codec.encode(vectors(seed=1)[0, :9]))
     for other in (serialized + b"\0", serialized[:-1]):
         if other:
@@ -111,7 +112,7 @@ def test_a_stream_of_more_or_fewer_bytes_is_refused(spec: str) -> None:
     ("spec", "column", "words"), [("nuq:2+5", "index", "beyond the 24"), ("sparse:50", "bitmap", "does not mark 12")]
 )
 def test_a_stream_that_would_write_beside_its_vectors_is_refused(spec: str, column: str, words: str) -> None:
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     code = codec.encode(vectors(seed=1)[0, :9])
     code[column][5] = 255
     with pytest.raises(ValueError, match=words):
@@ -124,7 +125,7 @@ def test_a_stream_that_would_write_beside_its_vectors_is_refused(spec: str, colu
 def test_a_recipe_is_a_value_and_reads_back_from_its_text(spec: str) -> None:
     recipe = parse_recipe(spec)
     again = parse_recipe(recipe.text)
-    assert again == recipe == fit(spec, vectors())[0].recipe
+    assert again == recipe == fitted(spec)[0].recipe
     assert {recipe: 1}[again] == 1
     assert recipe.text == again.text == spec
     assert recipe != parse_recipe("int:7")
@@ -135,7 +136,7 @@ def test_a_recipe_is_a_value_and_reads_back_from_its_text(spec: str) -> None:
 @every_spec
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES)
 def test_a_saved_codec_decodes_bit_for_bit_as_before(spec: str, dtype: torch.dtype) -> None:
-    codec = cast_parameters(fit(spec, vectors())[1], dtype)
+    codec = cast_parameters(fitted(spec)[1], dtype)
     data = safetensors.torch.save(codec.state_dict())
     again = codec_from_tensors(codec.recipe.text, codec.width, safetensors.torch.load(data))
     x = vectors(seed=1)[1]
@@ -147,17 +148,17 @@ def test_a_saved_codec_decodes_bit_for_bit_as_before(spec: str, dtype: torch.dty
 
 @every_spec
 def test_the_memory_of_a_codec_does_not_depend_on_what_it_was_used_for(spec: str) -> None:
-    fitted = fit(spec, vectors())[1]
-    read = codec_from_tensors(fitted.recipe.text, fitted.width, fitted.state_dict())
+    own = fitted(spec)[1]
+    read = codec_from_tensors(own.recipe.text, own.width, own.state_dict())
     before = codec_memory([read])
     through(read, vectors(seed=1)[1])
     read.deserialize(read.serialize(read.encode(vectors(seed=1)[1])), vectors().shape[1])
-    assert codec_memory([read]) == codec_memory([fitted]) == before
+    assert codec_memory([read]) == codec_memory([own]) == before
 
 
 @every_spec
 def test_tensors_that_do_not_fit_the_spec_are_refused_by_name(spec: str) -> None:
-    tensors = dict(fit(spec, vectors())[0].state_dict())
+    tensors = dict(fitted(spec)[0].state_dict())
     for name, tensor in tensors.items():
         wrong = {**tensors, name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)}
         with pytest.raises(ValueError, match=rf"^{name} has shape"):
@@ -181,7 +182,7 @@ def test_a_codec_does_not_depend_on_which_others_are_fitted_with_it(spec: str) -
 @every_spec
 def test_each_token_is_encoded_on_its_own(spec: str) -> None:
     """A row's code follows the row wherever it stands, and needs none of the other rows."""
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     x = vectors(seed=1)[0]
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     whole = codec.encode(x)
@@ -197,7 +198,7 @@ def test_each_token_is_encoded_on_its_own(spec: str) -> None:
 @every_spec
 def test_codes_may_be_joined_and_put_in_another_order(spec: str) -> None:
     """As caches do when tokens come in, are cropped, or beams change places."""
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     x = vectors(seed=1)[0]
     pieces = [codec.encode(rows) for rows in x.split(100)]
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:50]
@@ -209,7 +210,7 @@ def test_codes_may_be_joined_and_put_in_another_order(spec: str) -> None:
 
 @every_spec
 def test_codes_of_a_batch_are_cut_indexed_and_appended_as_their_rows_are(spec: str) -> None:
-    codec = fit(spec, vectors())[0]
+    codec = fitted(spec)[0]
     x = vectors(sites=2, tokens=40, seed=1)
     code = codec.encode(x.flatten(0, 1)).unflatten(2)
     rows, mask = torch.tensor([1, 0, 1]), torch.tensor([False, True])
@@ -288,7 +289,7 @@ def test_fitting_to_text_with_outliers_stays_finite(spec: str) -> None:
 
 @every_spec
 def test_codecs_need_no_gradients_once_loaded(spec: str) -> None:
-    codec = codec_from_tensors(spec, WIDTH, fit(spec, vectors())[0].state_dict())
+    codec = codec_from_tensors(spec, WIDTH, fitted(spec)[0].state_dict())
     assert not through(codec, vectors()[0]).requires_grad
 
 

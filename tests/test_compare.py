@@ -208,6 +208,7 @@ def test_a_finished_comparison_is_only_looked_up(
     assert (folder / "compare.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("drawn_whole")
 def test_a_strict_comparison(compare_settings: dict[str, Any], tmp_path: Path) -> None:
     strict = {"protocol.kind": "strict", "protocol.window": 0}
     evaluator, plans = evaluator_of(compare_settings, tmp_path, **strict), {"all of it": PlanSpec.uniform("identity")}

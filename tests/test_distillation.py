@@ -74,21 +74,22 @@ def plan_of(model: Any, folder: Path, rotation: Any) -> tuple[Plan, dict[Site, l
     return {site: own.codec for site, own in found.items()}, {site: context_of(model, SPEC, site) for site in found}
 
 
-@pytest.mark.parametrize("sinks", [0, 3])
-def test_attention_reads_what_a_strict_pass_reads(model: Any, architecture: str, sinks: int, tmp_path: Path) -> None:
+def test_attention_reads_what_a_strict_pass_reads(model: Any, architecture: str, tmp_path: Path) -> None:
     rotation = rotation_of(architecture, model)
     plan, context = plan_of(model, tmp_path / "activations", rotation)
     tokens = tiny.tokens(2, 33, seed=5)
-    cache = TrainableCache(
-        model.config, {site: trainable(codec) for site, codec in plan.items()}, context, sinks, rotation
-    )
-    lean = LeanCache(model.config, plan, sinks=sinks, window=0, rotation=rotation)
     with torch.no_grad():
-        expected = model(input_ids=tokens, past_key_values=lean, use_cache=True).logits
         exact = model(input_ids=tokens).logits
-    found = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-    # Where a number lies on the border of two steps, the two may round it apart.
-    assert (found - expected).abs().median() < 0.05 * (exact - expected).abs().median()
+    for sinks in (0, 3):
+        cache = TrainableCache(
+            model.config, {site: trainable(codec) for site, codec in plan.items()}, context, sinks, rotation
+        )
+        lean = LeanCache(model.config, plan, sinks=sinks, window=0, rotation=rotation)
+        with torch.no_grad():
+            expected = model(input_ids=tokens, past_key_values=lean, use_cache=True).logits
+        found = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        # Where a number lies on the border of two steps, the two may round it apart.
+        assert (found - expected).abs().median() < 0.05 * (exact - expected).abs().median(), sinks
 
 
 def test_training_lowers_the_loss_on_text_that_it_was_not_trained_on(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def stores_of(cache: LeanCache) -> list[PartStore]:
     return [part for layer in cache.layers if isinstance(layer, LeanLayer) for part in layer.parts.values()]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("architecture", "recipe"), tiny.with_each(RECIPES, RECIPES[2]))
 def test_what_is_coded_whole_is_what_a_cache_without_a_window_codes(model: Any, recipe: str) -> None:
     """Given the same keys and values, in one go and again for those that came after; batches of two."""
     bundle = bundle_of(model, recipe)

@@ -40,7 +40,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(experiment: Path, finishe
     """Full at once, during the capture, and among the codecs; each time there is a little more room."""
     full_at: set[str] = set()
     kept: dict[Path, int] = {}
-    for kibibytes in range(4, 1000, 8):
+    for kibibytes in range(4, 1000, 16):
         folder = small_disk(f"{kibibytes}k")
         result = invoke("run", experiment, "-o", folder, "--json")
         assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())

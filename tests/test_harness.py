@@ -1,12 +1,14 @@
 """The harness reads the cache that it is given, keeps its answers, and draws RULER's text without a hub."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import wonderwords
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -192,13 +194,29 @@ def test_a_file_of_answers_that_cannot_be_written_is_told(tmp_path: Path) -> Non
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_ruler_s_tasks_are_drawn_without_a_hub(tmp_path: Path) -> None:
+NEEDLES = "lm_eval.tasks.ruler.prepare_niah"
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """RULER sorts all pairs of an adjective and a noun, for ten seconds; here there are few of them."""
+    few = wonderwords.RandomWord()
+    few._categories["adjectives"] = few._categories["adjectives"][:10]
+    monkeypatch.setattr(wonderwords, "RandomWord", lambda: few)
+    monkeypatch.delitem(sys.modules, NEEDLES, raising=False)
+    yield
+    sys.modules.pop(NEEDLES, None)
+
+
+@pytest.mark.usefixtures("few_words")
+@pytest.mark.parametrize("name", ["ruler_cwe", "niah_single_1"])
+def test_ruler_s_tasks_are_drawn_without_a_hub(tmp_path: Path, name: str) -> None:
     words = Tokenizer(models.WordLevel(vocab={"?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path)
-    (found,) = load_tasks(["ruler_cwe"], [1024], tmp_path, None, seed=0)
+    (found,) = load_tasks([name], [1024], tmp_path, None, seed=0)
     doc = found.task.eval_docs[0]
-    assert found.title == "ruler_cwe 1024"
+    assert found.title == f"{name} 1024"
     assert 0.5 * 1024 < len(words.encode(doc["input"])) <= 1024
     assert found.task.process_results(doc, [" ".join(doc["outputs"])])["1024"] == 1
 

@@ -186,6 +186,7 @@ def test_nothing_measured_leaves_perplexity_empty(
     assert (tmp_path / "figures/map_error_curves.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.usefixtures("drawn_whole")
 def test_some_layers_measured(finished: PlanEvaluator, map_settings: dict[str, Any], tmp_path: Path) -> None:
     table = map_rates(evaluator_of(map_settings, tmp_path, layers="1-3"), parse_recipes(["int:2"]), "0-1")
     assert list(table["measured"]) == ["perplexity"] * 2 + ["error"] * 4

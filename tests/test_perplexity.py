@@ -12,7 +12,7 @@ from leankv import UserError
 from leankv.cache.lean_cache import LeanCache
 from leankv.config.experiment import ProtocolConfig
 from leankv.data.blocks import Blocks
-from leankv.evaluation.perplexity import BlockNats, compare, measure_nats
+from leankv.evaluation.perplexity import BlockNats, compare, feeding_of, measure_nats
 from tests import tiny
 from tests.oracles import Rounding, SlowCache, fitted_plan, identity_plan, plan_of
 
@@ -90,7 +90,10 @@ def test_strict_is_decode_without_a_window(model: Any, blocks: Blocks, sinks: in
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (2, 5), (0, 14)])
-def test_stream_of_single_tokens_is_decode(model: Any, blocks: Blocks, sinks: int, window: int) -> None:
+def test_stream_of_single_tokens_is_decode(blocks: Blocks, sinks: int, window: int) -> None:
+    for length in (2, blocks.tokens.shape[1]):
+        assert feeding_of(ProtocolConfig("stream", chunk=1), length) == feeding_of(ProtocolConfig("decode"), length)
+    model = tiny.build("gemma3")  # full and sliding layers
     plan = plan_of(model, Rounding)
     stream = nats(model, blocks, ProtocolConfig("stream", sinks=sinks, window=window, chunk=1), plan)
     decode = nats(model, blocks, ProtocolConfig("decode", sinks=sinks, window=window), plan)

@@ -235,8 +235,9 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("plan", ["ae:4x16", MIXED.table()], ids=["uniform", "mixed"])
-@pytest.mark.parametrize("key_space", ["post-rope", "pre-rope"])
+@pytest.mark.parametrize(
+    ("plan", "key_space"), [("ae:4x16", "post-rope"), (MIXED.table(), "pre-rope")], ids=["uniform", "mixed"]
+)
 def test_a_sweep_without_a_folder_is_the_one_with_a_folder(
     settings: dict[str, Any], tmp_path: Path, nowhere: Path, plan: Any, key_space: str
 ) -> None:

@@ -66,7 +66,7 @@ def read_back(cache: LeanCache) -> LeanCache:
     return fresh
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("architecture", "recipe"), tiny.with_each(RECIPES, RECIPES[2]))
 def test_it_is_saving_a_cache_reading_it_back_and_decoding(model: Any, blocks: Blocks, recipe: str) -> None:
     """To 1e-6 nats, but where fewer tokens are decoded as they leave a sliding window: then the products that a codec
     predicts by have other last bits, and a context in 16 bits may move by one. The model itself runs in float64, where
@@ -158,16 +158,17 @@ def test_the_base_run_is_a_plain_forward_pass(model: Any, blocks: Blocks) -> Non
     assert nats(model, shorter, plan_of(model, Rounding)).nats == nats(model, blocks, plan_of(model, Rounding)).nats
 
 
-@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
-def test_prefixes_that_are_computed_once_give_the_same_bits(model: Any, blocks: Blocks, memory_bytes: int) -> None:
-    prefixes, protocol = ExactPrefixes(model, MemoryBudget(memory_bytes)), replace(PROTOCOL, batch_size=2)
+def test_prefixes_that_are_computed_once_give_the_same_bits(model: Any, blocks: Blocks) -> None:
+    """With memory for none, and for all."""
+    protocol = replace(PROTOCOL, batch_size=2)
+    prefixes = [ExactPrefixes(model, MemoryBudget(memory)) for memory in (0, 1 << 30)]
     for recipe in RECIPES[1:3]:
         bundle = bundle_of(model, recipe)
-        plain, shared = (
+        plain, *shared = (
             measure_nats(model, blocks, protocol, lambda: bundle.new_cache(window=UNBOUNDED), prefixes=own)  # noqa: B023
-            for own in (None, prefixes)
+            for own in (None, *prefixes)
         )
-        assert plain.nats == shared.nats
+        assert all(own.nats == plain.nats for own in shared)
 
 
 def test_batches_of_blocks_agree_with_single_blocks(model: Any, blocks: Blocks) -> None:

@@ -49,7 +49,7 @@ def next_logits(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens[:, cache.get_seq_length() :], past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("architecture", "recipe"), tiny.with_each(RECIPES, RECIPES[1]))
 def test_a_stored_prefix_costs_what_the_protocol_measures(architecture: str, tmp_path: Path, recipe: str) -> None:
     """The same nats as without a disk in between, on every architecture."""
     model = tiny.build(architecture, max_position_embeddings=2048)

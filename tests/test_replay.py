@@ -31,6 +31,8 @@ PROTOCOLS = [
 ]
 BLOCKS = Blocks(tiny.tokens(3, 30), "selection", "random")
 TWO_BLOCKS = BLOCKS.take([0, 1])
+GROWING = [(), (3,), (0,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]
+"""Layers that are compressed, plan after plan."""
 SHORT_BLOCKS = Blocks(tiny.tokens(2, 16), "selection", "random")
 """Longer than the sliding window, for the protocol that feeds token by token."""
 MEMORY = 1 << 30
@@ -65,20 +67,20 @@ def in_short(protocol: ProtocolConfig) -> str:
 def test_every_single_layer_and_a_growing_plan_match_full_passes(
     model: Any, protocol: ProtocolConfig, tmp_path: Path
 ) -> None:
-    match_full_passes(model, protocol, tmp_path)
+    match_full_passes(model, protocol, tmp_path, GROWING)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS[3:], ids=in_short)
 def test_so_they_do_under_every_protocol(protocol: ProtocolConfig, tmp_path: Path) -> None:
     """Full and sliding layers; what the others' attention is makes no difference to how tokens are fed."""
-    match_full_passes(tiny.build("gemma3"), protocol, tmp_path)
+    match_full_passes(tiny.build("gemma3"), protocol, tmp_path, [(), (3,), (1, 2), (0, 2), (0, 2, 3)])
 
 
-def match_full_passes(model: Any, protocol: ProtocolConfig, tmp_path: Path) -> None:
+def match_full_passes(model: Any, protocol: ProtocolConfig, tmp_path: Path, plans: Sequence[tuple[int, ...]]) -> None:
     blocks = SHORT_BLOCKS if protocol.kind == "decode" else BLOCKS if protocol.batch_size > 1 else TWO_BLOCKS
     replay = Replay(model, blocks, protocol, MemoryBudget(MEMORY), tmp_path)
     codecs = lossy_plan(model, (0, 1, 2, 3))
-    for chosen in [(), (3,), (0,), (2, 3), (1, 2), (0, 2), (0, 2, 3), (0, 1, 2), (0, 2, 3)]:
+    for chosen in plans:
         plan = of_layers(codecs, chosen)
         measured = replay.measure(plan, extends_to_supersets=bool(chosen[1:]))
         assert measured.nats == full_pass(model, plan, protocol, blocks), chosen
@@ -98,6 +100,7 @@ def test_layers_before_the_first_change_are_not_run(tmp_path: Path) -> None:
     assert runs == [0, 3, 3, 6]
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2"])
 def test_hidden_states_spill_to_files_that_vanish(model: Any, tmp_path: Path) -> None:
     replay = Replay(model, BLOCKS, PROTOCOLS[2], MemoryBudget(0), tmp_path)
     codecs = lossy_plan(model, (1, 3))
@@ -132,6 +135,7 @@ def test_some_blocks_in_any_order_match_a_full_pass(protocol: ProtocolConfig, tm
     assert replay.measure(plan).nats == whole
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2"])
 @pytest.mark.parametrize("every", [2, 3])
 def test_where_the_disk_is_too_small_some_layers_are_kept(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int

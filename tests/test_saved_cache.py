@@ -85,7 +85,7 @@ def goes_on_alike(model: Any, bundle: Bundle, cache: LeanCache, path: Path, **gi
     assert back.serialized_nbytes() == cache.serialized_nbytes()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("architecture", "recipe"), tiny.with_each(RECIPES, RECIPES[2]))
 @pytest.mark.parametrize("window", [0, 3, UNBOUNDED])
 def test_what_is_read_back_goes_on_alike(architecture: str, tmp_path: Path, recipe: str, window: int) -> None:
     """On every architecture, rows of two, and also when all was coded whole."""

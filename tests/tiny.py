@@ -1,6 +1,7 @@
 """Tiny models built from configurations, a tiny tokenizer, and text: everything tests need without a download."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ OTHERS: dict[str, Any] = {
     ),
 }
 """Architectures that some tests build by name."""
+
+
+def with_each(recipes: Sequence[str], everywhere: str) -> list[tuple[str, str]]:
+    """Architectures and recipes to go through together.
+
+    A codec sees vectors; what an architecture changes is which layers slide and whether keys are rotated. So all
+    recipes run where there are layers of both kinds and where nothing is rotated, and on the others one.
+    """
+    return [
+        (architecture, recipe)
+        for architecture in ARCHITECTURES
+        for recipe in recipes
+        if recipe == everywhere or architecture in ("gemma3", "gpt2")
+    ]
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
