@@ -68,9 +68,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     Not in tests marked `whole_runs`, which take a model through whole texts, some a token at a time: the tests of the
     functions themselves check them. And once of each test that goes through all architectures.
     """
-    callspec = getattr(item, "callspec", None)
-    architecture = callspec.params.get("architecture", FIRST_ARCHITECTURE) if callspec else FIRST_ARCHITECTURE
-    unchecked = item.get_closest_marker("whole_runs") is not None or architecture != FIRST_ARCHITECTURE
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    architecture = parameters.get("architecture", parameters.get("name"))
+    another = architecture in tiny.ARCHITECTURES and architecture != FIRST_ARCHITECTURE
+    unchecked = item.get_closest_marker("whole_runs") is not None or another
     jaxtyping.config.update("jaxtyping_disable", unchecked)
 
 

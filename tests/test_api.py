@@ -297,23 +297,18 @@ def test_a_folder_of_another_sweep_is_refused(llama: Any, text: torch.Tensor) ->
         leankv.sweep(llama, None, text, recipe="int:4g8", folder="asked for")
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"model": tiny.build("llama", seed=1)}, "another model"),
-        ({"text": tiny.tokens(8, BLOCK, seed=5)}, "another text"),
-        ({"selection_text": tiny.tokens(4, BLOCK, seed=5)}, "another selection text"),
-    ],
-)
-def test_a_folder_of_another_model_or_text_is_refused(
-    llama: Any, text: torch.Tensor, other: torch.Tensor, changed: dict[str, Any], named: str
-) -> None:
+def test_a_folder_of_another_model_or_text_is_refused(llama: Any, text: torch.Tensor, other: torch.Tensor) -> None:
     def swept(model: Any = llama, text: torch.Tensor = text, selection_text: torch.Tensor = other) -> Any:
         return leankv.sweep(model, None, text, recipe="mean", selection_text=selection_text, folder="asked for")
 
     table = swept()
-    with pytest.raises(leankv.UserError, match=f"was begun with {named} than is given now; choose another folder"):
-        swept(**changed)
+    for changed, named in (
+        ({"model": tiny.build("llama", seed=1)}, "another model"),
+        ({"text": tiny.tokens(8, BLOCK, seed=5)}, "another text"),
+        ({"selection_text": tiny.tokens(4, BLOCK, seed=5)}, "another selection text"),
+    ):
+        with pytest.raises(leankv.UserError, match=f"was begun with {named} than is given now; choose another folder"):
+            swept(**changed)
     assert swept().equals(table)
 
 

@@ -223,6 +223,7 @@ def test_auto_stays_post_rope_where_it_must_and_says_so(settings: dict[str, Any]
         _ = demanded.rotation
 
 
+@pytest.mark.whole_runs
 def test_a_run_in_pre_rope_space_ends_in_a_bundle_that_reads_the_same(settings: dict[str, Any]) -> None:
     changes = {"plan": "resid(share:-1,transform:s0.2)", "codec.key_space": "auto", "protocol.kind": "stream"}
     changes |= {"protocol.sinks": 2, "protocol.window": 8, "protocol.chunk": 16}
