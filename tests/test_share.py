@@ -184,7 +184,7 @@ MIXED = (
 def test_a_codec_depends_on_the_plan_s_sites_upstream_and_on_nothing_else(
     tmp_path: Path, layers: int, spec: PlanSpec
 ) -> None:
-    model = tiny.build("llama", num_hidden_layers=layers)
+    model = tiny.build("llama")
     activations = captured(model, tmp_path / "a", None)
     before = fitted(model, activations, spec, layers)
     for changed in (Site(layer, part) for layer in range(layers) for part in "kv"):
