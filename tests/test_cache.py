@@ -45,16 +45,14 @@ def assert_same_generation(model: Any, caches: list[LeanCache], tokens: torch.Te
     for cache in caches:
         got = generate(model, cache, tokens, **options)
         assert torch.equal(got.sequences, expected.sequences)
-        for ours, theirs in zip(got.logits, expected.logits, strict=True):
-            assert torch.equal(ours, theirs)
+        assert all(torch.equal(*pair) for pair in zip(got.logits, expected.logits, strict=True))
 
 
 def test_one_forward_pass_is_bit_equal(model: Any, identical: Any) -> None:
     tokens = tiny.tokens(2, LONG)
     with torch.no_grad():
         expected = model(tokens, past_key_values=DynamicCache(config=model.config)).logits
-        for cache in identical:
-            assert torch.equal(model(tokens, past_key_values=cache).logits, expected)
+        assert all(torch.equal(model(tokens, past_key_values=cache).logits, expected) for cache in identical)
 
 
 def test_chunks_are_bit_equal(model: Any, identical: Any) -> None:
