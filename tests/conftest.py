@@ -82,7 +82,7 @@ def drawn_whole() -> None:
 
 @pytest.fixture(autouse=True)
 def sketched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests draw is small and laid out by nobody, in a fifth of the time.
+    """What other tests draw is small and not laid out, in a fifth of the time.
 
     Fixtures of a module or of all draw before, so whole.
     """
